@@ -1,0 +1,70 @@
+"""The rows of one decode step, as the executor receives them (DESIGN.md section 2)."""
+
+import numpy as np
+import numpy.typing as npt
+from msgspec import Struct
+
+Int32Array = npt.NDArray[np.int32]
+Float32Array = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
+
+NO_PARENT = -1
+
+
+class StepBatch(Struct, frozen=True, kw_only=True, eq=False):
+    """Rows of all sequences, grouped by sequence, every parent before its children.
+
+    A row attends to its sequence's committed prefix, to its ancestors and to itself, whatever
+    else is in the batch; its KV is written to `slots[row]`.
+    """
+
+    token_ids: Int32Array
+    """[rows]"""
+    positions: Int32Array
+    """[rows] committed length of the row's sequence + depth of the row."""
+    slots: Int32Array
+    """[rows] token slot of the KV pool (block id * block size + offset) that the row writes."""
+    parents: Int32Array
+    """[rows] index of the parent row in this batch, or NO_PARENT for a child of the committed prefix."""
+    sequence_starts: Int32Array
+    """[sequences + 1] rows [starts[i], starts[i + 1]) belong to sequence i."""
+    context_lengths: Int32Array
+    """[sequences] committed tokens in the KV pool."""
+    block_tables: Int32Array
+    """[sequences, max_blocks] KV block ids in order; entries past the sequence's last block are -1."""
+    needs_logits: BoolArray
+    """[rows] rows whose whole logits row the sampler reads; a chain's inner rows need none."""
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.context_lengths)
+
+
+class StepResult(Struct, frozen=True, kw_only=True, eq=False):
+    """What a step says of the rows that needed logits, in row order."""
+
+    rows: Int32Array
+    """[n] which rows these are."""
+    logits: Float32Array
+    """[n, vocab]"""
+
+
+def ancestor_mask(parents: Int32Array, start: int, end: int) -> BoolArray:
+    """[n, n] for rows [start, end) of one sequence: mask[i, j] is true where row j is row i's ancestor or itself.
+
+    `parents` holds indices into the whole batch. A parent outside [start, i) breaks the order
+    that StepBatch promises, and fails an assertion.
+    """
+    num_rows = end - start
+    mask = np.zeros((num_rows, num_rows), dtype=np.bool_)
+    for i in range(num_rows):
+        parent = int(parents[start + i])
+        if parent != NO_PARENT:
+            assert start <= parent < start + i, f"row {start + i} has parent {parent}, not before it"
+            mask[i] = mask[parent - start]
+        mask[i, i] = True
+    return mask

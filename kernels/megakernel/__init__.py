@@ -1,0 +1,1 @@
+"""The compiler and runtime of the Ada MegaKernel, and the model formats it reads."""

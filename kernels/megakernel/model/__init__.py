@@ -1,0 +1,1 @@
+"""Model formats: from a GGUF file or a Hugging Face folder to shape, weights and tokenizer."""

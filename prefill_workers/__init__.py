@@ -1,0 +1,1 @@
+"""Prefill: prompts in, KV out. Emits no token."""

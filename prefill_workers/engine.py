@@ -1,0 +1,58 @@
+"""The seam between a prefill worker and what computes KV."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+
+from cluster.ids import RequestId
+from cluster.kv_layout import KvLayout
+from cluster.transfer import KvChunk
+
+
+class PrefillJob(msgspec.Struct, frozen=True, kw_only=True):
+    """Compute KV of `token_ids`, export [first_token, len(token_ids))."""
+
+    request_id: RequestId
+    token_ids: tuple[int, ...]
+    first_token: int
+    tenant: str
+
+
+class PrefillDone(msgspec.Struct, frozen=True, kw_only=True):
+    request_id: RequestId
+    cached_tokens: int
+
+
+ExportChunk = Callable[[KvChunk], None]
+"""Called from the engine's thread with each finished layer of each chunk of tokens, in order of
+computation; the chunk's memory stays valid until the job is released."""
+
+
+class PrefillEngine(Protocol):
+    """Computes KV for several jobs at once. One thread drives it: every method is called from there,
+    except `layout`."""
+
+    @property
+    def layout(self) -> KvLayout: ...
+
+    def can_admit(self, job: PrefillJob) -> bool:
+        """Whether KV blocks for the whole job can be held now."""
+        ...
+
+    def admit(self, job: PrefillJob, export: ExportChunk) -> None:
+        """Hold blocks and queue the job; exports what the prefix cache already has at the next step."""
+        ...
+
+    def step(self) -> list[PrefillDone]:
+        """Compute one chunk of tokens within the token budget, over admitted jobs; oldest first."""
+        ...
+
+    def release(self, request_id: RequestId) -> None:
+        """Let go of a job's blocks (its full blocks stay in the prefix cache). Also cancels it."""
+        ...
+
+    def has_work(self) -> bool: ...
+
+    @property
+    def free_kv_tokens(self) -> int: ...
