@@ -1,0 +1,137 @@
+"""One configuration for a whole cluster: composed, frozen, strict.
+
+Read from TOML; every key has a default that serves the packaged model on one machine. An unknown key
+is an error that names the nearest valid one; a value out of range is an error that names the range.
+"""
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+Port = Annotated[int, Meta(ge=0, le=65535)]
+Positive = Annotated[int, Meta(ge=1)]
+PositiveSeconds = Annotated[float, Meta(gt=0)]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key and what would be right."""
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all sections."""
+
+
+class ModelConfig(Section):
+    source: str = "smollm2-135m-instruct"
+    """The packaged model's name, a GGUF file, a Hugging Face folder, or a hub id."""
+    name: str | None = None
+    """What users send as `model`; None: taken from the source."""
+    max_context_tokens: Positive | None = None
+    """None: what the model was trained for."""
+
+
+class RouterConfig(Section):
+    host: str = "0.0.0.0"  # noqa: S104 - the ingress binds all interfaces in any case
+    http_port: Port = 8000
+    grpc_port: Port = 8001
+    num_replicas: Positive = 1
+    max_inflight_requests: Positive = 1024
+    """A replica answers 429 with Retry-After beyond this many."""
+    max_body_bytes: Positive = 4 * 1024 * 1024
+    default_max_tokens: Positive = 256
+    request_timeout_s: PositiveSeconds = 600.0
+    """A request without a deadline of its own ends here."""
+
+
+class PrefillConfig(Section):
+    engine: Literal["auto", "torch"] = "auto"
+    num_replicas: Annotated[int, Meta(ge=0)] = 1
+    num_threads: Positive | None = None
+    """None: all cores of the machine."""
+    kv_pool_tokens: Positive | None = None
+    """None: chosen from the model and the memory at hand."""
+    max_tokens_per_step: Positive = 256
+    max_queued_requests: Positive = 256
+
+
+class DecodeConfig(Section):
+    executor: Literal["auto", "torch", "noop"] = "auto"
+    """`noop` computes nothing and emits fixed tokens: it measures everything else."""
+    num_replicas: Positive = 1
+    num_threads: Positive | None = None
+    kv_pool_tokens: Positive | None = None
+    block_size_tokens: Annotated[int, Meta(ge=1, le=256)] = 16
+    max_running_sequences: Positive = 64
+    max_queued_requests: Positive = 1024
+    max_rows_per_step: Annotated[int, Meta(ge=1, le=64)] = 64
+    handoff_timeout_s: PositiveSeconds = 30.0
+    """A reservation whose hand-off shows no progress this long is reported failed."""
+    stall_timeout_s: PositiveSeconds = 30.0
+    """No step for this long with work queued is unhealthy."""
+
+
+class PlacementConfig(Section):
+    redis_url: str | None = None
+    """None: a redis-server of our own, on a Unix socket, gone with the cluster."""
+    lease_ttl_s: PositiveSeconds = 3.0
+    session_ttl_s: PositiveSeconds = 900.0
+    block_ttl_s: PositiveSeconds = 900.0
+    lookup_timeout_s: PositiveSeconds = 0.002
+
+
+class TransferConfig(Section):
+    transport: Literal["auto", "grpc"] = "auto"
+    """`auto`: shared memory where both ends see the same, gRPC bytes elsewhere."""
+    chunk_bytes: Annotated[int, Meta(ge=4096, le=3 * 1024 * 1024)] = 1024 * 1024
+    timeout_s: PositiveSeconds = 30.0
+
+
+class HeadraceConfig(Section):
+    model: ModelConfig = ModelConfig()
+    router: RouterConfig = RouterConfig()
+    prefill: PrefillConfig = PrefillConfig()
+    decode: DecodeConfig = DecodeConfig()
+    placement: PlacementConfig = PlacementConfig()
+    transfer: TransferConfig = TransferConfig()
+
+
+def _check_keys(data: dict[str, Any], section: type[Section], path: str) -> None:
+    fields = {field.name: field for field in msgspec.structs.fields(section)}
+    for key, value in data.items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)
+            raise ConfigError(
+                f"unknown key `{path}{key}`: did you mean `{path}{near[0]}`? "
+                f"Valid here: {', '.join(sorted(fields))}"
+            )
+        kind = fields[key].type
+        if isinstance(kind, type) and issubclass(kind, Section):
+            if not isinstance(value, dict):
+                raise ConfigError(f"`{path}{key}` is a section, write it as [{path}{key}]")
+            _check_keys(value, kind, f"{path}{key}.")
+
+
+def config_from_mapping(data: dict[str, Any]) -> HeadraceConfig:
+    """Raises ConfigError; handled by the command line."""
+    _check_keys(data, HeadraceConfig, "")
+    try:
+        return msgspec.convert(data, HeadraceConfig)
+    except msgspec.ValidationError as error:
+        raise ConfigError(str(error).replace("$.", "")) from None
+
+
+def load_config(path: Path | None) -> HeadraceConfig:
+    """Raises ConfigError; handled by the command line."""
+    if path is None:
+        return HeadraceConfig()
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    return config_from_mapping(data)
