@@ -25,7 +25,7 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Base of all sections."""
 
 
-class ModelConfig(Section):
+class ModelConfig(Section, frozen=True, kw_only=True):
     source: str = "smollm2-135m-instruct"
     """The packaged model's name, a GGUF file, a Hugging Face folder, or a hub id."""
     name: str | None = None
@@ -34,7 +34,7 @@ class ModelConfig(Section):
     """None: what the model was trained for."""
 
 
-class RouterConfig(Section):
+class RouterConfig(Section, frozen=True, kw_only=True):
     host: str = "0.0.0.0"  # noqa: S104 - the ingress binds all interfaces in any case
     http_port: Port = 8000
     grpc_port: Port = 8001
@@ -47,7 +47,7 @@ class RouterConfig(Section):
     """A request without a deadline of its own ends here."""
 
 
-class PrefillConfig(Section):
+class PrefillConfig(Section, frozen=True, kw_only=True):
     engine: Literal["auto", "torch"] = "auto"
     num_replicas: Annotated[int, Meta(ge=0)] = 1
     num_threads: Positive | None = None
@@ -58,7 +58,7 @@ class PrefillConfig(Section):
     max_queued_requests: Positive = 256
 
 
-class DecodeConfig(Section):
+class DecodeConfig(Section, frozen=True, kw_only=True):
     executor: Literal["auto", "torch", "noop"] = "auto"
     """`noop` computes nothing and emits fixed tokens: it measures everything else."""
     num_replicas: Positive = 1
@@ -74,7 +74,7 @@ class DecodeConfig(Section):
     """No step for this long with work queued is unhealthy."""
 
 
-class PlacementConfig(Section):
+class PlacementConfig(Section, frozen=True, kw_only=True):
     redis_url: str | None = None
     """None: a redis-server of our own, on a Unix socket, gone with the cluster."""
     lease_ttl_s: PositiveSeconds = 3.0
@@ -83,14 +83,14 @@ class PlacementConfig(Section):
     lookup_timeout_s: PositiveSeconds = 0.002
 
 
-class TransferConfig(Section):
+class TransferConfig(Section, frozen=True, kw_only=True):
     transport: Literal["auto", "grpc"] = "auto"
     """`auto`: shared memory where both ends see the same, gRPC bytes elsewhere."""
     chunk_bytes: Annotated[int, Meta(ge=4096, le=3 * 1024 * 1024)] = 1024 * 1024
     timeout_s: PositiveSeconds = 30.0
 
 
-class HeadraceConfig(Section):
+class HeadraceConfig(Section, frozen=True, kw_only=True):
     model: ModelConfig = ModelConfig()
     router: RouterConfig = RouterConfig()
     prefill: PrefillConfig = PrefillConfig()

@@ -45,7 +45,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """Base of all records: frozen, keyword-only, cheap to build."""
 
 
-class SamplingParams(Record):
+class SamplingParams(Record, frozen=True, kw_only=True):
     """Everything, beside the prefix and its position, that decides a sampled token."""
 
     max_tokens: int
@@ -64,7 +64,7 @@ class SamplingParams(Record):
     """None: no logprobs. 0: the chosen token's alone. n: also the n likeliest."""
 
 
-class GenerateRequest(Record):
+class GenerateRequest(Record, frozen=True, kw_only=True):
     """One sequence to decode, as the router hands it to a decode worker."""
 
     request_id: RequestId
@@ -79,25 +79,25 @@ class GenerateRequest(Record):
     """Tokens a client already has, from before a failover: forced, never emitted again."""
 
 
-class TokenLogprob(Record):
+class TokenLogprob(Record, frozen=True, kw_only=True):
     token_id: int
     logprob: float
 
 
-class EmittedToken(Record):
+class EmittedToken(Record, frozen=True, kw_only=True):
     token_id: int
     logprob: float | None = None
     top_logprobs: tuple[TokenLogprob, ...] = ()
 
 
-class Usage(Record):
+class Usage(Record, frozen=True, kw_only=True):
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
     """Prompt tokens whose KV the decode worker already held."""
 
 
-class Reserved(Record):
+class Reserved(Record, frozen=True, kw_only=True):
     """The decode worker holds blocks for the whole prompt and waits for `handoff_id`."""
 
     request_id: RequestId
@@ -106,7 +106,7 @@ class Reserved(Record):
     """Prompt tokens [0, first_token) are cached here; the hand-off brings [first_token, prompt - 1)."""
 
 
-class TokensEmitted(Record):
+class TokensEmitted(Record, frozen=True, kw_only=True):
     """Tokens `first_index`, `first_index + 1`, ... of the completion, and the text they release.
 
     Text may lag tokens (a partial character, a possible start of a stop string), never lead them.
@@ -118,7 +118,7 @@ class TokensEmitted(Record):
     text: str
 
 
-class SequenceFinished(Record):
+class SequenceFinished(Record, frozen=True, kw_only=True):
     request_id: RequestId
     reason: FinishReason
     usage: Usage
@@ -128,14 +128,14 @@ class SequenceFinished(Record):
     stop_match: str | None = None
 
 
-class SequenceFailed(Record):
+class SequenceFailed(Record, frozen=True, kw_only=True):
     request_id: RequestId
     code: FailureCode
     message: str
     is_retryable: bool
 
 
-class HandoffFailed(Record):
+class HandoffFailed(Record, frozen=True, kw_only=True):
     """The hand-off was rejected or timed out; the reservation stands and waits for a retry."""
 
     request_id: RequestId
@@ -146,7 +146,7 @@ class HandoffFailed(Record):
 DecodeEvent = Reserved | TokensEmitted | SequenceFinished | SequenceFailed | HandoffFailed
 
 
-class WorkerAddress(Record):
+class WorkerAddress(Record, frozen=True, kw_only=True):
     """Where a worker listens, and what tells whether it shares our host's memory."""
 
     worker_id: WorkerId
@@ -157,7 +157,7 @@ class WorkerAddress(Record):
     """Equal on two workers when they run under one kernel (`transfer.host_id`)."""
 
 
-class PrefillRequest(Record):
+class PrefillRequest(Record, frozen=True, kw_only=True):
     """Compute KV of prompt tokens [0, num_tokens) and hand [first_token, num_tokens) to `target`."""
 
     request_id: RequestId
@@ -171,7 +171,7 @@ class PrefillRequest(Record):
     deadline_unix_ns: int | None = None
 
 
-class PrefillResult(Record):
+class PrefillResult(Record, frozen=True, kw_only=True):
     cached_tokens: int
     """Of the tokens asked for, those the prefill worker found in its own prefix cache."""
     bytes_sent: int
@@ -180,12 +180,12 @@ class PrefillResult(Record):
     stamps_ns: dict[str, int]
 
 
-class StepCost(Record):
+class StepCost(Record, frozen=True, kw_only=True):
     rows: int
     ms: float
 
 
-class WorkerStatus(Record):
+class WorkerStatus(Record, frozen=True, kw_only=True):
     """What a worker publishes about itself with each lease renewal."""
 
     queued_requests: int = 0
@@ -199,7 +199,7 @@ class WorkerStatus(Record):
     is_accepting: bool = True
 
 
-class WorkerRecord(Record):
+class WorkerRecord(Record, frozen=True, kw_only=True):
     """A registered worker: identity, what it serves, and its latest status."""
 
     address: WorkerAddress
@@ -211,7 +211,7 @@ class WorkerRecord(Record):
     status: WorkerStatus
 
 
-class SessionRecord(Record):
+class SessionRecord(Record, frozen=True, kw_only=True):
     """Where a session's KV was last, and how much of it."""
 
     worker_id: WorkerId
