@@ -29,3 +29,8 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     has_qkv_bias: bool
     has_qk_norm: bool
     has_tied_head: bool
+    rope_divisors: tuple[float, ...] | None = None
+    """[head_dim / 2] divisors of RoPE's frequencies, where a file gives them and they are not Llama 3's.
+
+    Never set together with `rope_scaling`; `rope.rope_frequencies` honours both.
+    """

@@ -2,9 +2,9 @@
 
 Names (L is the layer number): `embed`, `layers.L.attn_norm`, `layers.L.q`, `layers.L.k`, `layers.L.v`,
 `layers.L.q_bias`, `layers.L.k_bias`, `layers.L.v_bias`, `layers.L.q_norm`, `layers.L.k_norm`, `layers.L.o`,
-`layers.L.mlp_norm`, `layers.L.gate`, `layers.L.up`, `layers.L.down`, `final_norm`, `head` (absent where tied).
-Matrices are [out_features, in_features]. Q and K rows are in Hugging Face's half-split ("rotate half") RoPE
-order whatever the file: GGUF's Llama architecture stores them interleaved, and is permuted back on load.
+`layers.L.mlp_norm`, `layers.L.gate`, `layers.L.up`, `layers.L.down`, `final_norm`, `head` (absent where
+tied). Matrices are [out_features, in_features]. Q and K rows are in Hugging Face's half-split ("rotate half")
+RoPE order whatever the file: GGUF's Llama architecture stores them interleaved, and is permuted back on load.
 """
 
 from collections.abc import Mapping
