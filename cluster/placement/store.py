@@ -44,8 +44,14 @@ class PlacementStore(Protocol):
     Every call raises PlacementUnavailableError where the store does not answer.
     """
 
-    async def register(self, identity: WorkerIdentity, status: WorkerStatus, ttl_ms: int) -> WorkerAddress:
-        """Take the worker's lease under a new epoch, higher than any this worker id had."""
+    async def register(
+        self, identity: WorkerIdentity, status: WorkerStatus, ttl_ms: int, *, floor: Epoch
+    ) -> WorkerAddress:
+        """Take the worker's lease under a new epoch: at least `floor`, and higher than any the store
+        remembers of this worker id.
+
+        `floor` keeps epochs rising where the store forgot them (`membership.epoch_now`).
+        """
         ...
 
     async def renew(self, address: WorkerAddress, status: WorkerStatus, ttl_ms: int) -> None:
@@ -63,13 +69,22 @@ class PlacementStore(Protocol):
     async def publish_blocks(
         self, worker_id: WorkerId, epoch: Epoch, stored: Sequence[ChainHash], removed: Sequence[ChainHash]
     ) -> None:
-        """Record what a worker's prefix cache now holds and what it dropped."""
+        """Record what a worker's prefix cache now holds and what it dropped; a hash in both is dropped.
+
+        Raises LeaseLostError: then nothing counts that this epoch published.
+        """
         ...
 
     async def lookup(self, hashes: Sequence[ChainHash], session_id: SessionId | None) -> IndexHits:
-        """Holders of a prompt's chain and the session's record, in one round trip."""
+        """Holders of a prompt's chain and the session's record, in one round trip.
+
+        `hashes` are the prompt's full blocks, first to last. Only so many are asked about as one call
+        may cost (`redis_store.MAX_LOOKUP_BLOCKS`): a longer chain's holders count as holding that many.
+        """
         ...
 
-    async def put_session(self, session_id: SessionId, record: SessionRecord, ttl_ms: int) -> None: ...
+    async def put_session(self, session_id: SessionId, record: SessionRecord, ttl_ms: int) -> None:
+        """Record where a session's KV is; the last writer wins. Ids of different tenants must differ."""
+        ...
 
     async def close(self) -> None: ...
