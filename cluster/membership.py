@@ -1,7 +1,8 @@
 """Who is in the cluster, both ends of it (hence the length): `LeaseKeeper`, `WorkerDirectory`.
 
-A worker keeps its lease with the first, a router sees all workers through the second. Neither needs the store to be there: a worker serves under a provisional epoch until it is, a router goes
-on with what it last saw.
+A worker keeps its lease with the first, a router sees all workers through the second. Neither needs the
+store to be there: a worker serves under a provisional epoch until it is, a router goes on with what it
+last saw.
 """
 
 import asyncio
