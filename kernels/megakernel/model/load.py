@@ -44,7 +44,7 @@ def open_model(source: str) -> OpenedModel:
     """
     path = Path(source).expanduser()
     if source == PACKAGED_MODEL:
-        return _open_gguf(_packaged_gguf(), PACKAGED_MODEL)
+        return _open_gguf(packaged_gguf(), PACKAGED_MODEL)
     if path.is_file():
         return _open_gguf(path, path.stem)
     if path.is_dir():
@@ -93,7 +93,7 @@ def _quantization(weights: Weights, sizes: dict[str, int]) -> str:
     return "+".join(storage for storage, _ in elements.most_common())
 
 
-def _packaged_gguf() -> Path:
+def packaged_gguf() -> Path:
     """Found without importing the package: its import needs more than its file."""
     spec = importlib.util.find_spec(_PACKAGE)
     folders = list(spec.submodule_search_locations or ()) if spec is not None else []
