@@ -7,12 +7,20 @@ whole hand-off's checksum held.
 """
 
 from collections.abc import AsyncIterator
-from typing import Protocol
+from typing import Final, Protocol
 
 import msgspec
 
 from cluster.ids import Epoch, HandoffId
 from cluster.messages import WorkerAddress
+
+HANDOFF_CODE_KEY: Final = "handoff-code"
+"""Trailing metadata of a failed `Prefill.Run`: the HandoffError's code."""
+
+MAX_CHUNK_BYTES: Final = 3 * 1024 * 1024 + 512 * 1024
+"""A chunk and its framing fit in gRPC's default 4 MiB message."""
+
+_FINAL_CODES: Final = frozenset({"layout_mismatch", "already_complete", "cancelled"})
 
 
 class HandoffHeader(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,9 +62,19 @@ class HandoffError(Exception):
     def __init__(self, code: str, message: str) -> None:
         super().__init__(f"{code}: {message}")
         self.code = code
-        """One of: layout_mismatch, stale_epoch, not_found, checksum_mismatch, out_of_order, size_mismatch,
-        timeout, cancelled, unreachable, internal."""
+        """One of: layout_mismatch, stale_epoch, not_found, already_complete, checksum_mismatch, out_of_order,
+        size_mismatch, timeout, cancelled, overloaded, unreachable, internal."""
         self.message = message
+
+    @property
+    def is_retryable(self) -> bool:
+        """Whether a new hand-off of the same KV may succeed."""
+        return is_retryable_code(self.code)
+
+
+def is_retryable_code(code: str) -> bool:
+    """The same, of a code that came over the wire (HANDOFF_CODE_KEY)."""
+    return code not in _FINAL_CODES
 
 
 class KvTransport(Protocol):
@@ -67,9 +85,10 @@ class KvTransport(Protocol):
     ) -> HandoffReceipt:
         """Send all chunks and wait for the acknowledgement.
 
-        `chunks` may be produced while the forward pass runs; a chunk's memory must stay valid until
-        the next one is asked for. Raises HandoffError; cancelling the task cancels the hand-off at
-        the receiver too.
+        `chunks` may be produced while the forward pass runs: at most MAX_CHUNK_BYTES each, every
+        layer's tokens ascending without a gap, layers in any order. A chunk's memory must stay valid
+        until the next one is asked for. Raises HandoffError, or what `chunks` raised; cancelling the
+        task cancels the hand-off at the receiver too.
         """
         ...
 
@@ -80,7 +99,8 @@ class HandoffSink(Protocol):
     """Where a receiver puts one hand-off's KV: blocks that nobody else reads until `commit`."""
 
     def write(self, chunk: KvChunk) -> None:
-        """Copy a chunk into the reserved blocks. Called in order, from one thread at a time."""
+        """Copy a chunk into the reserved blocks. Called in order, from one thread at a time; its memory
+        is the receiver's again on return."""
         ...
 
     def commit(self, valid_tokens: int) -> None:
@@ -88,5 +108,6 @@ class HandoffSink(Protocol):
         ...
 
     def abort(self, error: HandoffError) -> None:
-        """It did not; nothing written may be read. Called at most once, and never after `commit`."""
+        """It did not; nothing written may be read. Called at most once, from any thread, and never after
+        `commit`; no write follows, so the blocks may be reused."""
         ...

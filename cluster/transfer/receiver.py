@@ -1,0 +1,263 @@
+"""The receiving end of hand-offs: expectations from the decode engine, pushes from prefill workers.
+
+Nothing that arrives is trusted: epoch, layout, place and size of every chunk, coverage and the whole
+hand-off's checksum are checked, and one mismatch rejects the whole.
+"""
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import grpc
+
+from cluster.ids import Epoch, HandoffId
+from cluster.kv_layout import KvLayout
+from cluster.messages import HandoffCancelState
+from cluster.transfer import HandoffError, HandoffSink, KvChunk
+from cluster.transfer.ledger import Expectation, Handoff, HandoffLedger
+from cluster.transfer.shared_memory import MappedSegment, open_offer
+from cluster.transfer.verify import ChunkPlace, HandoffVerifier, Trailer
+from cluster.wire import headrace_pb2 as pb
+from cluster.wire import headrace_pb2_grpc as pb_grpc
+
+MAX_CONCURRENT_PUSHES = 128
+MIN_WATCH_INTERVAL_S = 0.01
+
+PushContext = grpc.aio.ServicerContext[pb.HandoffFrame, pb.HandoffReply]
+CancelContext = grpc.aio.ServicerContext[pb.CancelHandoffRequest, pb.CancelHandoffResponse]
+
+logger = logging.getLogger(__name__)
+
+
+class HandoffReceiver(pb_grpc.KvReceiverServicer):
+    """Servicer of `KvReceiver`. `expect`, `cancel` and `close` may be called from any thread.
+
+    A sink's `write` and `commit` are called from the server's event loop, `abort` from there or from a
+    watchdog thread. Once `abort` was called or `cancel` returned, that sink is never written to again.
+    """
+
+    def __init__(self, layout: KvLayout, epoch: Callable[[], Epoch], progress_timeout_s: float) -> None:
+        """`progress_timeout_s`: longest silence before a push and between its frames."""
+        self._layout = layout
+        self._fingerprint = layout.fingerprint
+        self._epoch = epoch
+        self._timeout_s = progress_timeout_s
+        self._ledger = HandoffLedger()
+        self._num_pushes = 0
+        self._watchdog_lock = threading.Lock()
+        self._watchdog: threading.Thread | None = None
+        self._closing = threading.Event()
+
+    def expect(self, handoff_id: HandoffId, first_token: int, num_tokens: int, sink: HandoffSink) -> None:
+        """Accept a push of exactly tokens [first_token, first_token + num_tokens) under this id.
+
+        Raises DuplicateHandoffError where the id was used before.
+        """
+        assert first_token >= 0, first_token
+        assert num_tokens >= 1, num_tokens
+        expectation = Expectation(handoff_id=handoff_id, first_token=first_token, num_tokens=num_tokens)
+        self._ledger.expect(expectation, sink)
+        self._ensure_watchdog()
+
+    def cancel(self, handoff_id: HandoffId) -> HandoffCancelState:
+        """Stop expecting or receiving; whatever the answer, no write follows. The sink hears nothing.
+
+        ALREADY_COMPLETE: its `commit` was called or is about to be.
+        """
+        error = HandoffError("cancelled", "the decode worker cancelled it")
+        return self._ledger.cancel(handoff_id, error, tells_sink=False)
+
+    def close(self) -> None:
+        """Abort everything live and end the watchdog."""
+        self._closing.set()
+        self._ledger.abort_all(HandoffError("unreachable", "the decode worker is stopping"))
+
+    @property
+    def num_live(self) -> int:
+        """Hand-offs expected or in flight."""
+        return self._ledger.num_live
+
+    async def Cancel(  # noqa: N802 - the name of the RPC
+        self, request: pb.CancelHandoffRequest, _context: CancelContext
+    ) -> pb.CancelHandoffResponse:
+        error = HandoffError("cancelled", "its sender cancelled it")
+        state = (
+            HandoffCancelState.BACKEND_UNHEALTHY
+            if self._closing.is_set()
+            else self._ledger.cancel(HandoffId(request.handoff_id), error, tells_sink=True)
+        )
+        return pb.CancelHandoffResponse(state=state.value)
+
+    async def Push(self, _frames: AsyncIterator[pb.HandoffFrame], context: PushContext) -> None:  # noqa: N802
+        try:
+            with self._push_slot():
+                reply = await self._receive(context)
+        except HandoffError as error:
+            logger.info("hand-off rejected: %s", error)
+            reply = pb.HandoffReply(rejected=pb.HandoffRejected(code=error.code, message=error.message))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._timeout_s):
+                await context.write(reply)
+
+    async def _receive(self, context: PushContext) -> pb.HandoffReply:
+        header = await self._read_header(context)
+        loop = asyncio.get_running_loop()
+        interruption = asyncio.timeout(None)
+
+        def expire_now() -> None:
+            with contextlib.suppress(RuntimeError):  # the push left the block it interrupts
+                interruption.reschedule(loop.time())
+
+        def interrupt() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and the push with it
+                loop.call_soon_threadsafe(expire_now)
+
+        handoff = self._ledger.begin(HandoffId(header.handoff_id), interrupt)
+        try:
+            async with interruption:
+                self._check_header(header, handoff.expectation)
+                num_bytes = await self._receive_payload(context, header, handoff)
+            self._check_epoch(header)
+        except TimeoutError:  # interrupted: somebody else ended it
+            failure = handoff.ended_error()
+            self._ledger.abort(handoff, failure)
+            raise failure from None
+        except HandoffError as error:
+            self._ledger.abort(handoff, error)
+            raise
+        except asyncio.CancelledError:
+            self._ledger.abort(handoff, HandoffError("unreachable", "the sender's stream broke"))
+            raise
+        except Exception as error:
+            logger.exception("receiving hand-off %s", header.handoff_id)
+            failure = HandoffError("internal", f"the receiver failed: {error}")
+            self._ledger.abort(handoff, failure)
+            raise failure from error
+        self._ledger.commit(handoff)
+        return pb.HandoffReply(acknowledged=pb.HandoffAcknowledged(num_bytes=num_bytes))
+
+    async def _receive_payload(self, context: PushContext, header: pb.HandoffHeader, handoff: Handoff) -> int:
+        """Answer the header, take chunks until the trailer holds; returns payload bytes."""
+        wanted = handoff.expectation
+        verifier = HandoffVerifier(self._layout, wanted.first_token, wanted.num_tokens)
+        with _opened_segment(header, verifier.total_bytes) as segment:
+            accepted = pb.HandoffAccepted(use_shared_memory=segment is not None)
+            await context.write(pb.HandoffReply(accepted=accepted))
+            while (frame := await _read_frame(context)).WhichOneof("frame") == "chunk":
+                self._take_chunk(frame.chunk, verifier, segment, handoff)
+        if frame.WhichOneof("frame") != "trailer":
+            raise HandoffError("out_of_order", "a second header, or a frame without content")
+        verifier.check_trailer(_trailer_of(frame.trailer))
+        return verifier.total_bytes
+
+    def _take_chunk(
+        self, message: pb.KvChunk, verifier: HandoffVerifier, segment: MappedSegment | None, handoff: Handoff
+    ) -> None:
+        place = ChunkPlace(
+            sequence_number=message.sequence_number,
+            layer=message.layer,
+            first_token=message.first_token,
+            num_tokens=message.num_tokens,
+        )
+        num_bytes = verifier.payload_bytes(place)
+        payload = _payload_of(message, num_bytes, segment)
+        verifier.add(place, payload)
+        self._ledger.write(handoff, KvChunk(place.layer, place.first_token, place.num_tokens, payload))
+
+    async def _read_header(self, context: PushContext) -> pb.HandoffHeader:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                frame = await _read_frame(context)
+        except TimeoutError:
+            raise HandoffError("timeout", f"no header for {self._timeout_s:g} s") from None
+        if frame.WhichOneof("frame") != "header":
+            raise HandoffError("out_of_order", "the first frame must be a header")
+        return frame.header
+
+    def _check_header(self, header: pb.HandoffHeader, wanted: Expectation) -> None:
+        self._check_epoch(header)
+        if header.layout_fingerprint != self._fingerprint:
+            raise HandoffError(
+                "layout_mismatch", f"KV of layout {header.layout_fingerprint}, held here {self._fingerprint}"
+            )
+        if (header.first_token, header.num_tokens) != (wanted.first_token, wanted.num_tokens):
+            raise HandoffError(
+                "size_mismatch",
+                f"{header.num_tokens} tokens from {header.first_token}; "
+                f"reserved {wanted.num_tokens} from {wanted.first_token}",
+            )
+
+    def _check_epoch(self, header: pb.HandoffHeader) -> None:
+        epoch = self._epoch()
+        if header.epoch != epoch:
+            raise HandoffError("stale_epoch", f"sent to epoch {header.epoch}, this worker is at {epoch}")
+
+    @contextlib.contextmanager
+    def _push_slot(self) -> Iterator[None]:
+        if self._closing.is_set():
+            raise HandoffError("unreachable", "the decode worker is stopping")
+        if self._num_pushes >= MAX_CONCURRENT_PUSHES:
+            raise HandoffError("overloaded", f"{MAX_CONCURRENT_PUSHES} hand-offs are being received")
+        self._num_pushes += 1
+        try:
+            yield
+        finally:
+            self._num_pushes -= 1
+
+    def _ensure_watchdog(self) -> None:
+        with self._watchdog_lock:
+            if self._watchdog is None and not self._closing.is_set():
+                self._watchdog = threading.Thread(target=self._watch, name="handoff-watchdog", daemon=True)
+                self._watchdog.start()
+
+    def _watch(self) -> None:
+        """Abort what stalls, even where the event loop is what stalls; ends when nothing is live."""
+        while True:
+            wait_s = self._ledger.expire(self._timeout_s)
+            with self._watchdog_lock:
+                if self._ledger.num_live == 0 or self._closing.is_set():
+                    self._watchdog = None
+                    return
+            self._closing.wait(max(MIN_WATCH_INTERVAL_S, wait_s or 0.0))
+
+
+@contextlib.contextmanager
+def _opened_segment(header: pb.HandoffHeader, payload_bytes: int) -> Iterator[MappedSegment | None]:
+    """The memory the sender offers, where it can be used; closed before any final reply is written."""
+    segment = open_offer(header.shared_memory, payload_bytes) if header.HasField("shared_memory") else None
+    try:
+        yield segment
+    finally:
+        if segment is not None:
+            segment.close()
+
+
+def _payload_of(message: pb.KvChunk, num_bytes: int, segment: MappedSegment | None) -> memoryview:
+    """The chunk's bytes, from the stream or from the segment: whichever was agreed on."""
+    if segment is None:
+        if message.WhichOneof("payload") != "data":
+            raise HandoffError("size_mismatch", "a chunk without bytes, and no shared memory agreed on")
+        return memoryview(message.data)
+    if message.WhichOneof("payload") != "shared_memory_offset":
+        raise HandoffError("size_mismatch", "a chunk without an offset into the shared memory agreed on")
+    return segment.payload(message.shared_memory_offset, num_bytes)
+
+
+async def _read_frame(context: PushContext) -> pb.HandoffFrame:
+    frame: Any = await context.read()
+    if frame is grpc.aio.EOF:
+        raise HandoffError("unreachable", "the sender's stream ended before its trailer")
+    assert isinstance(frame, pb.HandoffFrame)
+    return frame
+
+
+def _trailer_of(message: pb.HandoffTrailer) -> Trailer:
+    return Trailer(
+        num_chunks=message.num_chunks,
+        num_bytes=message.num_bytes,
+        valid_tokens=message.valid_tokens,
+        checksum=message.checksum,
+    )
