@@ -1,0 +1,136 @@
+"""The token at completion index t, as a pure function of (logits row, parameters, seed, t).
+
+Sampling is the Gumbel-max trick (Gumbel 1954; Maddison et al., "A* Sampling", 2014): the largest of
+logit / temperature + noise is distributed as softmax. A token's noise is keyed on (seed, t, token id)
+alone, so it depends neither on the batch nor on which other candidates the filters left.
+
+Filters are applied in this order, each on what the one before left:
+
+1. temperature: logits are divided by it; 0 is the likeliest token, the lowest id of equals.
+2. top_k: the k likeliest; of equals at the edge, the lower ids. 0 keeps all.
+3. top_p: the shortest run of likeliest tokens whose probabilities, renormalised, reach p.
+4. min_p: tokens at least min_p times as likely as the likeliest.
+
+So is every logprob: log-softmax of the raw logits, before temperature and filters.
+"""
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster.messages import EmittedToken, SamplingParams, TokenLogprob
+from decode_workers.philox import philox4x32
+from decode_workers.step_batch import Float32Array
+
+Float64Array = npt.NDArray[np.float64]
+TokenIdArray = npt.NDArray[np.int64]
+
+_LANES = 4
+"""Random words of one counter: tokens 4 i .. 4 i + 3 share counter i, one word each."""
+
+
+class BadLogitsError(ValueError):
+    """A logits row that no token can be drawn from: NaN, +inf, or -inf throughout.
+
+    -inf for some tokens is sound: they are never chosen. Handled by the engine, which fails that
+    sequence alone.
+    """
+
+
+def sample(row: Float32Array, params: SamplingParams, index: int) -> int:
+    """The token at completion index `index`. Raises BadLogitsError."""
+    best = int(row.argmax())
+    check_best(row, best)
+    if params.temperature == 0:
+        return best
+    token_ids = _candidates(row, float(row[best]), params)
+    scores = _scaled(row[token_ids], float(row[best]), params.temperature)
+    scores += gumbel(params.seed, index, token_ids)
+    return int(token_ids[scores.argmax()])
+
+
+def check_best(row: Float32Array, best: int) -> None:
+    """`best` is the row's argmax: NumPy's is the first NaN where there is one. Raises BadLogitsError."""
+    value = float(row[best])
+    if not math.isfinite(value):
+        raise BadLogitsError(f"logit of token {best} is {value}: no token can be chosen")
+
+
+def gumbel(seed: int, index: int, token_ids: TokenIdArray) -> Float64Array:
+    """Standard Gumbel noise of each token at completion index `index`; ids ascending, not empty."""
+    num_blocks = int(token_ids[-1]) // _LANES + 1
+    if num_blocks < token_ids.size:
+        words = _words(seed, index, np.arange(num_blocks)).T.reshape(-1)[token_ids]
+    else:
+        lanes = token_ids % _LANES
+        words = _words(seed, index, token_ids // _LANES)[lanes, np.arange(token_ids.size)]
+    uniform = (words + 0.5) * 2.0**-32
+    noise: Float64Array = -np.log(-np.log(uniform))
+    return noise
+
+
+def with_logprobs(row: Float32Array, token_id: int, num_top: int) -> EmittedToken:
+    """The token with its log-probability and those of the `num_top` likeliest, likeliest first."""
+    shift = float(row.max())
+    log_total = shift + math.log(float(np.exp(row - np.float32(shift)).sum(dtype=np.float64)))
+    top_ids = _by_likelihood(row, _top_k(row, num_top)) if num_top else np.arange(0)
+    return EmittedToken(
+        token_id=token_id,
+        logprob=float(row[token_id]) - log_total,
+        top_logprobs=tuple(
+            TokenLogprob(token_id=int(top_id), logprob=float(row[top_id]) - log_total) for top_id in top_ids
+        ),
+    )
+
+
+def _words(seed: int, index: int, blocks: TokenIdArray) -> npt.NDArray[np.uint32]:
+    counters = np.zeros((_LANES, blocks.size), dtype=np.uint32)
+    counters[0] = blocks
+    counters[1] = index & 0xFFFFFFFF
+    return philox4x32(counters, seed)
+
+
+def _scaled(logits: Float32Array, largest: float, temperature: float) -> Float64Array:
+    """Logits over temperature, shifted so that the largest is 0: no overflow, however small it is."""
+    shifted: Float64Array = (logits.astype(np.float64) - largest) / temperature
+    return shifted
+
+
+def _candidates(row: Float32Array, largest: float, params: SamplingParams) -> TokenIdArray:
+    """Ids that the filters leave, ascending; never empty."""
+    token_ids = _top_k(row, params.top_k) if params.top_k else np.arange(row.size)
+    if params.top_p < 1:
+        token_ids = _top_p(row, token_ids, largest, params)
+    if params.min_p > 0:
+        scaled = _scaled(row[token_ids], largest, params.temperature)
+        token_ids = token_ids[scaled >= math.log(params.min_p)]
+    return token_ids
+
+
+def _top_k(row: Float32Array, k: int) -> TokenIdArray:
+    if k >= row.size:
+        return np.arange(row.size)
+    edge = np.partition(row, row.size - k)[row.size - k]
+    token_ids = np.flatnonzero(row >= edge)
+    if token_ids.size > k:
+        at_edge = np.flatnonzero(row[token_ids] == edge)
+        token_ids = np.delete(token_ids, at_edge[k - token_ids.size :])
+    return token_ids
+
+
+def _top_p(
+    row: Float32Array, token_ids: TokenIdArray, largest: float, params: SamplingParams
+) -> TokenIdArray:
+    weights = np.exp(_scaled(row[token_ids], largest, params.temperature))
+    total = float(weights.sum())
+    # Tokens below this add up to less than 1 - p together, so the run never reaches them: sort the rest.
+    floor = (1 - params.top_p) * total / token_ids.size
+    kept = np.flatnonzero(weights >= floor)
+    order = kept[np.lexsort((token_ids[kept], -row[token_ids[kept]]))]
+    reached = int(np.searchsorted(np.cumsum(weights[order]), params.top_p * total))
+    return np.sort(token_ids[order[: reached + 1]])
+
+
+def _by_likelihood(row: Float32Array, token_ids: TokenIdArray) -> TokenIdArray:
+    return token_ids[np.lexsort((token_ids, -row[token_ids]))]
