@@ -1,0 +1,142 @@
+"""Which queries meet which keys in one forward pass: decided once a step, used by every layer.
+
+Keys are cut by absolute position into splits of SPLIT_TOKENS. A row's attention is one partial result a
+split, combined in order of position; what a split holds and how it is computed depends on the row's own
+prefix and path alone. So batch company, chunking and tree shape cannot change a bit:
+
+- a *tile* is a set of rows that lie on one path from the committed prefix to a leaf, beside the keys of that
+  path in order of position; a row sees the keys up to its own position;
+- the splits that lie wholly inside the committed prefix are common to all paths of a sequence, so there
+  one tile holds rows of several paths.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from megakernel.model.row_batch import IntArray, RowBatch, RowSpan, leaf_paths
+from megakernel.model.row_invariant import bucket_for
+
+SPLIT_TOKENS = 128
+"""Part of what a token's bits depend on: two workers that hand KV to one another use the same."""
+ATTENTION_TILES = (4, 8, 16, 32, 64)
+"""Rows of a query tile, ascending."""
+MAX_GROUP_ITEMS = 32
+"""Keys are copied together for this many items at a time: they stay in cache, and memory is bounded."""
+
+
+class TileGroup(msgspec.Struct, frozen=True, eq=False):
+    """Work items (a query tile beside one split of keys) of one tile size, MAX_GROUP_ITEMS at most."""
+
+    tile_rows: int
+    rows: IntArray
+    """[items * tile_rows] row of the batch; 0 where the tile is padded."""
+    key_slots: IntArray
+    """[items * SPLIT_TOKENS] KV slot; the zero slot past the path's end."""
+    is_hidden: npt.NDArray[np.bool_]
+    """[items, tile_rows, 1, SPLIT_TOKENS] true where the row must not see the key."""
+
+
+class AttentionPlan(msgspec.Struct, frozen=True, eq=False):
+    groups: tuple[TileGroup, ...]
+    partials: IntArray
+    """[padded rows, splits] index into all groups' item rows, one after another; splits is a power of two."""
+    is_padding: npt.NDArray[np.bool_]
+    """[padded rows, splits] true past the row's last split."""
+
+
+class _Tile(msgspec.Struct, frozen=True, eq=False):
+    rows: IntArray
+    first_split: int
+    key_slots: IntArray
+    """[splits, SPLIT_TOKENS]"""
+
+
+def plan_attention(
+    batch: RowBatch, num_padded_rows: int, zero_slot: int, tile_sizes: Sequence[int]
+) -> AttentionPlan:
+    """`zero_slot` is a slot of zeros: stale memory must not reach a product, not even times zero."""
+    tiles_by_size: dict[int, list[_Tile]] = {}
+    for span in batch.spans:
+        for tile in _span_tiles(batch, span, zero_slot, tile_sizes[-1]):
+            tiles_by_size.setdefault(bucket_for(len(tile.rows), tile_sizes), []).append(tile)
+    num_splits = max(
+        (t.first_split + len(t.key_slots) for tiles in tiles_by_size.values() for t in tiles), default=1
+    )
+    partials = np.full((num_padded_rows, 1 << (num_splits - 1).bit_length()), -1, dtype=np.int64)
+    groups: list[TileGroup] = []
+    first_partial = 0
+    for size, tiles in sorted(tiles_by_size.items()):
+        groups.extend(_groups(batch, size, tiles))
+        for tile in tiles:
+            _number_partials(partials, tile, size, first_partial)
+            first_partial += size * len(tile.key_slots)
+    is_padding = partials < 0
+    # A missing split points at a partial of the row's own, so that nothing of another row is ever read.
+    own_first = np.maximum(partials[:, :1], 0)
+    return AttentionPlan(tuple(groups), np.where(is_padding, own_first, partials), is_padding)
+
+
+def _span_tiles(batch: RowBatch, span: RowSpan, zero_slot: int, max_rows: int) -> Iterator[_Tile]:
+    num_context = len(span.context_slots)
+    rows = np.arange(span.start, span.end, dtype=np.int64)
+    is_chain = bool(np.array_equal(batch.parents[span.start + 1 : span.end], rows[:-1]))
+    num_shared = 0
+    if not is_chain:
+        num_shared = num_context // SPLIT_TOKENS
+        shared = span.context_slots[: num_shared * SPLIT_TOKENS]
+        for start in range(0, len(rows) if num_shared else 0, max_rows):
+            yield _Tile(rows[start : start + max_rows], 0, shared.reshape(-1, SPLIT_TOKENS))
+    paths = [rows] if is_chain else _own_paths(batch, span)
+    placed: set[int] = set()
+    context_tail = span.context_slots[num_shared * SPLIT_TOKENS :]
+    for path in paths:
+        key_slots = np.concatenate([context_tail, batch.slots[path]])
+        own = np.array([index for index, row in enumerate(path) if int(row) not in placed], dtype=np.int64)
+        placed.update(int(row) for row in path)
+        for start in range(0, len(own), max_rows):
+            part = own[start : start + max_rows]
+            num_keys = len(context_tail) + int(part[-1]) + 1
+            yield _Tile(path[part], num_shared, _padded_splits(key_slots[:num_keys], zero_slot))
+
+
+def _own_paths(batch: RowBatch, span: RowSpan) -> list[IntArray]:
+    return [np.array(path, dtype=np.int64) for path in leaf_paths(batch.parents, span.start, span.end)]
+
+
+def _padded_splits(slots: IntArray, zero_slot: int) -> IntArray:
+    num_splits = -(-len(slots) // SPLIT_TOKENS)
+    padded = np.full(num_splits * SPLIT_TOKENS, zero_slot, dtype=np.int64)
+    padded[: len(slots)] = slots
+    return padded.reshape(num_splits, SPLIT_TOKENS)
+
+
+def _groups(batch: RowBatch, size: int, tiles: Sequence[_Tile]) -> Iterator[TileGroup]:
+    counts = [len(tile.key_slots) for tile in tiles]
+    tile_rows = np.zeros((len(tiles), size), dtype=np.int64)
+    tile_positions = np.full((len(tiles), size), -1, dtype=np.int64)
+    for index, tile in enumerate(tiles):
+        tile_rows[index, : len(tile.rows)] = tile.rows
+        tile_positions[index, : len(tile.rows)] = batch.positions[tile.rows]
+    splits = np.concatenate([tile.first_split + np.arange(len(tile.key_slots)) for tile in tiles])
+    rows = np.repeat(tile_rows, counts, axis=0)
+    row_positions = np.repeat(tile_positions, counts, axis=0)
+    key_positions = splits[:, None] * SPLIT_TOKENS + np.arange(SPLIT_TOKENS)
+    key_slots = np.concatenate([tile.key_slots for tile in tiles])
+    for start in range(0, len(splits), MAX_GROUP_ITEMS):
+        part = slice(start, start + MAX_GROUP_ITEMS)
+        yield TileGroup(
+            tile_rows=size,
+            rows=rows[part].reshape(-1),
+            key_slots=key_slots[part].reshape(-1),
+            is_hidden=(key_positions[part, None, :] > row_positions[part, :, None])[:, :, None, :],
+        )
+
+
+def _number_partials(partials: IntArray, tile: _Tile, size: int, first_partial: int) -> None:
+    num_splits = len(tile.key_slots)
+    ids = first_partial + np.arange(num_splits) * size
+    columns = slice(tile.first_split, tile.first_split + num_splits)
+    partials[tile.rows, columns] = ids[None, :] + np.arange(len(tile.rows))[:, None]
