@@ -100,6 +100,9 @@ def main() -> int:
     for name, value in figures.items():
         print(f"{name:28} {value:.6g}")
     write_figures(arguments.json, figures, runs=1)
+    if arguments.quick:
+        print(f"the bars are for {NUM_TOKENS} tokens; {NUM_TOKENS_QUICK} are too few to tell")
+        return 0
     is_met = meets_bars(figures)
     print("bars met" if is_met else "bars MISSED", "(top-1 >= 95%, perplexity within 1%)")
     return 0 if is_met else 1
