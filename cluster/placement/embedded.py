@@ -91,6 +91,7 @@ class EmbeddedRedis:
             guard = getattr(self, "_guard", None)
             if guard is not None:
                 _stop_guard(guard)
+                guard.stderr.close()
             shutil.rmtree(self._directory, ignore_errors=True)
 
     def __enter__(self) -> "EmbeddedRedis":
@@ -115,17 +116,16 @@ class EmbeddedRedis:
                     client.ping()
                     return
                 if self._guard.poll() is not None:
-                    raise EmbeddedRedisError(f"redis-server ended at once: {self._log_tail()}")
+                    raise EmbeddedRedisError(f"redis-server ended at once: {self._last_words()}")
                 if time.monotonic() > deadline:
-                    raise EmbeddedRedisError(f"redis-server did not answer in time: {self._log_tail()}")
+                    _stop_guard(self._guard)
+                    raise EmbeddedRedisError(f"redis-server did not answer in time: {self._last_words()}")
                 time.sleep(READY_POLL_S)
 
-    def _log_tail(self) -> str:
-        try:
-            text = (self._directory / "redis.log").read_text("utf-8", "replace")
-        except OSError:
-            return "it left no log"
-        return text[-2000:].strip() or "its log is empty"
+    def _last_words(self) -> str:
+        """What the guard passed on of the server's log when it ended."""
+        assert self._guard.stderr is not None
+        return self._guard.stderr.read().decode("utf-8", "replace").strip() or "it logged nothing"
 
 
 def find_redis_server() -> Path:
@@ -203,7 +203,7 @@ def _start_guard(server: Path, directory: Path) -> "subprocess.Popen[bytes]":
         [sys.executable, "-I", "-S", str(script), str(os.getpid()), str(server), str(directory)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         cwd="/",
         start_new_session=True,
     )

@@ -24,6 +24,8 @@ PR_SET_PDEATHSIG = 1
 STOP_TIMEOUT_S = 2.0
 MAX_CONFIG_BYTES = 65536
 WITHOUT_PIDFD_POLL_MS = 500
+LOG_NAME = "redis.log"
+MAX_LOG_BYTES = 2000
 
 
 def read_config(stdin_fd: int) -> bytes:
@@ -44,7 +46,7 @@ def die_with_parent() -> None:
 
 def start_server(redis_server: str, directory: str, config: bytes) -> "subprocess.Popen[bytes]":
     """The configuration goes through a pipe: a command line is readable by every user."""
-    with open(os.path.join(directory, "redis.log"), "wb") as log:
+    with open(os.path.join(directory, LOG_NAME), "wb") as log:
         server = subprocess.Popen(  # noqa: S603 - the path is our own finding
             [redis_server, "-"],
             stdin=subprocess.PIPE,
@@ -89,6 +91,12 @@ def stop_server(server: "subprocess.Popen[bytes]") -> None:
         server.wait()
 
 
+def tell_what_it_logged(directory: str) -> None:
+    """To the owner, who may be waiting for a server that never came; too short to block on the pipe."""
+    with contextlib.suppress(OSError), open(os.path.join(directory, LOG_NAME), "rb") as log:
+        sys.stderr.buffer.write(log.read()[-MAX_LOG_BYTES:])
+
+
 def exit_on_signal(_signal: int, _frame: FrameType | None) -> None:
     raise SystemExit(0)
 
@@ -102,6 +110,7 @@ def main(owner_pid: int, redis_server: str, directory: str) -> None:
             wait_for_an_end(owner_pid, server, stdin_fd)
         finally:
             stop_server(server)
+            tell_what_it_logged(directory)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
