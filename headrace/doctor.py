@@ -1,0 +1,186 @@
+"""Checks of the machine, each with the fix where it fails. Nothing is started and nothing changed."""
+
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import psutil
+from packaging.requirements import Requirement
+
+from cluster.config import HeadraceConfig
+from cluster.placement.embedded import EmbeddedRedisError, find_redis_server
+from headrace.ports import PortTakenError, check_free
+from headrace.run_folder import RunFolder
+from megakernel.model.load import open_model
+from megakernel.model.weights import ModelFormatError
+
+Verdict = Literal["ok", "note", "problem"]
+"""`note`: something is missing that `up` does not need. `problem`: `up` would fail."""
+
+_MIN_MEMORY_BYTES = 3 * 2**30
+_MIN_SHM_BYTES = 128 * 2**20
+_MIN_DISK_BYTES = 2**30
+_COMMAND_TIMEOUT_S = 10
+_SHM = "/dev/shm"  # noqa: S108 - asked about, not written to
+
+
+class Check(msgspec.Struct, frozen=True):
+    what: str
+    verdict: Verdict
+    found: str
+    fix: str = ""
+
+
+def run_checks(config: HeadraceConfig, folder: RunFolder) -> Iterator[Check]:
+    """One at a time, so that they can be shown as they come."""
+    checks: list[Callable[[], Iterable[Check]]] = [
+        _system,
+        _packages,
+        lambda: [_model(config.model.source)],
+        lambda: [_redis(config)],
+        lambda: _ports(config, folder),
+        lambda: [_memory(), _shared_memory(), _disk(folder)],
+        _tools,
+        lambda: [_gpu(), _tensorrt()],
+    ]
+    for check in checks:
+        yield from check()
+
+
+def _system() -> Iterator[Check]:
+    yield Check("Python", "ok", f"{platform.python_version()} at {sys.executable}")
+    if not sys.platform.startswith("linux"):
+        yield Check("system", "problem", sys.platform, "run it on Linux")
+
+
+def _packages() -> Iterator[Check]:
+    """The distribution's own requirements, without those of its extras."""
+    try:
+        requirements = [Requirement(text) for text in metadata.requires("headrace") or ()]
+    except metadata.PackageNotFoundError:
+        yield Check("headrace", "note", "not installed as a package", "`make up`, or pip install -e .")
+        return
+    wrong = []
+    for requirement in requirements:
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            wrong.append(f"{requirement.name} is missing")
+        else:
+            if not requirement.specifier.contains(version, prereleases=True):
+                wrong.append(f"{requirement.name} {version} is not {requirement.specifier}")
+    if wrong:
+        yield Check("packages", "problem", "; ".join(wrong), "`make up` installs what the lock file says")
+    else:
+        main = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "ray", "grpcio"))
+        yield Check("packages", "ok", main)
+
+
+def _model(source: str) -> Check:
+    try:
+        opened = open_model(source)
+    except ModelFormatError as error:
+        return Check("model", "problem", str(error), "see the message; `--model` chooses another")
+    millions = opened.num_parameters / 1e6
+    return Check("model", "ok", f"{opened.name}, {millions:.0f}M parameters, {opened.quantization}")
+
+
+def _redis(config: HeadraceConfig) -> Check:
+    if config.placement.redis_url is not None:
+        return Check("Redis", "ok", "a server of yours (placement.redis_url)")
+    try:
+        return Check("Redis", "ok", str(find_redis_server()))
+    except EmbeddedRedisError as error:
+        return Check("Redis", "problem", "no redis-server", str(error))
+
+
+def _ports(config: HeadraceConfig, folder: RunFolder) -> Iterator[Check]:
+    router = config.router
+    ports = f"{router.http_port} (HTTP), {router.grpc_port} (gRPC)"
+    if folder.is_locked():
+        yield Check("ports", "ok", "a cluster of yours is up")
+        return
+    try:
+        check_free(config)
+    except PortTakenError as error:
+        yield Check("ports", "problem", str(error), "stop that program, or choose other ports")
+    else:
+        yield Check("ports", "ok", f"{ports} are free")
+
+
+def _memory() -> Check:
+    available = psutil.virtual_memory().available
+    found = f"{available / 2**30:.1f} GiB available, {len(os.sched_getaffinity(0))} cores"
+    if available < _MIN_MEMORY_BYTES:
+        return Check("memory", "problem", found, f"free up to {_MIN_MEMORY_BYTES / 2**30:.0f} GiB")
+    return Check("memory", "ok", found)
+
+
+def _shared_memory() -> Check:
+    try:
+        free = shutil.disk_usage(_SHM).free
+    except OSError as error:
+        return Check(_SHM, "problem", str(error.strerror), "mount a tmpfs there: Ray keeps objects in it")
+    found = f"{free / 2**20:.0f} MiB free"
+    if free < _MIN_SHM_BYTES:
+        return Check(_SHM, "problem", found, "enlarge it; for a container: --shm-size=1g")
+    return Check(_SHM, "ok", found)
+
+
+def _disk(folder: RunFolder) -> Check:
+    existing = next(path for path in (folder.path, *folder.path.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    found = f"{free / 2**30:.1f} GiB free at {existing}"
+    if free < _MIN_DISK_BYTES:
+        return Check("disk", "problem", found, "free some, or set HEADRACE_HOME elsewhere: Ray logs there")
+    return Check("disk", "ok", found)
+
+
+def _tools() -> Iterator[Check]:
+    for what, names, purpose in (
+        ("C compiler", ("cc", "gcc", "clang"), "it will build kernels for this CPU; not needed to serve"),
+        ("make", ("make",), "the repository's commands use it"),
+        ("git", ("git",), "only needed to develop"),
+        ("nvcc", ("nvcc",), "only needed to build CUDA kernels"),
+    ):
+        path = next((found for name in names if (found := _which(name))), None)
+        if path:
+            yield Check(what, "ok", path)
+        else:
+            yield Check(what, "note", "not found", f"install it if you want it: {purpose}")
+
+
+def _which(name: str) -> str | None:
+    return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
+
+
+def _gpu() -> Check:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        has_device = Path("/dev/nvidia0").exists()
+        fix = "install the driver's nvidia-smi" if has_device else "none needed: the CPU serves"
+        return Check("GPU", "note", "no nvidia-smi", fix)
+    query = [tool, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(  # noqa: S603 - a fixed command, found on PATH
+            query, capture_output=True, text=True, timeout=_COMMAND_TIMEOUT_S, check=True
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        return Check("GPU", "note", f"nvidia-smi failed: {error}", "repair the driver; the CPU serves")
+    return Check("GPU", "ok", "; ".join(answer.stdout.split("\n")).strip("; "))
+
+
+def _tensorrt() -> Check:
+    if importlib.util.find_spec("tensorrt_llm") is None:
+        return Check("tensorrt_llm", "note", "not installed", "none needed: PyTorch runs prefill")
+    return Check("tensorrt_llm", "ok", metadata.version("tensorrt_llm"))

@@ -1,0 +1,63 @@
+"""Fills in what the configuration leaves to the machine: threads, KV pools, the context. Pure."""
+
+import msgspec
+from msgspec.structs import replace
+
+from cluster.config import HeadraceConfig
+
+_KV_MEMORY_SHARE = 0.25
+"""Of the memory available at start, for the KV pools of one role, all its replicas together."""
+_POOL_TOKENS = 16384
+_CONTEXTS_IN_POOL = 2
+"""With room for one full context only, nothing could start before it ends."""
+_FEWEST_CONTEXT_TOKENS = 128
+
+
+class SizingError(ValueError):
+    """The machine is too small for the model; the message says what would help. Ends the supervisor."""
+
+
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    num_cores: int
+    available_memory_bytes: int
+
+
+def resolve(
+    config: HeadraceConfig, *, machine: Machine, bytes_per_token: int, trained_context_tokens: int
+) -> HeadraceConfig:
+    """The same configuration with every None of it that depends on the machine made concrete.
+
+    A context that nobody chose is what the model was trained for, or less where a pool could not hold it.
+    Raises SizingError.
+    """
+    affordable = {
+        role: int(machine.available_memory_bytes * _KV_MEMORY_SHARE) // (bytes_per_token * max(1, replicas))
+        for role, replicas in (
+            ("prefill", config.prefill.num_replicas),
+            ("decode", config.decode.num_replicas),
+        )
+    }
+    pools = {"prefill": config.prefill.kv_pool_tokens, "decode": config.decode.kv_pool_tokens}
+    limits = [pools[role] or affordable[role] for role in ("prefill", "decode")]
+    context = config.model.max_context_tokens or min(trained_context_tokens, *limits)
+    if context < min(_FEWEST_CONTEXT_TOKENS, trained_context_tokens):
+        raise SizingError(
+            f"{machine.available_memory_bytes >> 20} MiB of available memory hold KV for only {context} "
+            f"tokens of {bytes_per_token} bytes: free some, or serve fewer replicas or a smaller model"
+        )
+    wanted = max(_POOL_TOKENS, _CONTEXTS_IN_POOL * context)
+    sizes = {role: pools[role] or max(context, min(wanted, affordable[role])) for role in pools}
+    return replace(
+        config,
+        model=replace(config.model, max_context_tokens=context),
+        prefill=replace(
+            config.prefill,
+            kv_pool_tokens=sizes["prefill"],
+            num_threads=config.prefill.num_threads or machine.num_cores,
+        ),
+        decode=replace(
+            config.decode,
+            kv_pool_tokens=sizes["decode"],
+            num_threads=config.decode.num_threads or machine.num_cores,
+        ),
+    )

@@ -1,0 +1,273 @@
+"""The long-lived process behind `headrace up`: starts Redis, Ray and the application, and ends them all.
+
+Run as `python -m headrace.supervisor`, in a session of its own, with a `Launch` as one line of JSON on its
+standard input. Progress and addresses go to the run folder's state file, all else to standard error.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import msgspec
+import psutil
+
+from cluster.config import HeadraceConfig
+from cluster.model_card import ServedModel
+from cluster.placement.embedded import EmbeddedRedis, EmbeddedRedisError
+from headrace import environment
+from headrace.ports import PortTakenError, internal_ports
+from headrace.probe import NotServingError, generate_one_token, wait_until_ready
+from headrace.processes import cluster_processes, is_alive, kill_all
+from headrace.run_folder import LOG, ClusterState, Phase, RunFolder, boot_id
+from headrace.served_model import served_model
+from headrace.sizing import Machine, SizingError, resolve
+from megakernel.model.load import open_model
+from megakernel.model.weights import ModelFormatError
+
+EXIT_UNUSABLE = 2
+"""What was asked for cannot run here; the log's last line says why."""
+STOP_TIMEOUT_S = 20.0
+OBJECT_STORE_BYTES = 80 * 1024 * 1024
+_WATCH_INTERVAL_S = 1.0
+_KV_ELEMENT_BYTES = 4
+"""Of the widest KV that a worker keeps: float32 on a CPU."""
+
+_UNUSABLE = (NotServingError, ModelFormatError, SizingError, EmbeddedRedisError, PortTakenError)
+"""Their messages say all there is to say."""
+
+_log = logging.getLogger("headrace")
+
+
+class Launch(msgspec.Struct, frozen=True, kw_only=True):
+    config: HeadraceConfig
+    """With concrete ports."""
+    is_attached: bool
+    """Whether to end when standard input does: when the command that started us is gone."""
+    lock_descriptor: int
+    """Inherited: the run folder's lock, held by this process alone once its parent has let go."""
+
+
+class StopRequestedError(Exception):
+    """A signal arrived while starting."""
+
+
+class Supervisor:
+    def __init__(self, folder: RunFolder, config: HeadraceConfig) -> None:
+        self._folder = folder
+        self._config = config
+        self._stop = threading.Event()
+        self._is_starting = True
+        self._redis: EmbeddedRedis | None = None
+        self._started_unix_s = time.time()
+        self._phase_seconds: dict[str, float] = {}
+
+    def request_stop(self, signum: int | None = None, frame: FrameType | None = None) -> None:
+        """Also a signal handler; raises StopRequestedError out of whatever the main thread is starting."""
+        del frame
+        was_starting, self._is_starting = self._is_starting, False
+        self._stop.set()
+        if signum is not None and was_starting:
+            raise StopRequestedError
+
+    def start(self) -> None:
+        """Raises what `_UNUSABLE` lists, or what Ray raises."""
+        config = self._config
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            with self._phase("redis"):
+                redis_url = pool.submit(self._redis_url)
+                opened = pool.submit(_open_model, config)
+            with self._phase("ray"):
+                self._start_ray()
+                self._catch_signals()  # Ray has set its own
+            with self._phase("deploy"):
+                served, config = opened.result()
+                self._deploy(config, served, redis_url.result())
+        with self._phase("answer"):
+            http_url = self._state("answer").http_url
+            wait_until_ready(http_url)
+            generate_one_token(http_url, served.card.name)
+        self._is_starting = False
+        self._folder.write_state(self._state("ready", served.card.name))
+        _log.info("ready: %s", json.dumps(self._phase_seconds))
+
+    def serve(self) -> None:
+        """Until a stop is requested. Raises NotServingError where Ray is gone."""
+        ray_parts = [
+            process
+            for process in psutil.Process().children()
+            if process.name().startswith(("raylet", "gcs_server"))
+        ]
+        has_redis = True
+        while not self._stop.wait(_WATCH_INTERVAL_S):
+            if dead := [process for process in ray_parts if not is_alive(process)]:
+                raise NotServingError(
+                    f"Ray has ended by itself ({', '.join(str(part.pid) for part in dead)})"
+                )
+            if self._redis is not None and has_redis and not self._redis.is_alive():
+                has_redis = False
+                _log.error("the embedded Redis has ended; placement goes on by load alone")
+
+    def stop(self, *, keep_log: bool) -> None:
+        """End everything and leave nothing; by force once STOP_TIMEOUT_S is over."""
+        self._is_starting = False
+        force = threading.Timer(STOP_TIMEOUT_S, self._stop_by_force)
+        force.daemon = True
+        force.start()
+        self._folder.write_state(self._state("stopping"))
+        for end in (_end_ray, self._close_redis):
+            try:
+                end()
+            except Exception:  # noqa: BLE001 - whatever fails, the rest must still end
+                _log.exception("while stopping")
+        force.cancel()
+        self._remove_leftovers(keep_log=keep_log)
+
+    def _stop_by_force(self) -> None:
+        _log.error("did not stop within %s s; killing what is left", STOP_TIMEOUT_S)
+        self._remove_leftovers(keep_log=True)
+        os._exit(1)
+
+    def _remove_leftovers(self, *, keep_log: bool) -> None:
+        left = kill_all(lambda: cluster_processes(os.getsid(0), self._folder.sockets))
+        for process in left:
+            _log.error("process %d does not end", process.pid)
+        self._folder.remove(keep=(LOG,) if keep_log else ())
+
+    def _close_redis(self) -> None:
+        if self._redis is not None:
+            self._redis.close()
+
+    @contextmanager
+    def _phase(self, phase: Phase) -> Iterator[None]:
+        self._folder.write_state(self._state(phase))
+        started_s = time.monotonic()
+        yield
+        self._phase_seconds[phase] = round(time.monotonic() - started_s, 2)
+
+    def _state(self, phase: Phase, model: str = "") -> ClusterState:
+        return ClusterState(
+            pid=os.getpid(),
+            boot_id=boot_id(),
+            phase=phase,
+            model=model or self._config.model.name or self._config.model.source,
+            host=self._config.router.host,
+            http_port=self._config.router.http_port,
+            grpc_port=self._config.router.grpc_port,
+            redis_url=self._redis.url if self._redis else self._config.placement.redis_url,
+            started_unix_s=self._started_unix_s,
+            phase_seconds=self._phase_seconds,
+        )
+
+    def _redis_url(self) -> str:
+        configured = self._config.placement.redis_url
+        if configured is not None:
+            return configured
+        folder = self._folder.sockets / "redis"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        self._redis = EmbeddedRedis(directory=folder)
+        return self._redis.url
+
+    def _start_ray(self) -> None:
+        environment.apply(self._folder.sockets, internal_ports())
+        import ray  # reads the environment when imported
+
+        ray.init(
+            address="local",
+            num_cpus=max(2, psutil.cpu_count() or 2),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            configure_logging=False,
+            namespace="headrace",
+            _temp_dir=str(self._folder.sockets / "ray"),
+        )
+
+    def _deploy(self, config: HeadraceConfig, served: ServedModel, redis_url: str) -> None:
+        from headrace.deploy import deploy  # imports Serve, which reads the environment
+
+        deploy(config, served, redis_url)
+
+    def _catch_signals(self) -> None:
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signum, self.request_stop)
+
+
+def _open_model(config: HeadraceConfig) -> tuple[ServedModel, HeadraceConfig]:
+    shape = open_model(config.model.source).weights.shape
+    resolved = resolve(
+        config,
+        machine=Machine(
+            num_cores=len(os.sched_getaffinity(0)),
+            available_memory_bytes=psutil.virtual_memory().available,
+        ),
+        bytes_per_token=2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * _KV_ELEMENT_BYTES,
+        trained_context_tokens=shape.max_context_tokens,
+    )
+    model = resolved.model
+    return served_model(model.source, model.name, model.max_context_tokens), resolved
+
+
+def _end_ray() -> None:
+    if "ray" not in sys.modules:
+        return
+    import ray
+
+    if not ray.is_initialized():
+        return
+    from ray import serve
+
+    serve.shutdown()
+    ray.shutdown()
+
+
+def _stop_at_end_of_input(stop: Callable[[], object]) -> None:
+    """Attached: the other end of our standard input lives as long as the terminal's command does."""
+
+    def wait() -> None:
+        os.read(0, 1)
+        stop()
+
+    threading.Thread(target=wait, name="input", daemon=True).start()
+
+
+def run(launch: Launch, folder: RunFolder) -> int:
+    """Returns the exit status; the log's last line says what went wrong."""
+    supervisor = Supervisor(folder, launch.config)
+    supervisor._catch_signals()
+    if launch.is_attached:
+        _stop_at_end_of_input(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    status = 0
+    try:
+        supervisor.start()
+        supervisor.serve()
+    except StopRequestedError:
+        _log.info("stopped while starting")
+    except _UNUSABLE as error:
+        _log.error("%s", error)
+        status = EXIT_UNUSABLE
+    except Exception:  # noqa: BLE001 - whatever failed, what was started must end
+        _log.exception("the cluster did not start")
+        status = 1
+    supervisor.stop(keep_log=status != 0)
+    return status
+
+
+def main() -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    with open(0, "rb", buffering=0, closefd=False) as standard_input:
+        launch = msgspec.json.decode(standard_input.readline(), type=Launch)
+    os.set_inheritable(launch.lock_descriptor, False)
+    return run(launch, RunFolder(Path(os.environ["HEADRACE_HOME"])))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
