@@ -19,8 +19,8 @@ def slots_of_blocks(block_table: Sequence[int], block_size_tokens: int) -> Int32
 class PoolSink:
     """`HandoffSink` over blocks that one sequence reserved.
 
-    `write` and `on_commit` run on the hand-off server's event loop, `on_abort` there or on the receiver's watchdog
-    thread: each callback only posts to the engine. The blocks stay the sequence's until one of the
+    `write` and `on_commit` run on the hand-off server's event loop, `on_abort` there or on the receiver's
+    watchdog thread: a callback only posts to the engine. The blocks must not be reused until one of the
     two was called, or `HandoffReceiver.cancel` returned.
     """
 

@@ -1,0 +1,147 @@
+"""A prefill worker: one engine, one gRPC server. The composition root registers and supervises it."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import cast
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from cluster.config import PrefillConfig, TransferConfig
+from cluster.messages import StepCost, WorkerStatus
+from cluster.metrics import PrefillMetrics
+from cluster.transfer.grpc_transport import GrpcKvTransport
+from cluster.transfer.host_id import host_id
+from cluster.wire import headrace_pb2 as pb
+from cluster.wire import headrace_pb2_grpc as pb_grpc
+from prefill_workers.engine import PrefillEngine
+from prefill_workers.engine_loop import EngineLoop
+from prefill_workers.servicer import AdminServicer, PrefillServicer
+from prefill_workers.validation import PrefillLimits
+
+HEALTH_PERIOD_S = 0.5
+SERVICES = tuple(pb.DESCRIPTOR.services_by_name[name].full_name for name in ("Prefill", "WorkerAdmin"))
+
+# Generated code has no types.
+_ADD_PREFILL = cast(Callable[[PrefillServicer, grpc.aio.Server], None], pb_grpc.add_PrefillServicer_to_server)
+_ADD_ADMIN = cast(Callable[[AdminServicer, grpc.aio.Server], None], pb_grpc.add_WorkerAdminServicer_to_server)
+
+logger = logging.getLogger(__name__)
+
+
+class PrefillWorker:
+    """Serves `Prefill` on one event loop; the engine runs in a thread of its own."""
+
+    def __init__(
+        self,
+        engine: PrefillEngine,
+        *,
+        vocab_size: int,
+        max_context_tokens: int,
+        config: PrefillConfig,
+        transfer: TransferConfig,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        stall_timeout_s: float = 30.0,
+    ) -> None:
+        """`port` 0: any free one. `stall_timeout_s`: a step that takes longer makes the worker unhealthy."""
+        self._engine = engine
+        self._vocab_size = vocab_size
+        self._max_context_tokens = max_context_tokens
+        self._config = config
+        self._transfer = transfer
+        self._host = host
+        self._port = port
+        self._metrics = PrefillMetrics()
+        self._loop = EngineLoop(engine, config.max_queued_requests, self._metrics, stall_timeout_s)
+        self._step_table: tuple[StepCost, ...] = ()
+        self._total_kv_tokens = 0
+        self._server: grpc.aio.Server | None = None
+        self._transport: GrpcKvTransport | None = None
+        self._health = health.aio.HealthServicer()
+        self._health_task: asyncio.Task[None] | None = None
+
+    async def start(self) -> tuple[str, int]:
+        """Measure the engine, then serve; returns (host, port). Raises what the engine or the port raised."""
+        try:
+            return await self._start()
+        except BaseException:
+            await self.stop(grace_s=0)
+            raise
+
+    async def _start(self) -> tuple[str, int]:
+        max_step_tokens = min(self._config.max_tokens_per_step, self._max_context_tokens)
+        ready = self._loop.start(max_step_tokens, self._vocab_size)
+        self._step_table = await asyncio.wrap_future(ready)
+        self._total_kv_tokens = self._loop.load().free_kv_tokens
+        self._transport = GrpcKvTransport(
+            own_host_id=host_id(),
+            timeout_s=self._transfer.timeout_s,
+            prefer_shared_memory=self._transfer.transport == "auto",
+        )
+        self._server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
+        self._add_services(self._server, self._transport)
+        port = self._server.add_insecure_port(f"{self._host}:{self._port}")
+        await self._server.start()
+        self._health_task = asyncio.create_task(self._publish_health())
+        return self._host, port
+
+    async def stop(self, grace_s: float = 5.0) -> None:
+        """Refuse new jobs, give running ones `grace_s`, then end them; safe to call twice."""
+        if self._health_task is not None:
+            self._health_task.cancel()
+            await asyncio.gather(self._health_task, return_exceptions=True)
+        await self._health.enter_graceful_shutdown()
+        if self._server is not None:
+            await self._server.stop(grace_s)
+        if self._transport is not None:
+            await self._transport.close()
+        if not await asyncio.to_thread(self._loop.stop, grace_s):
+            logger.error("the prefill engine did not end its step within %g s", grace_s)
+
+    def status(self) -> WorkerStatus:
+        load = self._loop.load()
+        return WorkerStatus(
+            queued_requests=load.queued_requests,
+            running_requests=load.running_requests,
+            queued_tokens=load.queued_tokens,
+            free_kv_tokens=load.free_kv_tokens,
+            total_kv_tokens=self._total_kv_tokens,
+            step_table=self._step_table,
+            is_accepting=self.is_healthy(),
+        )
+
+    def is_healthy(self) -> bool:
+        """Whether the engine's thread runs and makes progress."""
+        return self._loop.is_healthy()
+
+    def _add_services(self, server: grpc.aio.Server, transport: GrpcKvTransport) -> None:
+        limits = PrefillLimits(
+            layout_fingerprint=self._engine.layout.fingerprint,
+            vocab_size=self._vocab_size,
+            max_context_tokens=self._max_context_tokens,
+            total_kv_tokens=self._total_kv_tokens,
+        )
+        prefill = PrefillServicer(
+            self._loop, self._engine.layout, limits, transport, self._transfer.chunk_bytes, self._metrics
+        )
+        _ADD_PREFILL(prefill, server)
+        _ADD_ADMIN(AdminServicer(self._loop, limits, self._metrics), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+
+    async def _publish_health(self) -> None:
+        """Keep the health service's answer equal to `is_healthy`."""
+        published: bool | None = None
+        while True:
+            is_healthy = self.is_healthy()
+            if is_healthy is not published:
+                serving = health_pb2.HealthCheckResponse
+                answer = serving.SERVING if is_healthy else serving.NOT_SERVING
+                for service in ("", *SERVICES):
+                    await self._health.set(service, answer)
+                published = is_healthy
+            await asyncio.sleep(HEALTH_PERIOD_S)
