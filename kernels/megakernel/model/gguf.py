@@ -22,7 +22,7 @@ from megakernel.model.names import (
 )
 from megakernel.model.rope import base_frequencies, llama3_divisors
 from megakernel.model.shape import ModelShape, RopeScaling
-from megakernel.model.weights import ModelFormatError
+from megakernel.model.weights import ModelFormatError, shown
 
 ROPE_FACTORS = "rope_freqs.weight"
 _IGNORED_TENSORS = frozenset({ROPE_FACTORS})
@@ -113,16 +113,16 @@ def half_split_rows(num_heads: int, head_dim: int) -> npt.NDArray[np.intp]:
 def _named_tensors(file: GgufFile) -> dict[str, GgufTensor]:
     """Our names; raises for an unsupported architecture, an unknown tensor, or an unsupported format."""
     architecture = file.metadata.get("general.architecture")
-    if architecture not in SUPPORTED_ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in SUPPORTED_ARCHITECTURES:
         raise ModelFormatError(
-            f"{file.path}: architecture `{architecture}` is not supported; "
+            f"{file.path}: architecture {shown(architecture)} is not supported; "
             f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
         )
-    if file.metadata.get("split.count", 0) > 1:
+    if _Fields(file.path, file.metadata, "split").count("count") > 1:
         raise ModelFormatError(
             f"{file.path} is one part of a split GGUF; merge the parts into one file first"
         )
-    if file.metadata.get(f"{architecture}.expert_count", 0):
+    if _Fields(file.path, file.metadata, architecture).count("expert_count"):
         raise ModelFormatError(f"{file.path}: mixture-of-experts models are not supported; dense models are")
     named: dict[str, GgufTensor] = {}
     unknown: list[str] = []
@@ -146,18 +146,27 @@ def _check_format(path: Path, tensor: GgufTensor) -> None:
 
 
 class _Fields:
-    """Typed look-ups of one architecture's metadata; every miss is a ModelFormatError that names the key."""
+    """Typed look-ups under one prefix; every miss is a ModelFormatError that names the key."""
 
-    def __init__(self, path: Path, metadata: Metadata) -> None:
+    def __init__(self, path: Path, metadata: Metadata, prefix: str) -> None:
         self.path = path
         self._metadata = metadata
-        self._architecture: str = metadata["general.architecture"]
+        self._prefix = prefix
 
     def get(self, key: str) -> Any:
-        return self._metadata.get(f"{self._architecture}.{key}")
+        return self._metadata.get(f"{self._prefix}.{key}")
 
     def fail(self, key: str, problem: str) -> ModelFormatError:
-        return ModelFormatError(f"{self.path}: metadata `{self._architecture}.{key}` {problem}")
+        return ModelFormatError(f"{self.path}: metadata `{self._prefix}.{key}` {problem}")
+
+    def count(self, key: str) -> int:
+        """A non-negative integer; absent is 0."""
+        value = self.get(key)
+        if value is None:
+            return 0
+        if type(value) is not int or value < 0:
+            raise self.fail(key, f"is {shown(value)}; it must be a non-negative integer")
+        return value
 
     def size(self, key: str, default: int | None = None) -> int:
         """A positive integer, or an array of one and the same integer for each layer."""
@@ -169,7 +178,7 @@ class _Fields:
         if isinstance(value, np.ndarray):
             raise self.fail(key, "differs from layer to layer, which is not supported")
         if type(value) is not int or not 0 < value <= _MAX_SIZE:
-            raise self.fail(key, f"is {value!r}; it must be an integer from 1 to {_MAX_SIZE}")
+            raise self.fail(key, f"is {shown(value)}; it must be an integer from 1 to {_MAX_SIZE}")
         return value
 
     def positive(self, key: str, default: float | None = None) -> float:
@@ -177,13 +186,13 @@ class _Fields:
         if value is None and default is not None:
             return default
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
-            raise self.fail(key, f"is {value!r}; it must be a positive number")
+            raise self.fail(key, f"is {shown(value)}; it must be a positive number")
         return float(value)
 
 
 def _read_shape(file: GgufFile, tensors: Mapping[str, GgufTensor]) -> ModelShape:
-    fields = _Fields(file.path, file.metadata)
     architecture: str = file.metadata["general.architecture"]
+    fields = _Fields(file.path, file.metadata, architecture)
     hidden_size = fields.size("embedding_length")
     num_heads = fields.size("attention.head_count")
     num_kv_heads = fields.size("attention.head_count_kv", num_heads)
@@ -200,7 +209,7 @@ def _read_shape(file: GgufFile, tensors: Mapping[str, GgufTensor]) -> ModelShape
             "attention.head_count_kv", f"is {num_kv_heads}, which does not divide {num_heads} heads"
         )
     max_context_tokens = fields.size("context_length")
-    if 0 < (fields.get("attention.sliding_window") or 0) < max_context_tokens:
+    if 0 < fields.count("attention.sliding_window") < max_context_tokens:
         raise fields.fail("attention.sliding_window", "is set; sliding-window attention is not supported")
     embed = tensors.get("embed")
     if embed is None:
@@ -231,9 +240,12 @@ def _read_rope_scaling(
     file: GgufFile, fields: _Fields, head_dim: int, rope_theta: float
 ) -> tuple[RopeScaling | None, tuple[float, ...] | None]:
     """The file's factors as Llama 3's rule where they are that, else as plain divisors."""
-    kind = fields.get("rope.scaling.type") or "none"
-    if kind not in ("none", "linear"):
-        raise fields.fail("rope.scaling.type", f"is `{kind}`; supported: none, linear, and `{ROPE_FACTORS}`")
+    kind = fields.get("rope.scaling.type")
+    kind = "none" if kind is None else kind
+    if not isinstance(kind, str) or kind not in ("none", "linear"):
+        raise fields.fail(
+            "rope.scaling.type", f"is {shown(kind)}; supported: none, linear, and `{ROPE_FACTORS}`"
+        )
     factor = fields.positive("rope.scaling.factor", 1.0) if kind == "linear" else 1.0
     divisors = np.full(head_dim // 2, factor)
     tensor = file.tensors.get(ROPE_FACTORS)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from megakernel.model.weights import ModelFormatError
+from megakernel.model.weights import ModelFormatError, shown
 
 MAGIC = b"GGUF"
 SUPPORTED_VERSIONS = (2, 3)
@@ -197,7 +197,9 @@ def _scalar_form(cursor: _Cursor, kind: int, what: str) -> struct.Struct:
 def _alignment(path: Path, metadata: Metadata) -> int:
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
-        raise ModelFormatError(f"{path}: `general.alignment` is {alignment!r}; it must be a power of two")
+        raise ModelFormatError(
+            f"{path}: `general.alignment` is {shown(alignment)}; it must be a power of two"
+        )
     return alignment
 
 

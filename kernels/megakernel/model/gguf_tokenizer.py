@@ -11,7 +11,7 @@ import numpy as np
 
 from megakernel.model.gguf_file import Metadata
 from megakernel.model.tokenizer import END_OF_TURN_TEXTS, TokenizerSpec
-from megakernel.model.weights import ModelFormatError
+from megakernel.model.weights import ModelFormatError, shown
 
 SPACE = "▁"
 """SentencePiece's stand-in for a space."""
@@ -71,12 +71,8 @@ class _Vocabulary:
         if not self.texts:
             raise self.fail("tokens", "is missing or empty")
         self.ids = {text: number for number, text in enumerate(self.texts)}
-        types = metadata.get("tokenizer.ggml.token_type")
-        if types is None:
-            types = np.full(len(self.texts), TokenType.NORMAL)
-        if not isinstance(types, np.ndarray) or len(types) != len(self.texts):
-            raise self.fail("token_type", f"must be an array of {len(self.texts)} integers")
-        self.types: list[int] = types.tolist()
+        types = self.numbers("token_type", TokenType.NORMAL)
+        self.types = [int(kind) for kind in types]
         for text in END_OF_TURN_TEXTS:
             # Some converters leave these as ordinary text; a chat template needs them whole.
             if text in self.ids:
@@ -96,16 +92,27 @@ class _Vocabulary:
             raise self.fail(key, "must be an array of strings")
         return value
 
+    def numbers(self, key: str, default: float | None = None) -> list[float]:
+        """One number a token."""
+        value = self.get(key)
+        if value is None and default is not None:
+            return [default] * len(self.texts)
+        if not isinstance(value, np.ndarray) or len(value) != len(self.texts) or not np.isfinite(value).all():
+            raise self.fail(key, f"must be an array of {len(self.texts)} numbers")
+        return [float(number) for number in value.tolist()]
+
     def flag(self, key: str, default: bool) -> bool:
         value = self.get(key)
-        return default if value is None else bool(value)
+        if value is not None and not isinstance(value, bool):
+            raise self.fail(key, f"is {shown(value)}; it must be true or false")
+        return default if value is None else value
 
     def token_id(self, key: str) -> int | None:
         value = self.get(key)
         if value is None:
             return None
         if type(value) is not int or not 0 <= value < len(self.texts):
-            raise self.fail(key, f"is {value!r}; the vocabulary has ids 0 to {len(self.texts) - 1}")
+            raise self.fail(key, f"is {shown(value)}; the vocabulary has ids 0 to {len(self.texts) - 1}")
         return value
 
     def added_tokens(self) -> list[dict[str, Any]]:
@@ -123,6 +130,8 @@ def tokenizer_from_gguf(path: Path, metadata: Metadata) -> TokenizerSpec:
     """Raises ModelFormatError for a tokenizer that is missing, broken or of another kind."""
     vocabulary = _Vocabulary(path, metadata)
     kind = vocabulary.get("model")
+    if not isinstance(kind, str):
+        raise vocabulary.fail("model", "is missing or not text")
     if kind == "gpt2":
         pre = _pre_tokenizer(vocabulary)
         document, add_bos = _byte_level(vocabulary, pre), pre.add_bos
@@ -130,7 +139,7 @@ def tokenizer_from_gguf(path: Path, metadata: Metadata) -> TokenizerSpec:
         document, add_bos = _sentencepiece(vocabulary), True
     else:
         raise vocabulary.fail(
-            "model", f"is {kind!r}; supported: gpt2 (byte-level BPE), llama (SentencePiece BPE)"
+            "model", f"is {shown(kind)}; supported: gpt2 (byte-level BPE), llama (SentencePiece BPE)"
         )
     bos, eos = vocabulary.token_id("bos_token_id"), vocabulary.token_id("eos_token_id")
     eot = vocabulary.token_id("eot_token_id")
@@ -152,10 +161,11 @@ def tokenizer_from_gguf(path: Path, metadata: Metadata) -> TokenizerSpec:
 
 
 def _pre_tokenizer(vocabulary: _Vocabulary) -> PreTokenizer:
-    name = vocabulary.get("pre") or "default"
-    if name not in PRE_TOKENIZERS:
+    name = vocabulary.get("pre")
+    name = "default" if name is None else name
+    if not isinstance(name, str) or name not in PRE_TOKENIZERS:
         raise vocabulary.fail(
-            "pre", f"is `{name}`, which is not supported; supported: {', '.join(PRE_TOKENIZERS)}"
+            "pre", f"is {shown(name)}, which is not supported; supported: {', '.join(PRE_TOKENIZERS)}"
         )
     return PRE_TOKENIZERS[name]
 
@@ -207,7 +217,9 @@ def _listed_merges(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
         middle = merge.find(" ", 1)
         left, right = merge[:middle], merge[middle + 1 :]
         if middle < 0 or not {left, right, left + right} <= vocabulary.ids.keys():
-            raise vocabulary.fail("merges", f"holds `{merge}`, which does not join two tokens into a third")
+            raise vocabulary.fail(
+                "merges", f"holds {shown(merge)}, which does not join two tokens into a third"
+            )
         merges.append((left, right))
     if not merges:
         raise vocabulary.fail("merges", "is missing or empty")
@@ -240,13 +252,11 @@ def _sentencepiece(vocabulary: _Vocabulary) -> dict[str, Any]:
 
 def _scored_merges(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
     """SentencePiece joins the neighbours whose union scores highest: every split of every piece, by score."""
-    scores = vocabulary.get("scores")
-    if not isinstance(scores, np.ndarray) or len(scores) != len(vocabulary.texts):
-        raise vocabulary.fail("scores", f"must be an array of {len(vocabulary.texts)} numbers")
+    scores = vocabulary.numbers("scores")
     ids = vocabulary.ids
     ranked: list[tuple[float, int, int, tuple[str, str]]] = []
     mergeable = (TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.UNUSED)
-    for text, kind, score in zip(vocabulary.texts, vocabulary.types, scores.tolist(), strict=True):
+    for text, kind, score in zip(vocabulary.texts, vocabulary.types, scores, strict=True):
         if kind not in mergeable:
             continue
         for middle in range(1, len(text)):

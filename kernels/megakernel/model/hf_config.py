@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megakernel.model.shape import ModelShape, RopeScaling
-from megakernel.model.weights import ModelFormatError
+from megakernel.model.weights import ModelFormatError, shown
 
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
 _MAX_SIZE = 1 << 24
@@ -26,7 +26,7 @@ class _Config:
         if value is None and default is not None:
             return default
         if type(value) is not int or not 0 < value <= _MAX_SIZE:
-            raise self.fail(key, f"is {value!r}; it must be an integer from 1 to {_MAX_SIZE}")
+            raise self.fail(key, f"is {shown(value)}; it must be an integer from 1 to {_MAX_SIZE}")
         return value
 
     def positive(self, key: str, default: float | None = None) -> float:
@@ -34,7 +34,7 @@ class _Config:
         if value is None and default is not None:
             return default
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
-            raise self.fail(key, f"is {value!r}; it must be a positive number")
+            raise self.fail(key, f"is {shown(value)}; it must be a positive number")
         return float(value)
 
     def section(self, key: str) -> "_Config | None":
@@ -90,7 +90,7 @@ def _architecture(config: _Config) -> str:
     names = config.values.get("architectures")
     name = names[0] if isinstance(names, list) and len(names) == 1 else None
     if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise config.fail("architectures", f"is {names!r}; supported: one of {', '.join(ARCHITECTURES)}")
+        raise config.fail("architectures", f"is {shown(names)}; supported: one of {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[name]
 
 
@@ -101,11 +101,11 @@ def _refuse_variants(config: _Config) -> None:
         method = (config.section("quantization_config") or config).values.get("quant_method")
         raise config.fail(
             "quantization_config",
-            f"says the weights are quantized ({method}); supported in safetensors: F32, F16, BF16 "
+            f"says the weights are quantized ({shown(method)}); supported in safetensors: F32, F16, BF16 "
             "(for a quantized model give a GGUF)",
         )
     if values.get("hidden_act", "silu") != "silu":
-        raise config.fail("hidden_act", f"is {values['hidden_act']!r}; supported: silu")
+        raise config.fail("hidden_act", f"is {shown(values['hidden_act'])}; supported: silu")
     if values.get("use_sliding_window") or "sliding_attention" in (values.get("layer_types") or ()):
         raise config.fail("use_sliding_window", "is on; sliding-window attention is not supported")
     if values.get("partial_rotary_factor", 1.0) != 1.0:
@@ -125,7 +125,7 @@ def _rope_scaling(rope: _Config | None, head_dim: int) -> tuple[RopeScaling | No
         factor = rope.positive("factor")
         return None, None if factor == 1.0 else (factor,) * (head_dim // 2)
     if kind != "llama3":
-        raise rope.fail("rope_scaling", f"has rope type {kind!r}; supported: default, linear, llama3")
+        raise rope.fail("rope_scaling", f"has rope type {shown(kind)}; supported: default, linear, llama3")
     scaling = RopeScaling(
         factor=rope.positive("factor"),
         low_freq_factor=rope.positive("low_freq_factor"),

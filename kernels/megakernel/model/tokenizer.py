@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from megakernel.model.weights import ModelFormatError
+from megakernel.model.weights import ModelFormatError, shown
 
 END_OF_TURN_TEXTS = (
     "<|im_end|>",
@@ -108,7 +108,7 @@ def _token_ids(path: Path, document: Mapping[str, Any]) -> dict[str, int]:
         or not isinstance(model.get("vocab"), dict)
     ):
         kind = model.get("type") if isinstance(model, dict) else None
-        raise ModelFormatError(f"{path}: tokenizer model `{kind}` is not supported; BPE is")
+        raise ModelFormatError(f"{path}: tokenizer model {shown(kind)} is not supported; BPE is")
     added = document.get("added_tokens") or []
     try:
         ids = {**model["vocab"], **{token["content"]: token["id"] for token in added}}
@@ -135,7 +135,7 @@ def _listed_ids(path: Path, num_tokens: int) -> set[int]:
     value = _optional_json(path).get("eos_token_id")
     values = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(item) is int and item >= 0 for item in values):
-        raise ModelFormatError(f"{path}: `eos_token_id` is {value!r}; it must be an id or a list of ids")
+        raise ModelFormatError(f"{path}: `eos_token_id` is {shown(value)}; it must be an id or a list of ids")
     return {item for item in values if item < num_tokens}
 
 

@@ -7,6 +7,7 @@ tied). Matrices are [out_features, in_features]. Q and K rows are in Hugging Fac
 RoPE order whatever the file: GGUF's Llama architecture stores them interleaved, and is permuted back on load.
 """
 
+import reprlib
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -18,6 +19,11 @@ from megakernel.model.shape import ModelShape
 
 class ModelFormatError(ValueError):
     """A model file that cannot be read: names the file, what is wrong, and what is supported."""
+
+
+def shown(value: object) -> str:
+    """A value from a file, short enough for an error message."""
+    return reprlib.repr(value)
 
 
 class Weights(Protocol):

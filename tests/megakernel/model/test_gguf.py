@@ -211,7 +211,7 @@ def test_unknown_tensor_is_refused_rather_than_ignored(tmp_path: Path) -> None:
 def test_unsupported_architecture_lists_the_supported(tmp_path: Path) -> None:
     shape = tiny_shape("llama")
     write_gguf(tmp_path / "m.gguf", shape, random_tensors(shape), architecture="gemma2")
-    with pytest.raises(ModelFormatError, match="`gemma2` is not supported; supported: llama, qwen2, qwen3"):
+    with pytest.raises(ModelFormatError, match="gemma2' is not supported; supported: llama, qwen2, qwen3"):
         GgufWeights(tmp_path / "m.gguf")
 
 

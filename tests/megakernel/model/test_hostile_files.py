@@ -14,8 +14,26 @@ from megakernel.model.gguf import GgufWeights
 from megakernel.model.load import open_model
 from megakernel.model.safetensors import SafetensorsWeights
 from megakernel.model.weights import ModelFormatError
-from tests.megakernel.model.model_files import random_tensors, tiny_shape, write_gguf, write_hf_folder
+from tests.megakernel.model.model_files import (
+    gguf_metadata,
+    random_tensors,
+    tiny_shape,
+    write_gguf,
+    write_hf_folder,
+)
 
+OPTIONAL_KEYS = (
+    "split.count",
+    "llama.expert_count",
+    "llama.attention.sliding_window",
+    "llama.rope.scaling.type",
+    "llama.rope.scaling.factor",
+    "general.alignment",
+    "tokenizer.ggml.scores",
+    "tokenizer.ggml.add_bos_token",
+    "tokenizer.ggml.add_space_prefix",
+    "tokenizer.ggml.eot_token_id",
+)
 HEADER = struct.Struct("<4sIQQ")
 
 
@@ -79,6 +97,19 @@ def test_corrupt_gguf_header(gguf_bytes: bytes, scratch: Path, data: st.DataObje
 
 @settings(deadline=None, max_examples=200)
 @given(data=st.data())
+def test_metadata_of_the_wrong_type(scratch: Path, data: st.DataObject) -> None:
+    shape = tiny_shape("llama", num_layers=1)
+    keys = [*gguf_metadata(shape), *OPTIONAL_KEYS]
+    wrong = st.sampled_from([None, True, 7, -1.5, "", "text", [1, 2], ["a", "b"], [0.5], [True]])
+    changes = data.draw(st.dictionaries(st.sampled_from(keys), wrong, min_size=1, max_size=2))
+    path = scratch / "types.gguf"
+    write_gguf(path, shape, random_tensors(shape), metadata=changes)
+    with opens_or_is_refused("types.gguf"):
+        open_model(str(path))
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data())
 def test_corrupt_safetensors(folder: Path, scratch: Path, data: st.DataObject) -> None:
     sound = (folder / "model.safetensors").read_bytes()
     corrupt = bytearray(sound[: data.draw(st.sampled_from([len(sound), len(sound) // 2, 100]))])
@@ -125,7 +156,7 @@ def test_corrupt_json_in_a_folder(folder: Path, scratch: Path, name: str, text: 
         (HEADER.pack(b"GGUF", 3 << 24, 0, 0), "big-endian"),
         (HEADER.pack(b"GGUF", 3, 1 << 60, 0), "limits"),
         (HEADER.pack(b"GGUF", 3, 0, 1 << 60), "limits"),
-        (HEADER.pack(b"GGUF", 3, 0, 0), "architecture `None`"),
+        (HEADER.pack(b"GGUF", 3, 0, 0), "architecture None"),
         (HEADER.pack(b"GGUF", 3, 0, 1) + struct.pack("<Q", 1 << 62), "left"),
         # An array said to hold 2^62 bytes, one of as many strings, one of arrays.
         (HEADER.pack(b"GGUF", 3, 0, 1) + struct.pack("<Q1sIIQ", 1, b"k", 9, 0, 1 << 62), "left"),
