@@ -14,7 +14,7 @@ _FIXED_LOGIT = 1e4
 
 
 class NoopExecutor:
-    """`StepExecutor` without KV or weights. `token_id` must end nothing, so that requests run to their limit."""
+    """`StepExecutor` without KV or weights; `token_id` must end nothing, so requests run to their limit."""
 
     def __init__(self, layout: KvLayout, num_blocks: int, vocab_size: int, token_id: int) -> None:
         if not 0 <= token_id < vocab_size:

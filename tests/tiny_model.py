@@ -1,5 +1,6 @@
 """Tiny random models in memory, for tests that need real arithmetic but no file."""
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -74,10 +75,11 @@ def tiny_weights(
 
 def _tensors(shape: ModelShape, rng: np.random.Generator) -> dict[str, npt.NDArray[np.float32]]:
     def matrix(rows: int, columns: int, scale: float = 2.0) -> npt.NDArray[np.float32]:
-        return (rng.standard_normal((rows, columns)) * scale / columns**0.5).astype(np.float32)
+        return (rng.standard_normal((rows, columns)) * scale / math.sqrt(columns)).astype(np.float32)
 
     def vector(size: int, mean: float) -> npt.NDArray[np.float32]:
-        return rng.normal(mean, 0.3, (size,)).astype(np.float32)
+        values: npt.NDArray[np.float64] = rng.normal(mean, 0.3, (size,))
+        return values.astype(np.float32)
 
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     tensors = {

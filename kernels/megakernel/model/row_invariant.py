@@ -49,7 +49,7 @@ def verified_tiles(product: RowProduct, sample: torch.Tensor, tiles: Iterable[in
     if BASE_ROWS not in passed:
         raise RowVarianceError(
             f"a product over {BASE_ROWS} rows of {tuple(sample.shape[1:])} depends on the order of rows "
-            f"on this device ({sample.device}, {sample.dtype})"
+            f"or on other products on this device ({sample.device}, {sample.dtype})"
         )
     return passed
 

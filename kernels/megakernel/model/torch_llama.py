@@ -67,7 +67,7 @@ class TorchLlama:
             self._layers = [self._load_layer(index) for index in range(shape.num_layers)]
             self._final_norm = self._tensor("final_norm")
             self._head = self._load_head() if has_head else None
-            self._attention_tiles = verified_attention_tiles(shape, self._dtype, self.device)
+            self._attention_tiles = verified_attention_tiles(shape, self.device)
         smallest = smallest_common_tile(self._tiles_by_shape.values())
         self._row_buckets = tuple(rows for rows in ROW_BUCKETS if rows >= smallest)
         del self._weights
@@ -102,7 +102,7 @@ class TorchLlama:
             if index == last_layer and not len(logit_rows):
                 return torch.empty((0, self.shape.vocab_size))
             attended = tree_attention(queries, kv.keys[index], kv.values[index], plan)
-            hidden.add_(layer.o(attended.view(num_padded, -1)))
+            hidden.add_(layer.o(attended))
             hidden.add_(self._mlp(layer, hidden))
         return self._logits(hidden, logit_rows)
 

@@ -2,6 +2,7 @@
 
 Every product runs at verified tile sizes, every reduction has a fixed length (one split, one head) or is a
 balanced sum over splits, which zeros at its end leave as it was. See `attention_plan` for why.
+All of it is float32, whatever the pool holds: 16-bit batched products on a CPU fail the tiles' check.
 """
 
 from typing import NamedTuple
@@ -47,11 +48,14 @@ def to_device(plan: AttentionPlan, device: torch.device) -> DevicePlan:
 def tree_attention(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, plan: DevicePlan
 ) -> torch.Tensor:
-    """[rows, heads, head_dim] for scaled `queries` of that shape over pools [kv_heads, slots, head_dim]."""
+    """[rows, heads * head_dim] for scaled `queries` [rows, heads, head_dim].
+
+    `keys` and `values` are one layer's pools [kv_heads, slots, head_dim].
+    """
     num_rows, num_heads, head_dim = queries.shape
     num_kv_heads = keys.shape[0]
     group_heads = num_heads // num_kv_heads
-    by_kv_head = queries.view(num_rows, num_kv_heads, -1).transpose(0, 1).contiguous()
+    by_kv_head = queries.view(num_rows, num_kv_heads, -1).transpose(0, 1).float().contiguous()
     parts = [_attend(by_kv_head, keys, values, group, group_heads) for group in plan.groups]
     outputs, maxima, sums = (
         parts[0] if len(parts) == 1 else [torch.cat(tensors, 1) for tensors in zip(*parts, strict=True)]
@@ -68,7 +72,7 @@ def tree_attention(
     attended = outputs.view(num_kv_heads, num_rows, group_heads, head_dim).div_(
         sums.view(num_kv_heads, num_rows, group_heads, 1)
     )
-    return attended.transpose(0, 1).reshape(num_rows, num_heads, head_dim).to(queries.dtype)
+    return attended.transpose(0, 1).reshape(num_rows, num_heads * head_dim).to(queries.dtype)
 
 
 def _attend(
@@ -79,16 +83,16 @@ def _attend(
     num_items, tile_rows = group.is_hidden.shape[:2]
     num_matrices, num_queries = num_kv_heads * num_items, tile_rows * group_heads
     tiles = queries.index_select(1, group.rows).view(num_matrices, num_queries, head_dim)
-    split_keys = keys.index_select(1, group.key_slots).view(num_matrices, SPLIT_TOKENS, head_dim)
-    scores = torch.bmm(tiles, split_keys.transpose(1, 2)).float()
+    split_keys = keys.index_select(1, group.key_slots).float().view(num_matrices, SPLIT_TOKENS, head_dim)
+    scores = torch.bmm(tiles, split_keys.transpose(1, 2))
     scores.view(num_kv_heads, num_items, tile_rows, group_heads, SPLIT_TOKENS).masked_fill_(
         group.is_hidden, _HIDDEN
     )
     maxima = scores.amax(-1, keepdim=True)
     scores.sub_(maxima).exp_()
     sums = scores.sum(-1)
-    split_values = values.index_select(1, group.key_slots).view(num_matrices, SPLIT_TOKENS, head_dim)
-    outputs = torch.bmm(scores.to(values.dtype), split_values).float()
+    split_values = values.index_select(1, group.key_slots).float().view(num_matrices, SPLIT_TOKENS, head_dim)
+    outputs = torch.bmm(scores, split_values)
     by_row = (num_kv_heads, num_items * tile_rows, group_heads)
     return outputs.view(*by_row, head_dim), maxima.view(by_row), sums.view(by_row)
 
@@ -100,7 +104,7 @@ def _balanced_sum(terms: torch.Tensor) -> torch.Tensor:
     return terms.squeeze(2)
 
 
-def verified_attention_tiles(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> tuple[int, ...]:
+def verified_attention_tiles(shape: ModelShape, device: torch.device) -> tuple[int, ...]:
     """Query tile sizes whose products give the base tile's bits here (`row_invariant.verified_tiles`).
 
     Raises RowVarianceError.
@@ -108,7 +112,7 @@ def verified_attention_tiles(shape: ModelShape, dtype: torch.dtype, device: torc
     generator = torch.Generator().manual_seed(2)
 
     def sample(*dims: int) -> torch.Tensor:
-        return torch.randn(*dims, generator=generator).to(device, dtype)
+        return torch.randn(*dims, generator=generator).to(device)
 
     keys = sample(shape.num_kv_heads, SPLIT_TOKENS, shape.head_dim)
 
