@@ -93,7 +93,7 @@ def up(
     )
     folder = _folder()
     if folder.is_locked():
-        _already_running(folder, wanted)
+        _already_running(folder, http_port, grpc_port)
         return
     try:
         check_free(wanted)
@@ -102,8 +102,8 @@ def up(
     start(folder, with_concrete_ports(wanted), detach=detach)
 
 
-def _already_running(folder: RunFolder, wanted: HeadraceConfig) -> None:
-    """Says so, and fails unless the running one is ready and answers where it was asked for."""
+def _already_running(folder: RunFolder, http_port: int | None, grpc_port: int | None) -> None:
+    """Says so, and fails unless the running one is ready and answers where it was asked to."""
     from headrace.probe import is_ready
 
     state = folder.state()
@@ -112,11 +112,10 @@ def _already_running(folder: RunFolder, wanted: HeadraceConfig) -> None:
             f"a cluster in {folder.path} is {'starting' if state is None else PHASES[state.phase]}, "
             "not answering; `headrace down` ends it"
         )
-    asked = (wanted.router.http_port, wanted.router.grpc_port)
-    if any(port not in (0, has) for port, has in zip(asked, (state.http_port, state.grpc_port), strict=True)):
+    if http_port not in (None, 0, state.http_port) or grpc_port not in (None, 0, state.grpc_port):
         fail(
-            f"a cluster is up already, at {state.http_url} and gRPC {state.grpc_address}; `headrace down` ends "
-            "it, or set HEADRACE_HOME to another folder for a second one",
+            f"a cluster is up already, at {state.http_url} and gRPC {state.grpc_address}; `headrace down` "
+            "ends it, or set HEADRACE_HOME to another folder for a second one",
             EXIT_USAGE,
         )
     out.print(f"already up: {state.model} at {state.http_url} (gRPC {state.grpc_address})")

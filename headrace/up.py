@@ -9,7 +9,6 @@ import time
 from types import FrameType
 from typing import NoReturn
 
-import typer
 from rich.markup import escape
 
 from cluster.config import HeadraceConfig
@@ -34,9 +33,11 @@ def start(folder: RunFolder, config: HeadraceConfig, *, detach: bool) -> None:
         if detach:
             return
         _watch(process, state)
-        exit_code = process.wait()
-        if exit_code:
-            raise StartFailedError(f"the cluster has ended\n{folder.log_tail()}", exit_code)
+        if exit_code := process.wait():
+            log = folder.log_tail()
+            _end(folder, process)
+            fail(f"the cluster has ended; its log ends with\n{log}", exit_code)
+        out.print("stopped")
     except RunFolderError as error:
         fail(str(error), EXIT_USAGE)
     except StartFailedError as error:

@@ -28,7 +28,7 @@ TENSORRT_FILES = {"prefill_workers/trtllm_engine.py", "prefill_workers/trtllm_co
 
 
 def imports_of(source: str, package: str) -> Iterator[str]:
-    """Top-level names imported anywhere in a module, within functions too; relative ones are `package`'s own."""
+    """Top-level names imported anywhere in a module, in functions too; relative ones are `package`'s own."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name.partition(".")[0] for alias in node.names)

