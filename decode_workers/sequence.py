@@ -1,0 +1,91 @@
+"""A sequence: one request's decode state, and the invariant that every step keeps.
+
+`tokens` is the prompt and everything emitted. KV of `tokens[:committed]` is in the pool; the rest is
+pending and runs as rows. Between steps a decoding sequence has exactly one pending token, the
+last one, which is the first row of its next step.
+
+    queued -> awaiting_handoff -> running -> finished
+        \\--------------------------^
+"""
+
+from enum import StrEnum
+
+from cluster.ids import ChainHash, HandoffId
+from cluster.messages import GenerateRequest, Usage
+from cluster.timeline import Timeline
+from decode_workers.completion import Completion
+from decode_workers.kv_pool import Reservation
+
+
+class SequenceState(StrEnum):
+    QUEUED = "queued"
+    AWAITING_HANDOFF = "awaiting_handoff"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """Mutable; owned by the engine's thread."""
+
+    __slots__ = (
+        "arrival",
+        "committed",
+        "completion",
+        "handoff_id",
+        "is_prompt_published",
+        "kv_tokens",
+        "last_step",
+        "num_prompt",
+        "request",
+        "reservation",
+        "salt",
+        "state",
+        "timeline",
+        "tokens",
+    )
+
+    def __init__(
+        self, request: GenerateRequest, completion: Completion, salt: ChainHash, kv_tokens: int, arrival: int
+    ) -> None:
+        self.request = request
+        self.completion = completion
+        self.salt = salt
+        self.kv_tokens = kv_tokens
+        """KV slots that the whole sequence needs."""
+        self.arrival = arrival
+        """Order of submission: the older goes first where all else is equal."""
+        self.num_prompt = len(request.prompt_token_ids)
+        self.tokens: list[int] = [*request.prompt_token_ids, *request.emitted_token_ids]
+        self.committed = 0
+        self.state = SequenceState.QUEUED
+        self.reservation: Reservation | None = None
+        self.handoff_id: HandoffId | None = request.handoff_id
+        self.last_step = 0
+        """Number of the last step that had a row of this sequence."""
+        self.is_prompt_published = False
+        self.timeline = Timeline()
+
+    @property
+    def num_pending(self) -> int:
+        return len(self.tokens) - self.committed
+
+    @property
+    def next_index(self) -> int:
+        """Completion index of the next token to be sampled."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens whose KV was here on admission."""
+        return min(self.reservation.cached_tokens, self.num_prompt) if self.reservation else 0
+
+    @property
+    def uncomputed_prompt_tokens(self) -> int:
+        return max(0, self.num_prompt - self.committed)
+
+    def usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=self.num_prompt,
+            completion_tokens=len(self.tokens) - self.num_prompt,
+            cached_tokens=self.cached_tokens,
+        )

@@ -1,0 +1,195 @@
+"""`Decode.Generate`: routers' streams on one side, the engine's thread on the other.
+
+All state here belongs to the event loop; commands go to the engine through its inbox, and its events
+come back by `deliver`, once a step.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from functools import partial
+
+import grpc
+
+from cluster.ids import HandoffId, RequestId
+from cluster.messages import (
+    PROTOCOL_VERSION,
+    DecodeEvent,
+    FailureCode,
+    GenerateRequest,
+    SequenceFailed,
+    SequenceFinished,
+)
+from cluster.model_card import ModelCard
+from cluster.wire import conversions
+from cluster.wire import headrace_pb2 as pb
+from cluster.wire import headrace_pb2_grpc as pb_grpc
+from decode_workers.inbox import Inbox
+from decode_workers.roster import Roster
+
+MAX_OUTBOX_EVENTS = 65_536
+"""Events a stream may be behind by before it is cut: its router stopped reading."""
+
+DecodeContext = grpc.aio.ServicerContext[pb.DecodeCommand, pb.DecodeEvents]
+
+
+class _StreamFaultError(Exception):
+    """Ends a stream with a status that says why."""
+
+    def __init__(self, code: grpc.StatusCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class _Stream:
+    """One router's stream: what is to be written to it, and the requests it started."""
+
+    def __init__(self) -> None:
+        self.request_ids: set[RequestId] = set()
+        self.overflow: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Raises once the router is too far behind; nothing more is kept for it then."""
+        self._outbox: list[DecodeEvent] = []
+        self._arrived = asyncio.Event()
+
+    def put(self, event: DecodeEvent) -> None:
+        if len(self._outbox) < MAX_OUTBOX_EVENTS:
+            self._outbox.append(event)
+            self._arrived.set()
+        elif not self.overflow.done():
+            message = f"{MAX_OUTBOX_EVENTS} events wait to be read"
+            self.overflow.set_exception(_StreamFaultError(grpc.StatusCode.RESOURCE_EXHAUSTED, message))
+
+    async def write_to(self, context: DecodeContext) -> None:
+        """One message for all that came since the last one; never returns."""
+        while True:
+            await self._arrived.wait()
+            self._arrived.clear()
+            events, self._outbox = self._outbox, []
+            await context.write(conversions.events_to_proto(events))
+
+
+class DecodeService(pb_grpc.DecodeServicer):
+    def __init__(self, roster: Roster, inbox: Inbox, card: ModelCard, max_commands_waiting: int) -> None:
+        """`roster` is only named in calls that the engine's thread runs."""
+        self._roster = roster
+        self._inbox = inbox
+        self._card = card
+        self._max_commands_waiting = max_commands_waiting
+        self._owners: dict[RequestId, _Stream] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._crash: str | None = None
+
+    async def wait_idle(self) -> None:
+        """Until no request is left whose last event has not been passed on."""
+        await self._idle.wait()
+
+    def deliver(self, events: Iterable[DecodeEvent]) -> None:
+        """Pass one step's events on to the streams that started the requests."""
+        for event in events:
+            stream = self._owners.get(event.request_id)
+            if stream is None:
+                continue  # its stream ended
+            if isinstance(event, SequenceFinished | SequenceFailed):
+                self._disown(event.request_id)
+                stream.request_ids.discard(event.request_id)
+            stream.put(event)
+
+    def crash(self, error: Exception) -> None:
+        """The engine is gone: fail every request here, so that routers take them elsewhere."""
+        self._crash = f"the decode engine crashed: {type(error).__name__}: {error}"
+        self.deliver([self._crashed(request_id) for request_id in list(self._owners)])
+
+    async def Generate(self, _commands: AsyncIterator[pb.DecodeCommand], context: DecodeContext) -> None:  # noqa: N802
+        stream = _Stream()
+        tasks: list[asyncio.Future[None]] = [stream.overflow]
+        try:
+            await self._check_hello(context)
+            tasks.append(asyncio.create_task(self._obey_all(stream, context)))
+            tasks.append(asyncio.create_task(stream.write_to(context)))
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        except _StreamFaultError as fault:
+            await context.abort(fault.code, str(fault))
+        finally:
+            for task in tasks:
+                task.cancel()
+            self._abandon(stream)
+
+    async def _check_hello(self, context: DecodeContext) -> None:
+        command = await context.read()
+        if not isinstance(command, pb.DecodeCommand) or command.WhichOneof("command") != "hello":
+            raise _StreamFaultError(grpc.StatusCode.INVALID_ARGUMENT, "the first command must be Hello")
+        hello, card = command.hello, self._card
+        sides = (
+            ("protocol version", hello.protocol_version, PROTOCOL_VERSION),
+            ("model", hello.model, card.name),
+            ("model fingerprint", hello.model_fingerprint, card.fingerprint),
+        )
+        for what, theirs, ours in sides:
+            if theirs != ours:
+                message = f"{what}: the router has {theirs!r}, this decode worker {ours!r}"
+                raise _StreamFaultError(grpc.StatusCode.FAILED_PRECONDITION, message)
+
+    async def _obey_all(self, stream: _Stream, context: DecodeContext) -> None:
+        """Returns at the stream's end."""
+        while isinstance(command := await context.read(), pb.DecodeCommand):
+            self._obey(stream, command)
+
+    def _obey(self, stream: _Stream, command: pb.DecodeCommand) -> None:
+        match command.WhichOneof("command"):
+            case "generate":
+                self._generate(stream, conversions.generate_request_from_proto(command.generate))
+            case "cancel":
+                request_id = RequestId(command.cancel.request_id)
+                if request_id in stream.request_ids:
+                    self._inbox.post(partial(self._roster.cancel, request_id))
+            case "retry_handoff":
+                request_id = RequestId(command.retry_handoff.request_id)
+                handoff_id = HandoffId(command.retry_handoff.handoff_id)
+                if request_id in stream.request_ids:
+                    self._inbox.post(partial(self._roster.retry_handoff, request_id, handoff_id))
+            case "prefill_locally":
+                request_id = RequestId(command.prefill_locally.request_id)
+                if request_id in stream.request_ids:
+                    self._inbox.post(partial(self._roster.prefill_locally, request_id))
+            case "hello":
+                raise _StreamFaultError(grpc.StatusCode.INVALID_ARGUMENT, "a second Hello")
+            case _:
+                message = "a command that this worker does not know, or none"
+                raise _StreamFaultError(grpc.StatusCode.INVALID_ARGUMENT, message)
+
+    def _generate(self, stream: _Stream, request: GenerateRequest) -> None:
+        request_id = request.request_id
+        if request_id in self._owners:
+            message = f"request id {request_id} is in use"
+            stream.put(_failed(request_id, FailureCode.INVALID, message, is_retryable=False))
+        elif self._crash is not None:
+            stream.put(self._crashed(request_id))
+        elif len(self._inbox) >= self._max_commands_waiting:
+            message = f"{len(self._inbox)} commands wait for the engine"
+            stream.put(_failed(request_id, FailureCode.OVERLOADED, message, is_retryable=True))
+        else:
+            self._owners[request_id] = stream
+            self._idle.clear()
+            stream.request_ids.add(request_id)
+            self._inbox.post(partial(self._roster.submit, request))
+
+    def _abandon(self, stream: _Stream) -> None:
+        """Cancel what a stream started and did not see the end of."""
+        for request_id in stream.request_ids:
+            self._disown(request_id)
+            self._inbox.post(partial(self._roster.cancel, request_id))
+        stream.request_ids.clear()
+
+    def _disown(self, request_id: RequestId) -> None:
+        del self._owners[request_id]
+        if not self._owners:
+            self._idle.set()
+
+    def _crashed(self, request_id: RequestId) -> SequenceFailed:
+        return _failed(request_id, FailureCode.UNAVAILABLE, self._crash or "", is_retryable=True)
+
+
+def _failed(request_id: RequestId, code: FailureCode, message: str, *, is_retryable: bool) -> SequenceFailed:
+    return SequenceFailed(request_id=request_id, code=code, message=message, is_retryable=is_retryable)
