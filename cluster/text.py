@@ -15,6 +15,7 @@ import tokenizers
 
 from cluster.model_card import ServedModel
 
+MAX_TOKENS = 1 << 22
 SENTENCEPIECE_SPACE = "▁"
 _UTF8_DECODER = codecs.getincrementaldecoder("utf-8")
 
@@ -167,6 +168,8 @@ def _token_bytes(document: dict[str, Any]) -> list[bytes]:
     vocab: dict[str, int] = document["model"]["vocab"]
     added: list[dict[str, Any]] = document.get("added_tokens") or []
     size = max([*vocab.values(), *(token["id"] for token in added)], default=-1) + 1
+    if size > MAX_TOKENS:
+        raise UnsupportedTokenizerError(f"the tokenizer has ids up to {size - 1}; the limit is {MAX_TOKENS}")
     table = [b""] * size
     for text, token_id in vocab.items():
         table[token_id] = to_bytes(text)

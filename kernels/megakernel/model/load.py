@@ -42,12 +42,12 @@ def open_model(source: str) -> OpenedModel:
 
     Raises ModelFormatError, with the alternatives named, for anything that cannot be opened.
     """
-    path = Path(source).expanduser()
     if source == PACKAGED_MODEL:
         return _open_gguf(packaged_gguf(), PACKAGED_MODEL)
+    path = Path(source)
     if path.is_file():
         return _open_gguf(path, path.stem)
-    if path.is_dir():
+    if source and path.is_dir():
         return _open_folder(path, path.resolve().name)
     if path.suffix == ".gguf" or not _HUB_ID.fullmatch(source):
         raise ModelFormatError(f"no model at `{source}`; a model is {_ALTERNATIVES}, or a hub id `org/name`")

@@ -116,7 +116,7 @@ def write_gguf(
     *,
     storage: GGMLQuantizationType = GGMLQuantizationType.F32,
     metadata: Mapping[str, Any] | None = None,
-    extra: Mapping[str, npt.NDArray[np.float32]] | None = None,
+    extra: Mapping[str, npt.NDArray[Any]] | None = None,
     architecture: str | None = None,
 ) -> dict[str, npt.NDArray[Any]]:
     """Matrices in `storage` (bytes as they are where given as such), vectors in F32.
