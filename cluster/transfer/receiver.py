@@ -9,7 +9,6 @@ import contextlib
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any
 
 import grpc
 
@@ -17,6 +16,7 @@ from cluster.ids import Epoch, HandoffId
 from cluster.kv_layout import KvLayout
 from cluster.messages import HandoffCancelState
 from cluster.transfer import HandoffError, HandoffSink, KvChunk
+from cluster.transfer.frame_stream import FrameStream, PushContext
 from cluster.transfer.ledger import Expectation, Handoff, HandoffLedger
 from cluster.transfer.shared_memory import MappedSegment, open_offer
 from cluster.transfer.verify import ChunkPlace, HandoffVerifier, Trailer
@@ -25,8 +25,9 @@ from cluster.wire import headrace_pb2_grpc as pb_grpc
 
 MAX_CONCURRENT_PUSHES = 128
 MIN_WATCH_INTERVAL_S = 0.01
+LINGER_S = 1.0
+"""How long a rejected sender's frames are still taken, and discarded, so that it reads why."""
 
-PushContext = grpc.aio.ServicerContext[pb.HandoffFrame, pb.HandoffReply]
 CancelContext = grpc.aio.ServicerContext[pb.CancelHandoffRequest, pb.CancelHandoffResponse]
 
 logger = logging.getLogger(__name__)
@@ -91,19 +92,28 @@ class HandoffReceiver(pb_grpc.KvReceiverServicer):
         )
         return pb.CancelHandoffResponse(state=state.value)
 
-    async def Push(self, _frames: AsyncIterator[pb.HandoffFrame], context: PushContext) -> None:  # noqa: N802
+    async def Push(self, _requests: AsyncIterator[pb.HandoffFrame], context: PushContext) -> None:  # noqa: N802
+        frames = FrameStream(context)
         try:
             with self._push_slot():
-                reply = await self._receive(context)
+                acknowledged = await self._receive(context, frames)
         except HandoffError as error:
             logger.info("hand-off rejected: %s", error)
-            reply = pb.HandoffReply(rejected=pb.HandoffRejected(code=error.code, message=error.message))
+            rejected = pb.HandoffRejected(code=error.code, message=error.message)
+            await self._answer(context, pb.HandoffReply(rejected=rejected))
+            await frames.drain(LINGER_S)
+        else:
+            await self._answer(context, pb.HandoffReply(acknowledged=acknowledged))
+        finally:
+            await frames.close()
+
+    async def _answer(self, context: PushContext, reply: pb.HandoffReply) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._timeout_s):
                 await context.write(reply)
 
-    async def _receive(self, context: PushContext) -> pb.HandoffReply:
-        header = await self._read_header(context)
+    async def _receive(self, context: PushContext, frames: FrameStream) -> pb.HandoffAcknowledged:
+        header = await self._read_header(frames)
         loop = asyncio.get_running_loop()
         interruption = asyncio.timeout(None)
 
@@ -119,7 +129,7 @@ class HandoffReceiver(pb_grpc.KvReceiverServicer):
         try:
             async with interruption:
                 self._check_header(header, handoff.expectation)
-                num_bytes = await self._receive_payload(context, header, handoff)
+                num_bytes = await self._receive_payload(context, frames, header, handoff)
             self._check_epoch(header)
         except TimeoutError:  # interrupted: somebody else ended it
             failure = handoff.ended_error()
@@ -137,16 +147,18 @@ class HandoffReceiver(pb_grpc.KvReceiverServicer):
             self._ledger.abort(handoff, failure)
             raise failure from error
         self._ledger.commit(handoff)
-        return pb.HandoffReply(acknowledged=pb.HandoffAcknowledged(num_bytes=num_bytes))
+        return pb.HandoffAcknowledged(num_bytes=num_bytes)
 
-    async def _receive_payload(self, context: PushContext, header: pb.HandoffHeader, handoff: Handoff) -> int:
+    async def _receive_payload(
+        self, context: PushContext, frames: FrameStream, header: pb.HandoffHeader, handoff: Handoff
+    ) -> int:
         """Answer the header, take chunks until the trailer holds; returns payload bytes."""
         wanted = handoff.expectation
         verifier = HandoffVerifier(self._layout, wanted.first_token, wanted.num_tokens)
         with _opened_segment(header, verifier.total_bytes) as segment:
             accepted = pb.HandoffAccepted(use_shared_memory=segment is not None)
             await context.write(pb.HandoffReply(accepted=accepted))
-            while (frame := await _read_frame(context)).WhichOneof("frame") == "chunk":
+            while (frame := await frames.next()).WhichOneof("frame") == "chunk":
                 self._take_chunk(frame.chunk, verifier, segment, handoff)
         if frame.WhichOneof("frame") != "trailer":
             raise HandoffError("out_of_order", "a second header, or a frame without content")
@@ -167,10 +179,10 @@ class HandoffReceiver(pb_grpc.KvReceiverServicer):
         verifier.add(place, payload)
         self._ledger.write(handoff, KvChunk(place.layer, place.first_token, place.num_tokens, payload))
 
-    async def _read_header(self, context: PushContext) -> pb.HandoffHeader:
+    async def _read_header(self, frames: FrameStream) -> pb.HandoffHeader:
         try:
             async with asyncio.timeout(self._timeout_s):
-                frame = await _read_frame(context)
+                frame = await frames.next()
         except TimeoutError:
             raise HandoffError("timeout", f"no header for {self._timeout_s:g} s") from None
         if frame.WhichOneof("frame") != "header":
@@ -244,14 +256,6 @@ def _payload_of(message: pb.KvChunk, num_bytes: int, segment: MappedSegment | No
     if message.WhichOneof("payload") != "shared_memory_offset":
         raise HandoffError("size_mismatch", "a chunk without an offset into the shared memory agreed on")
     return segment.payload(message.shared_memory_offset, num_bytes)
-
-
-async def _read_frame(context: PushContext) -> pb.HandoffFrame:
-    frame: Any = await context.read()
-    if frame is grpc.aio.EOF:
-        raise HandoffError("unreachable", "the sender's stream ended before its trailer")
-    assert isinstance(frame, pb.HandoffFrame)
-    return frame
 
 
 def _trailer_of(message: pb.HandoffTrailer) -> Trailer:
