@@ -51,8 +51,7 @@ def shape_from_config(
 ) -> ModelShape:
     """Raises ModelFormatError. What the tensors tell better than the config is passed in."""
     config = _Config(path, values)
-    architecture = _architecture(config)
-    _refuse_variants(config)
+    architecture = supported_architecture(path, values)
     hidden_size = config.size("hidden_size")
     num_heads = config.size("num_attention_heads")
     num_kv_heads = config.size("num_key_value_heads", num_heads)
@@ -86,11 +85,14 @@ def shape_from_config(
     )
 
 
-def _architecture(config: _Config) -> str:
+def supported_architecture(path: Path, values: Mapping[str, Any]) -> str:
+    """`llama`, `qwen2` or `qwen3`. Raises ModelFormatError for anything else, and for variants of these."""
+    config = _Config(path, values)
     names = config.values.get("architectures")
     name = names[0] if isinstance(names, list) and len(names) == 1 else None
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise config.fail("architectures", f"is {shown(names)}; supported: one of {', '.join(ARCHITECTURES)}")
+    _refuse_variants(config)
     return ARCHITECTURES[name]
 
 

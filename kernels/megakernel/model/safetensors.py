@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megakernel.model.fingerprint import Fingerprint, Span
-from megakernel.model.hf_config import shape_from_config
+from megakernel.model.hf_config import shape_from_config, supported_architecture
 from megakernel.model.names import HF_GLOBAL, HF_LAYER, check_tensors, our_name, refuse_unknown
 from megakernel.model.shape import ModelShape
 from megakernel.model.tokenizer import read_json
@@ -110,8 +110,9 @@ class SafetensorsWeights:
         self.folder = folder
         self._config_path = folder / "config.json"
         config = read_json(self._config_path)
+        # Before the tensors: a quantized or foreign model is named as such, not by its odd tensors.
+        architecture = supported_architecture(self._config_path, config)
         self._files = [SafetensorsFile(path) for path in _weight_files(folder)]
-        architecture = str(config.get("model_type"))
         self._stored = _named_tensors(folder, self._files, architecture)
         self._shape = shape_from_config(
             self._config_path,

@@ -78,7 +78,6 @@ def tokenizer_from_folder(folder: Path) -> TokenizerSpec:
     ends = {ids[text] for text in END_OF_TURN_TEXTS if text in special}
     for source in ("generation_config.json", "config.json"):
         ends.update(_listed_ids(folder / source, len(ids)))
-    ends -= {bos_id}
     if eos_id is not None:
         ends.add(eos_id)
     return TokenizerSpec(

@@ -156,6 +156,19 @@ def test_refused_config_is_named(tmp_path: Path, config: dict[str, Any], named: 
         SafetensorsWeights(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [({"quantization_config": {"quant_method": "awq"}}, "awq"), ({"architectures": []}, "Qwen3")],
+)
+def test_config_is_refused_before_its_odd_tensors(tmp_path: Path, config: dict[str, Any], named: str) -> None:
+    shape = tiny_shape("llama")
+    write_hf_folder(tmp_path, shape, random_tensors(shape), config=config)
+    packed = {"model.layers.0.mlp.up_proj.qweight": np.zeros((8, 8), dtype=np.float32)}
+    (tmp_path / "model.safetensors").write_bytes(encode_safetensors(packed, "F32"))
+    with pytest.raises(ModelFormatError, match=named):
+        SafetensorsWeights(tmp_path)
+
+
 def test_unsupported_dtype_lists_the_supported(tmp_path: Path) -> None:
     shape = tiny_shape("llama")
     tensors = random_tensors(shape)
