@@ -56,13 +56,12 @@ class Dispatcher:
             try:
                 async with contextlib.aclosing(self._attempt(ask, placed, progress, timeline)) as batches:
                     async for batch in batches:
+                        if isinstance(batch[-1], SequenceEnded):
+                            self._placer.remember_session(ask, placed, progress.emitted_token_ids)
                         yield batch
             except AttemptFailedError as error:
                 failure = error.failure
             else:
-                self._placer.remember_session(
-                    ask, placed, placed.placement.decode, progress.emitted_token_ids
-                )
                 return
             if remaining_s(ask.deadline_unix_ns) <= 0:
                 yield [_cut_off(ask, placed, progress)]
@@ -111,18 +110,6 @@ class Dispatcher:
                     raise as_request_error(failure) from None
             await asyncio.sleep(REPLACE_POLL_S)
             excluded = frozenset(refused)
-
-
-def _cut_off(ask: SequenceAsk, placed: Placed, progress: Progress) -> SequenceEnded:
-    """The deadline passed while the sequence had no worker: what the client has, is the answer."""
-    usage = Usage(
-        prompt_tokens=len(ask.prompt_token_ids),
-        completion_tokens=len(progress.emitted_token_ids),
-        cached_tokens=0,
-    )
-    return SequenceEnded(
-        choice=ask.choice, reason=FinishReason.DEADLINE, text="", usage=usage, placement=placed.placement
-    )
 
 
 def _cut_off(ask: SequenceAsk, placed: Placed, progress: Progress) -> SequenceEnded:

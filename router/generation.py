@@ -10,7 +10,7 @@ import msgspec
 from cluster.ids import RequestId
 from cluster.messages import Usage
 from cluster.metrics import RouterMetrics
-from cluster.timeline import Timeline
+from cluster.timeline import Stage, Timeline
 from router.admission import Ask, InflightLimit, choice_seed
 from router.dispatch import Dispatcher
 from router.mailbox import Mailbox
@@ -47,12 +47,11 @@ class Generation:
                         for sequence in sequences
                     ]
                 )
-            meter = _Meter(self._metrics)
+            meter = _Meter(self._metrics, timeline, ask.num_sequences)
             async with contextlib.aclosing(batches):
                 async for batch in batches:
                     meter.count(batch)
                     yield batch
-            meter.end()
 
     async def _sequences(self, request_id: RequestId, ask: Ask) -> list[SequenceAsk]:
         sequences: list[SequenceAsk] = []
@@ -125,11 +124,13 @@ def total_usage(ended: Sequence[SequenceEnded], num_choices: int) -> Usage:
 class _Meter:
     """One request's share of the latency and token metrics."""
 
-    def __init__(self, metrics: RouterMetrics) -> None:
+    def __init__(self, metrics: RouterMetrics, timeline: Timeline, num_sequences: int) -> None:
+        now_ns = time.time_ns()
+        received_ns = timeline.stamps_ns.get(Stage.RECEIVED.value, now_ns)
         self._metrics = metrics
-        self._started_s = time.perf_counter()
+        self._started_s = time.perf_counter() - (now_ns - received_ns) / 1e9
+        self._num_left = num_sequences
         self._last_token_s: dict[int, float] = {}
-        self._ended: list[SequenceEnded] = []
 
     def count(self, batch: Sequence[SequenceEvent]) -> None:
         now_s = time.perf_counter()
@@ -142,11 +143,12 @@ class _Meter:
                     self._metrics.ttft.observe(now_s - self._started_s)
                 self._last_token_s[event.choice] = now_s
             else:
-                self._ended.append(event)
+                self._count_end(event, now_s)
 
-    def end(self) -> None:
-        self._metrics.e2e.observe(time.perf_counter() - self._started_s)
-        for ended in self._ended:
-            self._metrics.prompt_tokens.inc(ended.usage.prompt_tokens)
-            self._metrics.cached_tokens.inc(ended.usage.cached_tokens)
-            self._metrics.generation_tokens.inc(ended.usage.completion_tokens)
+    def _count_end(self, ended: SequenceEnded, now_s: float) -> None:
+        self._metrics.prompt_tokens.inc(ended.usage.prompt_tokens)
+        self._metrics.cached_tokens.inc(ended.usage.cached_tokens)
+        self._metrics.generation_tokens.inc(ended.usage.completion_tokens)
+        self._num_left -= 1
+        if self._num_left == 0:
+            self._metrics.e2e.observe(now_s - self._started_s)

@@ -39,6 +39,8 @@ DeadlineMs = Annotated[
     ),
 ]
 User = Annotated[str, Meta(max_length=512)]
+NumLogprobs = Annotated[int, Meta(ge=0, le=20)]
+Role = Literal["system", "developer", "user", "assistant"]
 Off = Annotated[float, Meta(ge=0, le=0)]
 Nothing = Annotated[list[Any], Meta(max_length=0)]
 NoEntries = Annotated[dict[str, Any], Meta(max_length=0)]
@@ -121,7 +123,7 @@ class TextPart(Body, frozen=True, kw_only=True):
 
 
 class Message(Body, frozen=True, kw_only=True):
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Role
     content: str | Annotated[list[TextPart], Meta(min_length=1, max_length=MAX_CONTENT_PARTS)]
 
     # What OpenAI's client writes beside an assistant's answer when the answer is sent back.

@@ -2,13 +2,14 @@
 
 import asyncio
 import logging
+from collections.abc import Sequence
 
 import msgspec
 
 from cluster.block_hash import chain_hashes, chain_salt
 from cluster.config import PlacementConfig
 from cluster.ids import ChainHash, SessionId, WorkerId
-from cluster.messages import SessionRecord, WorkerAddress, WorkerRecord
+from cluster.messages import SessionRecord, WorkerRecord
 from cluster.metrics import RouterMetrics
 from cluster.placement.choose import (
     NO_HITS,
@@ -121,27 +122,18 @@ class Placer:
             return placement
         return msgspec.structs.replace(placement, prefill=worker.address, computed_tokens=num_tokens)
 
-    def remember_session(
-        self, ask: SequenceAsk, placed: Placed, decode: WorkerAddress, completion: list[int]
-    ) -> None:
+    def remember_session(self, ask: SequenceAsk, placed: Placed, completion: Sequence[int]) -> None:
         """Record in the background where the session's KV now is; skipped while too many writes wait."""
         if ask.session_id is None or len(self._session_writes) >= MAX_SESSION_WRITES:
             return
-        # The last token was sampled but never run: it has no KV.
-        held = [*ask.prompt_token_ids, *completion][: len(ask.prompt_token_ids) + max(0, len(completion) - 1)]
-        salt = chain_salt(placed.layout_fingerprint, ask.tenant)
-        hashes = chain_hashes(held, placed.block_size_tokens, salt)
-        record = SessionRecord(
-            worker_id=decode.worker_id,
-            epoch=decode.epoch,
-            num_tokens=len(held),
-            last_hash=hashes[-1] if hashes else None,
-        )
-        task = asyncio.create_task(self._write_session(ask.session_id, record))
+        task = asyncio.create_task(self._write_session(ask.session_id, ask, placed, tuple(completion)))
         self._session_writes.add(task)
         task.add_done_callback(self._session_writes.discard)
 
-    async def _write_session(self, session_id: SessionId, record: SessionRecord) -> None:
+    async def _write_session(
+        self, session_id: SessionId, ask: SequenceAsk, placed: Placed, completion: tuple[int, ...]
+    ) -> None:
+        record = session_record(ask, placed, completion)
         try:
             async with asyncio.timeout(SESSION_WRITE_TIMEOUT_S):
                 await self._store.put_session(session_id, record, round(self._config.session_ttl_s * 1_000))
@@ -152,6 +144,19 @@ class Placer:
         """Let session writes under way end, or time out."""
         if self._session_writes:
             await asyncio.wait(tuple(self._session_writes))
+
+
+def session_record(ask: SequenceAsk, placed: Placed, completion: tuple[int, ...]) -> SessionRecord:
+    """KV is held of all tokens but the last, which was sampled and never run."""
+    held = ask.prompt_token_ids + completion[:-1]
+    salt = chain_salt(placed.layout_fingerprint, ask.tenant)
+    hashes = chain_hashes(held, placed.block_size_tokens, salt)
+    return SessionRecord(
+        worker_id=placed.placement.decode.worker_id,
+        epoch=placed.placement.decode.epoch,
+        num_tokens=len(held),
+        last_hash=hashes[-1] if hashes else None,
+    )
 
 
 def insufficient_kv(error: InsufficientKvError) -> RequestError:

@@ -64,7 +64,7 @@ class PrefillHop:
             return
         self.first_token = event.first_token
         if event.first_token >= self._num_tokens:
-            self._run_locally()  # all of it is cached at the decode worker: nothing to bring
+            self.handoff_id = None  # all of it is cached there: the decode worker goes on by itself
         else:
             self._start()
 
@@ -98,11 +98,12 @@ class PrefillHop:
         self.cancel()
         self._worker = self._next_worker()
         if self._worker is None:
-            self._run_locally()
+            self.handoff_id = None
+            self._connection.prefill_locally(self._request_id)
             return
+        # Prefill starts when the reservation waits for the new hand-off, which another Reserved says.
         self.handoff_id = new_handoff_id()
         self._connection.retry_handoff(self._request_id, self.handoff_id)
-        self._start()
 
     def _next_worker(self) -> WorkerAddress | None:
         if len(self._tried) >= MAX_PREFILL_TRIES:
@@ -114,10 +115,6 @@ class PrefillHop:
             tried=self._tried,
         )
         return record.address if record else None
-
-    def _run_locally(self) -> None:
-        self.handoff_id = None
-        self._connection.prefill_locally(self._request_id)
 
     def _start(self) -> None:
         assert self._worker is not None

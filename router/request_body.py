@@ -23,6 +23,7 @@ class BodyDecoder(Generic[T]):
     """Decodes one kind of body. Raises RequestError (400)."""
 
     def __init__(self, type: type[T]) -> None:
+        self._type = type
         self._decoder = msgspec.json.Decoder(type)
         self._root = inspect.type_info(type)
 
@@ -40,6 +41,13 @@ class BodyDecoder(Generic[T]):
             raise invalid(
                 None, "the body is not valid here: nested too deeply", code="invalid_json"
             ) from None
+
+    def convert(self, fields: Mapping[str, object]) -> T:
+        """The same checks on values that arrived some other way."""
+        try:
+            return msgspec.convert(fields, self._type)
+        except msgspec.ValidationError as error:
+            raise self._explain(str(error)) from None
 
     def _explain(self, message: str) -> RequestError:
         at = _AT_PATH.search(message)
