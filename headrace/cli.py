@@ -253,4 +253,4 @@ def version() -> None:
 
 
 def main() -> None:
-    app()
+    app(prog_name="headrace")

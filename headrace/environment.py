@@ -4,11 +4,13 @@ The one place that sets environment variables. Ray and Serve read theirs when im
 """
 
 import os
+import resource
 import secrets
 from pathlib import Path
 
 from headrace.ports import InternalPorts
 
+_MAX_CONNECTIONS = 4096
 _NO_PRELOADED_WORKERS = {"RAY_enable_worker_prestart": "0", "RAY_prestart_worker_first_driver": "0"}
 _SLEEPING_THREADS = {
     # A waiting thread of torch's pool sleeps: two workers share the cores, and a spinning one would
@@ -44,9 +46,9 @@ def serve_environment(folder: Path, ports: InternalPorts) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": f"{haproxy}",
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{haproxy}/server-state",
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{haproxy}/metrics.sock",
-        # The router has metrics of its own; without this, HAProxy writes a log line a request.
+        # The router has metrics of its own. HAProxy would write two log lines a request.
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
-        "RAY_SERVE_HAPROXY_LOG_TARGET": f"{haproxy}/log.sock",  # nobody listens
+        "RAY_SERVE_HAPROXY_LOG_TARGET": "127.0.0.1:514 sample 1:1000000",
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports.haproxy_metrics),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports.haproxy_stats),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports.fallback_http),
@@ -57,8 +59,15 @@ def serve_environment(folder: Path, ports: InternalPorts) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "5",
         "RAY_SERVE_HAPROXY_HEALTH_CHECK_RISE": "1",
-        "RAY_SERVE_HAPROXY_MAXCONN": "16384",
+        "RAY_SERVE_HAPROXY_MAXCONN": str(_max_connections(resource.getrlimit(resource.RLIMIT_NOFILE)[1])),
     }
+
+
+def _max_connections(max_files: int) -> int:
+    """HAProxy holds up to two and a half descriptors a connection, and refuses to start without them."""
+    if max_files == resource.RLIM_INFINITY:
+        return _MAX_CONNECTIONS
+    return max(64, min(_MAX_CONNECTIONS, (max_files - 256) * 2 // 5))
 
 
 def apply(folder: Path, ports: InternalPorts) -> None:

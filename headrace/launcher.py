@@ -84,15 +84,14 @@ def follow(
             if state.phase == "ready":
                 return state
         if process.poll() is not None:
-            raise StartFailedError(*_failure(process, folder))
+            raise StartFailedError(*_failure(folder))
         time.sleep(_POLL_S)
     raise StartFailedError(f"not ready after {START_TIMEOUT_S:.0f} s\n{folder.log_tail()}", 1)
 
 
-def _failure(process: "subprocess.Popen[bytes]", folder: RunFolder) -> tuple[str, int]:
-    if process.returncode == EXIT_UNUSABLE:
-        last = folder.log_tail(1)
-        return last.partition(" headrace: ")[2] or last, EXIT_UNUSABLE
+def _failure(folder: RunFolder) -> tuple[str, int]:
+    if (error := folder.error()) is not None:
+        return error, EXIT_UNUSABLE
     return f"the cluster did not start; its log ends with\n{folder.log_tail()}", 1
 
 

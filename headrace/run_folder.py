@@ -23,8 +23,8 @@ Phase = Literal["redis", "ray", "deploy", "answer", "ready", "stopping"]
 _MAX_SOCKET_PARENT_CHARS = 26
 """A socket path holds 107 bytes; HAProxy's takes up to 76 below the folder, and Ray's 64."""
 _LOCK_TRIES, _LOCK_RETRY_S = 5, 0.05
-LOG, LOCK = "supervisor.log", "lock"
-_ENTRIES = ("state.json", LOG, "redis", "ray", "haproxy", LOCK)
+LOG, ERROR, LOCK = "supervisor.log", "error.txt", "lock"
+_ENTRIES = ("state.json", LOG, ERROR, "redis", "ray", "haproxy", "measuring", LOCK)
 """All that a cluster ever puts into its folder. Nothing else is removed: the folder's path is the user's."""
 
 
@@ -88,6 +88,11 @@ class RunFolder:
         return self.path / LOG
 
     @property
+    def measuring_lock(self) -> Path:
+        """Held by the worker that measures its step table."""
+        return self.path / "measuring"
+
+    @property
     def sockets(self) -> Path:
         """Where Ray, HAProxy and Redis live: the folder itself, or, where that is too long for the path of
         a socket, a short one derived from it."""
@@ -140,6 +145,16 @@ class RunFolder:
         try:
             return msgspec.json.decode((self.path / "state.json").read_bytes(), type=ClusterState)
         except (FileNotFoundError, NotADirectoryError, msgspec.DecodeError):
+            return None
+
+    def write_error(self, message: str) -> None:
+        """Why the supervisor gave up, for the command that started it."""
+        (self.path / ERROR).write_text(message, encoding="utf-8")
+
+    def error(self) -> str | None:
+        try:
+            return (self.path / ERROR).read_text(encoding="utf-8")
+        except FileNotFoundError:
             return None
 
     def log_tail(self, num_lines: int = 30) -> str:

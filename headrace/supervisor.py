@@ -27,14 +27,14 @@ from headrace import environment
 from headrace.ports import PortTakenError, internal_ports
 from headrace.probe import NotServingError, generate_one_token, wait_until_ready
 from headrace.processes import cluster_processes, is_alive, kill_all
-from headrace.run_folder import LOG, ClusterState, Phase, RunFolder, boot_id
+from headrace.run_folder import ERROR, LOG, ClusterState, Phase, RunFolder, boot_id
 from headrace.served_model import served_model
 from headrace.sizing import Machine, SizingError, resolve
 from megakernel.model.load import open_model
 from megakernel.model.weights import ModelFormatError
 
 EXIT_UNUSABLE = 2
-"""What was asked for cannot run here; the log's last line says why."""
+"""What was asked for cannot run here; `RunFolder.error` says why."""
 STOP_TIMEOUT_S = 20.0
 OBJECT_STORE_BYTES = 80 * 1024 * 1024
 _WATCH_INTERVAL_S = 1.0
@@ -89,14 +89,14 @@ class Supervisor:
                 self._start_ray()
                 self._catch_signals()  # Ray has set its own
             with self._phase("deploy"):
-                served, config = opened.result()
-                self._deploy(config, served, redis_url.result())
+                model = opened.result()
+                self._deploy(model, redis_url.result())
         with self._phase("answer"):
             http_url = self._state("answer").http_url
             wait_until_ready(http_url)
-            generate_one_token(http_url, served.card.name)
+            generate_one_token(http_url, model.served.card.name)
         self._is_starting = False
-        self._folder.write_state(self._state("ready", served.card.name))
+        self._folder.write_state(self._state("ready", model.served.card.name))
         _log.info("ready: %s", json.dumps(self._phase_seconds))
 
     def serve(self) -> None:
@@ -140,7 +140,7 @@ class Supervisor:
         left = kill_all(lambda: cluster_processes(os.getsid(0), self._folder.sockets))
         for process in left:
             _log.error("process %d does not end", process.pid)
-        self._folder.remove(keep=(LOG,) if keep_log else ())
+        self._folder.remove(keep=(LOG, ERROR) if keep_log else ())
 
     def _close_redis(self) -> None:
         if self._redis is not None:
@@ -191,29 +191,52 @@ class Supervisor:
             _temp_dir=str(self._folder.sockets / "ray"),
         )
 
-    def _deploy(self, config: HeadraceConfig, served: ServedModel, redis_url: str) -> None:
-        from headrace.deploy import deploy  # imports Serve, which reads the environment
+    def _deploy(self, opened: "_Opened", redis_url: str) -> None:
+        import ray
 
-        deploy(config, served, redis_url)
+        from headrace.deploy import Workload, deploy, gpus_per_worker  # imports Serve: after `apply`
+
+        num_gpus = ray.cluster_resources().get("GPU", 0.0)
+        deploy(
+            Workload(
+                config=opened.config,
+                served=opened.served,
+                redis_url=redis_url,
+                kv_bytes_per_token=opened.kv_bytes_per_token,
+                gpus_per_worker=gpus_per_worker(num_gpus, opened.config),
+            )
+        )
 
     def _catch_signals(self) -> None:
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(signum, self.request_stop)
 
 
-def _open_model(config: HeadraceConfig) -> tuple[ServedModel, HeadraceConfig]:
+class _Opened(msgspec.Struct, frozen=True, kw_only=True):
+    served: ServedModel
+    config: HeadraceConfig
+    """Resolved."""
+    kv_bytes_per_token: int
+
+
+def _open_model(config: HeadraceConfig) -> _Opened:
     shape = open_model(config.model.source).weights.shape
+    kv_bytes_per_token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * _KV_ELEMENT_BYTES
     resolved = resolve(
         config,
         machine=Machine(
             num_cores=len(os.sched_getaffinity(0)),
             available_memory_bytes=psutil.virtual_memory().available,
         ),
-        bytes_per_token=2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * _KV_ELEMENT_BYTES,
+        bytes_per_token=kv_bytes_per_token,
         trained_context_tokens=shape.max_context_tokens,
     )
     model = resolved.model
-    return served_model(model.source, model.name, model.max_context_tokens), resolved
+    return _Opened(
+        served=served_model(model.source, model.name, model.max_context_tokens),
+        config=resolved,
+        kv_bytes_per_token=kv_bytes_per_token,
+    )
 
 
 def _end_ray() -> None:
@@ -240,7 +263,7 @@ def _stop_at_end_of_input(stop: Callable[[], object]) -> None:
 
 
 def run(launch: Launch, folder: RunFolder) -> int:
-    """Returns the exit status; the log's last line says what went wrong."""
+    """Returns the exit status."""
     supervisor = Supervisor(folder, launch.config)
     supervisor._catch_signals()
     if launch.is_attached:
@@ -253,6 +276,7 @@ def run(launch: Launch, folder: RunFolder) -> int:
         _log.info("stopped while starting")
     except _UNUSABLE as error:
         _log.error("%s", error)
+        folder.write_error(str(error))
         status = EXIT_UNUSABLE
     except Exception:  # noqa: BLE001 - whatever failed, what was started must end
         _log.exception("the cluster did not start")
