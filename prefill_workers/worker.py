@@ -2,8 +2,6 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
-from typing import cast
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -23,10 +21,6 @@ from prefill_workers.validation import PrefillLimits
 
 HEALTH_PERIOD_S = 0.5
 SERVICES = tuple(pb.DESCRIPTOR.services_by_name[name].full_name for name in ("Prefill", "WorkerAdmin"))
-
-# Generated code has no types.
-_ADD_PREFILL = cast(Callable[[PrefillServicer, grpc.aio.Server], None], pb_grpc.add_PrefillServicer_to_server)
-_ADD_ADMIN = cast(Callable[[AdminServicer, grpc.aio.Server], None], pb_grpc.add_WorkerAdminServicer_to_server)
 
 logger = logging.getLogger(__name__)
 
@@ -127,8 +121,8 @@ class PrefillWorker:
         prefill = PrefillServicer(
             self._loop, self._engine.layout, limits, transport, self._transfer.chunk_bytes, self._metrics
         )
-        _ADD_PREFILL(prefill, server)
-        _ADD_ADMIN(AdminServicer(self._loop, limits, self._metrics), server)
+        pb_grpc.add_PrefillServicer_to_server(prefill, server)
+        pb_grpc.add_WorkerAdminServicer_to_server(AdminServicer(self._loop, limits, self._metrics), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)

@@ -96,6 +96,15 @@ class KeepingSink:
         }
 
 
+def target_at(address: str, its_host_id: str | None = None) -> WorkerAddress:
+    return WorkerAddress(
+        worker_id=WorkerId("decode-1"),
+        epoch=EPOCH,
+        grpc_address=address,
+        host_id=its_host_id or host_id(),
+    )
+
+
 class ReceiverAtWork:
     """A HandoffReceiver behind a real gRPC server on loopback."""
 
@@ -105,13 +114,8 @@ class ReceiverAtWork:
         self.address = f"127.0.0.1:{port}"
         self.epoch = EPOCH
 
-    def target(self, own_host_id: str | None = None) -> WorkerAddress:
-        return WorkerAddress(
-            worker_id=WorkerId("decode-1"),
-            epoch=self.epoch,
-            grpc_address=self.address,
-            host_id=own_host_id or host_id(),
-        )
+    def target(self, its_host_id: str | None = None) -> WorkerAddress:
+        return target_at(self.address, its_host_id)
 
     def expect(self, first_token: int, num_tokens: int) -> tuple[HandoffHeader, KeepingSink]:
         sink = KeepingSink()
@@ -155,8 +159,15 @@ def open_fds() -> int:
 
 
 def memfds() -> list[str]:
-    """Memory files this process holds open or mapped."""
-    gc.collect()
+    """Memory files this process holds open or mapped; those only garbage holds do not count."""
+    found = _memfds()
+    if found:
+        gc.collect()
+        found = _memfds()
+    return found
+
+
+def _memfds() -> list[str]:
     found = []
     for fd in os.listdir("/proc/self/fd"):
         try:
@@ -164,5 +175,5 @@ def memfds() -> list[str]:
         except OSError:  # the listing's own
             continue
     with open("/proc/self/maps") as maps:
-        found += [line.split()[-1] for line in maps if "memfd:headrace" in line]
+        found += [line.split(maxsplit=5)[-1] for line in maps if "memfd:headrace" in line]
     return [name for name in found if "memfd:headrace" in name]
