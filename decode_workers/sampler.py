@@ -92,8 +92,9 @@ def _words(seed: int, index: int, blocks: TokenIdArray) -> npt.NDArray[np.uint32
 
 
 def _scaled(logits: Float32Array, largest: float, temperature: float) -> Float64Array:
-    """Logits over temperature, shifted so that the largest is 0: no overflow, however small it is."""
-    shifted: Float64Array = (logits.astype(np.float64) - largest) / temperature
+    """Logits over temperature, shifted so that the largest is 0, however small the temperature."""
+    with np.errstate(over="ignore"):  # to -inf, which is what it comes to
+        shifted: Float64Array = (logits.astype(np.float64) - largest) / temperature
     return shifted
 
 

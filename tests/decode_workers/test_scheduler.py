@@ -1,0 +1,141 @@
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.block_hash import chain_salt
+from cluster.ids import RequestId
+from decode_workers.completion import Completion
+from decode_workers.draft_tree import DraftTree
+from decode_workers.kv_pool import Reservation
+from decode_workers.rows import assemble
+from decode_workers.scheduler import PATIENCE_NS, AdmissionQueue, RowGrant, plan_step
+from decode_workers.sequence import Sequence
+from decode_workers.step_batch import NO_PARENT
+from decode_workers.timers import Timers
+from tests.decode_workers.support import TOKENIZER, greedy, request_of
+
+
+def sequence_of(arrival: int, num_tokens: int = 1, committed: int = 0, **changes: object) -> Sequence:
+    request = request_of(f"r{arrival}", range(num_tokens), greedy(50), **changes)
+    completion = Completion(TOKENIZER, request.sampling, (), 50)
+    sequence = Sequence(request, completion, chain_salt("x", ""), num_tokens + 49, arrival)
+    sequence.committed = committed
+    sequence.reservation = Reservation(
+        table_index=arrival, block_ids=(), cached_tokens=0, capacity_tokens=num_tokens + 10
+    )
+    return sequence
+
+
+pendings = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 5)), max_size=10)
+
+
+@given(pendings, st.integers(1, 12), st.booleans())
+def test_every_plan_is_within_bounds_and_wastes_nothing(
+    pending: list[tuple[int, int]], max_rows: int, can_draft: bool
+) -> None:
+    running = [sequence_of(i, num_tokens) for i, (num_tokens, _) in enumerate(pending)]
+    for sequence, (_, last_step) in zip(running, pending, strict=True):
+        sequence.last_step = last_step
+    grants = plan_step(running, max_rows, can_draft=can_draft)
+    forced = sum(grant.num_forced for grant in grants)
+    drafted = sum(grant.max_draft_nodes for grant in grants)
+    assert len(grants) == min(len(running), max_rows)
+    assert forced + drafted <= max_rows
+    assert forced == min(max_rows, sum(s.num_pending for s in running)) or len(running) > max_rows
+    for grant in grants:
+        assert 1 <= grant.num_forced <= grant.sequence.num_pending
+        assert grant.max_draft_nodes <= 10
+        assert grant.max_draft_nodes == 0 or (can_draft and grant.is_sampled)
+
+
+def test_decoding_sequences_get_their_row_before_a_chain_takes_the_rest() -> None:
+    chain, decoding = sequence_of(1, 100), sequence_of(2, 5, committed=4)
+    grants = plan_step([chain, decoding], 8, can_draft=False)
+    assert [(grant.num_forced, grant.is_sampled) for grant in grants] == [(7, False), (1, True)]
+
+
+def test_more_sequences_than_rows_take_turns() -> None:
+    running = [sequence_of(i) for i in range(5)]
+    served: list[int] = []
+    for step in range(1, 11):
+        for grant in plan_step(running, 2, can_draft=False):
+            grant.sequence.last_step = step
+            served.append(grant.sequence.arrival)
+    assert served[:5] == [0, 1, 2, 3, 4]
+    assert [served.count(arrival) for arrival in range(5)] == [4] * 5
+
+
+def test_rows_of_a_chain_with_a_tree_beside_a_plain_one() -> None:
+
+    plain, chain = sequence_of(0, 6, committed=5), sequence_of(1, 4, committed=1)
+    tree = DraftTree(token_ids=(50, 51, 52), parents=(NO_PARENT, 0, NO_PARENT))
+    tables = np.array([[7, 8, -1], [3, 4, 5]], dtype=np.int32)
+    rows = assemble(
+        [
+            RowGrant(sequence=plain, num_forced=1, max_draft_nodes=0),
+            RowGrant(sequence=chain, num_forced=3, max_draft_nodes=3),
+        ],
+        [DraftTree(), tree],
+        tables,
+        block_size_tokens=4,
+    )
+    batch = rows.batch
+    assert batch.token_ids.tolist() == [5, 1, 2, 3, 50, 51, 52]
+    assert batch.positions.tolist() == [5, 1, 2, 3, 4, 5, 4]
+    assert batch.slots.tolist() == [8 * 4 + 1, 3 * 4 + 1, 3 * 4 + 2, 3 * 4 + 3, 4 * 4, 4 * 4 + 1, 4 * 4 + 2]
+    assert batch.parents.tolist() == [-1, -1, 1, 2, 3, 4, 3]
+    assert batch.sequence_starts.tolist() == [0, 1, 7]
+    assert batch.context_lengths.tolist() == [5, 1]
+    assert batch.block_tables.tolist() == [[7, 8], [3, 4]]
+    assert batch.needs_logits.tolist() == [True, False, False, True, True, True, True]
+    assert rows.logits_starts == (0, 1)
+
+
+def test_an_unfinished_chain_needs_no_logits() -> None:
+
+    grants = [
+        RowGrant(sequence=sequence_of(0, 9), num_forced=4, max_draft_nodes=0),
+        RowGrant(sequence=sequence_of(1, 1), num_forced=1, max_draft_nodes=0),
+    ]
+    rows = assemble(grants, [DraftTree(), DraftTree()], np.zeros((2, 3), dtype=np.int32), 4)
+    assert rows.batch.needs_logits.tolist() == [False] * 4 + [True]
+    assert rows.logits_starts == (0, 0)
+
+
+def test_the_queue_is_earliest_deadline_first_and_patient() -> None:
+    queue, now = AdmissionQueue(), 1_000
+    waiting = [
+        sequence_of(1),
+        sequence_of(2),
+        sequence_of(3, deadline_unix_ns=now + 5),
+        sequence_of(4, deadline_unix_ns=now + PATIENCE_NS + 1),
+    ]
+    for sequence in waiting:
+        queue.push(sequence, now)
+    queue.remove(waiting[0])
+    order = []
+    while (first := queue.first()) is not None:
+        order.append(first.request.request_id)
+        queue.remove(first)
+    assert order == [RequestId("r3"), RequestId("r2"), RequestId("r4")]
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.one_of(st.none(), st.integers(0, 50))), max_size=300))
+def test_timers_tell_each_key_once_at_its_last_time(actions: list[tuple[int, int | None]]) -> None:
+    timers: Timers[int] = Timers()
+    expected: dict[int, int] = {}
+    for key, at_ns in actions:
+        if at_ns is None:
+            timers.cancel(key)
+            expected.pop(key, None)
+        else:
+            timers.set(key, at_ns)
+            expected[key] = at_ns
+    assert timers.next_ns() == min(expected.values(), default=None)
+    told: dict[int, int] = {}
+    for now in range(51):
+        for key in timers.pop_due(now):
+            assert key not in told
+            told[key] = now
+    assert told == expected
+    assert timers.next_ns() is None
