@@ -212,6 +212,15 @@ async def test_blocks_of_the_dead_are_ignored_though_nothing_deleted_them(
     assert (await store.lookup(hashes, None)).cached_blocks == {"alive": 2}
 
 
+async def test_a_popular_block_sheds_its_dead_holders(store: RedisPlacementStore, client: Redis) -> None:
+    for worker_id in ("dead", "alive"):
+        address = await register(store, worker_id)
+        await store.publish_blocks(address.worker_id, address.epoch, chain(1), [])
+    await client.delete(lease_key(store, "dead"))
+    await store.lookup(chain(1), None)
+    assert await client.hkeys(store._block_key(chain(1)[0])) == [b"alive"]
+
+
 async def test_blocks_of_an_older_epoch_are_ignored_until_published_again(
     store: RedisPlacementStore,
 ) -> None:

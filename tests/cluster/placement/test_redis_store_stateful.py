@@ -7,7 +7,7 @@ import itertools
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from cluster.ids import ChainHash, Epoch, SessionId, WorkerId
 from cluster.messages import PROTOCOL_VERSION, SessionRecord, WorkerAddress, WorkerStatus
@@ -16,12 +16,13 @@ from cluster.placement.redis_store import RedisPlacementStore, connect
 from cluster.placement.store import LeaseLostError, WorkerIdentity
 
 TTL_MS = 600_000
-WORKERS = [WorkerId(name) for name in ("a", "b", "c")]
-CHAIN = [ChainHash(f"{i:016d}".encode()) for i in range(4)]
+WORKERS = [WorkerId(name) for name in ("a", "b")]
+CHAIN = [ChainHash(f"{i:016d}".encode()) for i in range(3)]
 SESSIONS = [SessionId(name) for name in ("s", "t")]
 
 workers = st.sampled_from(WORKERS)
-hash_sets = st.sets(st.sampled_from(CHAIN)).map(sorted)
+hash_sets = st.one_of(st.just(CHAIN), st.sets(st.sampled_from(CHAIN)).map(sorted))
+few_hashes = st.one_of(st.just([]), st.sets(st.sampled_from(CHAIN), max_size=1).map(sorted))
 # How many epochs ago: mostly the one in force, sometimes one that was fenced off.
 ages = st.sampled_from([0, 0, 0, 1, 2])
 
@@ -95,7 +96,7 @@ class PlacementMachine(RuleBasedStateMachine):
         if self.holds_lease(address):
             del self.leases[worker]
 
-    @rule(worker=workers, age=ages, stored=hash_sets, removed=hash_sets)
+    @rule(worker=workers, age=ages, stored=hash_sets, removed=few_hashes)
     def publish(self, worker: WorkerId, age: int, stored: list[ChainHash], removed: list[ChainHash]) -> None:
         if not stored and not removed:
             return
@@ -114,29 +115,50 @@ class PlacementMachine(RuleBasedStateMachine):
         self.runner.run(self.store.put_session(session, record, TTL_MS))
         self.sessions[session] = record
 
-    @rule(worker=workers)
+    @initialize()
+    def start_with_full_caches(self) -> None:
+        self.all_workers_come_and_fill_their_caches()
+
+    @rule()
+    def all_workers_come_and_fill_their_caches(self) -> None:
+        for worker in WORKERS:
+            self.register(worker, 0, 0)
+            self.publish(worker, 0, CHAIN, [])
+
+    @rule(lost=st.one_of(workers, st.sampled_from(CHAIN), st.sampled_from(SESSIONS), st.just("everything")))
+    def something_is_lost(self, lost: WorkerId | ChainHash | SessionId | str) -> None:
+        if lost in WORKERS:
+            self.lease_expires(WorkerId(str(lost)))
+        elif isinstance(lost, bytes):
+            self.block_expires(lost)
+        elif lost in SESSIONS:
+            self.session_expires(SessionId(lost))
+        else:
+            self.redis_is_flushed()
+
     def lease_expires(self, worker: WorkerId) -> None:
         # An expiry in the past deletes at once, as Redis does at the end of a TTL.
         self.runner.run(self.client.pexpire(self.store._lease_keys(worker)[0], -1))
         self.leases.pop(worker, None)
 
-    @rule(chain_hash=st.sampled_from(CHAIN))
     def block_expires(self, chain_hash: ChainHash) -> None:
         self.runner.run(self.client.pexpire(self.store._block_key(chain_hash), -1))
         self.entries = {key: epoch for key, epoch in self.entries.items() if key[0] != chain_hash}
 
-    @rule(session=st.sampled_from(SESSIONS))
     def session_expires(self, session: SessionId) -> None:
         self.runner.run(self.client.pexpire(self.store._session_key(session), -1))
         self.sessions.pop(session, None)
 
-    @rule()
     def redis_is_flushed(self) -> None:
         keys = self.runner.run(self.client.keys(self.store._prefix + b"*"))
         if keys:
             self.runner.run(self.client.delete(*keys))
         for forgotten in (self.leases, self.highest, self.entries, self.sessions):
             forgotten.clear()
+
+    @invariant()
+    def the_chain_is_found(self) -> None:
+        self.lookup(len(CHAIN), SESSIONS[0])
 
     @rule(length=st.integers(0, len(CHAIN)), session=st.sampled_from([None, *SESSIONS]))
     def lookup(self, length: int, session: SessionId | None) -> None:
