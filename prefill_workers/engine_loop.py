@@ -100,10 +100,8 @@ class EngineLoop:
         return ready
 
     def stop(self, timeout_s: float) -> bool:
-        """End after the current step, failing what is left; whether the thread ended in time. Blocks."""
-        with self._changed:
-            self._is_stopping = True
-            self._changed.notify()
+        """Fail what is left and end after the current step; whether the thread ended in time. Blocks."""
+        self._end(None)
         if self._thread is None:
             return True
         self._thread.join(timeout_s)
@@ -166,8 +164,6 @@ class EngineLoop:
             self._end(error)
             if not ready.done():
                 ready.set_exception(error)
-        else:
-            self._end(None)
 
     def _wait_for_work(self) -> bool:
         """Sleep until there is something to do; False to end."""
@@ -264,8 +260,9 @@ class EngineLoop:
 
     def _end(self, error: BaseException | None) -> None:
         with self._changed:
-            self._error = error
+            self._error = self._error or error
             self._is_stopping = True
             tickets = list(self._tickets.values())
+            self._changed.notify()
         for ticket in tickets:
             ticket.fail(EngineStoppedError(f"the prefill engine is not running: {error or 'stopping'}"))

@@ -94,6 +94,8 @@ class PrefillServicer(pb_grpc.PrefillServicer):
         self._chunk_bytes = chunk_bytes
         self._metrics = metrics
         self._runs: dict[HandoffId, _Run] = {}
+        self._all_ended = asyncio.Event()
+        self._is_stopping = False
         self._finished: OrderedDict[HandoffId, None] = OrderedDict()
 
     async def Run(self, message: pb.PrefillRequest, context: RunContext) -> pb.PrefillResult:  # noqa: N802
@@ -130,7 +132,21 @@ class PrefillServicer(pb_grpc.PrefillServicer):
             return HandoffCancelState.BACKEND_UNHEALTHY
         return HandoffCancelState.CANCEL_REQUESTED_IN_FLIGHT
 
+    async def stop(self, timeout_s: float) -> None:
+        """Refuse new jobs; returns when all running ones ended, or after `timeout_s`."""
+        self._is_stopping = True
+        self._note_end()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._all_ended.wait()
+
+    def _note_end(self) -> None:
+        if self._is_stopping and not self._runs:
+            self._all_ended.set()
+
     async def _run(self, request: PrefillRequest) -> PrefillResult:
+        if self._is_stopping:
+            raise EngineStoppedError("the prefill worker is stopping")
         check_request(request, self._limits, time.time_ns())
         handoff_id = request.handoff_id
         if handoff_id in self._runs:
@@ -147,6 +163,7 @@ class PrefillServicer(pb_grpc.PrefillServicer):
         finally:
             self._loop.withdraw(handoff_id)
             del self._runs[handoff_id]
+            self._note_end()
         self._remember(handoff_id)
         return result
 

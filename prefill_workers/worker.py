@@ -20,6 +20,8 @@ from prefill_workers.servicer import AdminServicer, PrefillServicer
 from prefill_workers.validation import PrefillLimits
 
 HEALTH_PERIOD_S = 0.5
+CLEANUP_TIMEOUT_S = 3.0
+"""For failed jobs to tell their receivers and their callers, when the worker stops."""
 SERVICES = tuple(pb.DESCRIPTOR.services_by_name[name].full_name for name in ("Prefill", "WorkerAdmin"))
 
 logger = logging.getLogger(__name__)
@@ -48,12 +50,14 @@ class PrefillWorker:
         self._transfer = transfer
         self._host = host
         self._port = port
+        self._stall_timeout_s = stall_timeout_s
         self._metrics = PrefillMetrics()
         self._loop = EngineLoop(engine, config.max_queued_requests, self._metrics, stall_timeout_s)
         self._step_table: tuple[StepCost, ...] = ()
         self._total_kv_tokens = 0
         self._server: grpc.aio.Server | None = None
         self._transport: GrpcKvTransport | None = None
+        self._prefill: PrefillServicer | None = None
         self._health = health.aio.HealthServicer()
         self._health_task: asyncio.Task[None] | None = None
 
@@ -83,17 +87,24 @@ class PrefillWorker:
         return self._host, port
 
     async def stop(self, grace_s: float = 5.0) -> None:
-        """Refuse new jobs, give running ones `grace_s`, then end them; safe to call twice."""
+        """Refuse new jobs, give running ones `grace_s`, then fail them for a retry elsewhere.
+
+        Safe to call twice, and after a `start` that failed.
+        """
         if self._health_task is not None:
             self._health_task.cancel()
             await asyncio.gather(self._health_task, return_exceptions=True)
         await self._health.enter_graceful_shutdown()
+        if self._prefill is not None:
+            await self._prefill.stop(grace_s)
+        if not await asyncio.to_thread(self._loop.stop, self._stall_timeout_s):
+            logger.error("the prefill engine is stuck in a step; its thread is left behind")
+        if self._prefill is not None:
+            await self._prefill.stop(CLEANUP_TIMEOUT_S)
         if self._server is not None:
-            await self._server.stop(grace_s)
+            await self._server.stop(CLEANUP_TIMEOUT_S)
         if self._transport is not None:
             await self._transport.close()
-        if not await asyncio.to_thread(self._loop.stop, grace_s):
-            logger.error("the prefill engine did not end its step within %g s", grace_s)
 
     def status(self) -> WorkerStatus:
         load = self._loop.load()
@@ -118,10 +129,10 @@ class PrefillWorker:
             max_context_tokens=self._max_context_tokens,
             total_kv_tokens=self._total_kv_tokens,
         )
-        prefill = PrefillServicer(
+        self._prefill = PrefillServicer(
             self._loop, self._engine.layout, limits, transport, self._transfer.chunk_bytes, self._metrics
         )
-        pb_grpc.add_PrefillServicer_to_server(prefill, server)
+        pb_grpc.add_PrefillServicer_to_server(self._prefill, server)
         pb_grpc.add_WorkerAdminServicer_to_server(AdminServicer(self._loop, limits, self._metrics), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
