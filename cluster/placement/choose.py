@@ -65,6 +65,15 @@ class PlacementReason(StrEnum):
     """Several were equally cheap without cached KV: the hash of session and worker decided."""
 
 
+class HopPolicy(StrEnum):
+    """Whether the prefill hop is a matter of prediction."""
+
+    AUTO = "auto"
+    NEVER = "never"
+    ALWAYS = "always"
+    """Wherever a prefill worker can take it and there is something to bring."""
+
+
 class PlacementRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What placement must know of a request."""
 
@@ -79,6 +88,7 @@ class PlacementRequest(msgspec.Struct, frozen=True, kw_only=True):
     tenant: str = ""
     excluded_workers: frozenset[WorkerId] = frozenset()
     """Those that already failed this request."""
+    hop: HopPolicy = HopPolicy.AUTO
 
     @property
     def needed_kv_tokens(self) -> int:
@@ -279,7 +289,7 @@ def _candidate(
     wait = kv_wait_ms(table, worker.status, needed_tokens=uncached + 1)
     local = local_ttft_ms(table, worker.status, uncached_tokens=uncached, kv_wait=wait)
     local_candidate = _Candidate(worker=worker, cached_tokens=cached, prefill=None, ttft_ms=local)
-    if uncached <= 1 or shortlist is None:
+    if uncached <= 1 or shortlist is None or request.hop is HopPolicy.NEVER:
         return local_candidate
 
     def arrival_ms(option: _PrefillOption) -> float:
@@ -289,7 +299,7 @@ def _candidate(
 
     option, _ = _cheapest(request, shortlist.for_host(worker.address.host_id), arrival_ms)
     hop = hop_ttft_ms(table, worker.status, arrival_ms=arrival_ms(option), kv_wait=wait)
-    if hop < local:
+    if hop < local or request.hop is HopPolicy.ALWAYS:
         return _Candidate(worker=worker, cached_tokens=cached, prefill=option, ttft_ms=hop)
     return local_candidate
 

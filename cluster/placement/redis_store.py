@@ -33,7 +33,7 @@ from cluster.placement.store import (
     WorkerIdentity,
 )
 
-MAX_LOOKUP_BLOCKS = 1024
+MAX_LOOKUP_BLOCKS = 512
 MAX_PUBLISH_BLOCKS = 512
 MAX_HOLDERS = 1024
 MAX_WORKER_ID_CHARS = 128

@@ -30,20 +30,30 @@ local function report(worker, blocks)
   reply[#reply + 1] = blocks
 end
 
+-- Most blocks lose no holder: the list is rebuilt only where one does.
+local function keep_holders_of(block)
+  local found = redis.call('HMGET', KEYS[block], unpack(holders))
+  for i = 1, #holders do
+    if found[i] ~= epochs[holders[i]] then
+      local remaining = {}
+      for j, worker in ipairs(holders) do
+        if found[j] == epochs[worker] then
+          remaining[#remaining + 1] = worker
+        else
+          report(worker, block - 1)
+        end
+      end
+      holders = remaining
+      return
+    end
+  end
+end
+
 for block = 2, num_blocks do
   if #holders == 0 then
     return reply
   end
-  local entry_epochs = redis.call('HMGET', KEYS[block], unpack(holders))
-  local remaining = {}
-  for i, worker in ipairs(holders) do
-    if entry_epochs[i] == epochs[worker] then
-      remaining[#remaining + 1] = worker
-    else
-      report(worker, block - 1)
-    end
-  end
-  holders = remaining
+  keep_holders_of(block)
 end
 for _, worker in ipairs(holders) do
   report(worker, num_blocks)
