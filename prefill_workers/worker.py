@@ -58,6 +58,7 @@ class PrefillWorker:
         self._server: grpc.aio.Server | None = None
         self._transport: GrpcKvTransport | None = None
         self._prefill: PrefillServicer | None = None
+        self._is_stopping = False
         self._health = health.aio.HealthServicer()
         self._health_task: asyncio.Task[None] | None = None
 
@@ -91,6 +92,7 @@ class PrefillWorker:
 
         Safe to call twice, and after a `start` that failed.
         """
+        self._is_stopping = True
         if self._health_task is not None:
             self._health_task.cancel()
             await asyncio.gather(self._health_task, return_exceptions=True)
@@ -115,7 +117,7 @@ class PrefillWorker:
             free_kv_tokens=load.free_kv_tokens,
             total_kv_tokens=self._total_kv_tokens,
             step_table=self._step_table,
-            is_accepting=self.is_healthy(),
+            is_accepting=self.is_healthy() and not self._is_stopping,
         )
 
     def is_healthy(self) -> bool:

@@ -62,6 +62,8 @@ class HandoffReceiver(pb_grpc.KvReceiverServicer):
         expectation = Expectation(handoff_id=handoff_id, first_token=first_token, num_tokens=num_tokens)
         self._ledger.expect(expectation, sink)
         self._ensure_watchdog()
+        if self._closing.is_set():
+            self._abort_all()
 
     def cancel(self, handoff_id: HandoffId) -> HandoffCancelState:
         """Stop expecting or receiving; whatever the answer, no write follows. The sink hears nothing.
@@ -72,9 +74,9 @@ class HandoffReceiver(pb_grpc.KvReceiverServicer):
         return self._ledger.cancel(handoff_id, error, tells_sink=False)
 
     def close(self) -> None:
-        """Abort everything live and end the watchdog."""
+        """Abort everything live, and whatever is expected from here on; end the watchdog."""
         self._closing.set()
-        self._ledger.abort_all(HandoffError("unreachable", "the decode worker is stopping"))
+        self._abort_all()
 
     @property
     def num_live(self) -> int:
@@ -206,6 +208,9 @@ class HandoffReceiver(pb_grpc.KvReceiverServicer):
         epoch = self._epoch()
         if header.epoch != epoch:
             raise HandoffError("stale_epoch", f"sent to epoch {header.epoch}, this worker is at {epoch}")
+
+    def _abort_all(self) -> None:
+        self._ledger.abort_all(HandoffError("unreachable", "the decode worker is stopping"))
 
     @contextlib.contextmanager
     def _push_slot(self) -> Iterator[None]:

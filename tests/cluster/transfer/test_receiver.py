@@ -399,6 +399,8 @@ async def test_close_aborts_everything_and_answers_unhealthy() -> None:
         work.receiver.close()
         assert sink.aborted is not None
         assert sink.aborted.code == "unreachable"
+        _, late = work.expect(FIRST, COUNT)
+        assert late.aborted is not None
         assert await cancel(work.address, "kv-any") == State.BACKEND_UNHEALTHY
         header = header_of(HandoffId("kv-any"), FIRST, COUNT)
         assert (await push(work.address, good_frames(header, []))).rejected.code == "unreachable"
