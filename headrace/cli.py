@@ -76,7 +76,6 @@ def up(
     executor: Annotated[Executor | None, typer.Option(help="What runs decode steps.")] = None,
 ) -> None:
     """Start a cluster on this machine: Redis, Ray, router, prefill and decode workers."""
-    from headrace.ports import PortTakenError, check_free, with_concrete_ports
     from headrace.up import start
 
     wanted = _config(
@@ -95,11 +94,7 @@ def up(
     if folder.is_locked():
         _already_running(folder, http_port, grpc_port)
         return
-    try:
-        check_free(wanted)
-    except PortTakenError as error:
-        fail(str(error), EXIT_USAGE)
-    start(folder, with_concrete_ports(wanted), detach=detach)
+    start(folder, wanted, detach=detach)
 
 
 def _already_running(folder: RunFolder, http_port: int | None, grpc_port: int | None) -> None:

@@ -11,6 +11,7 @@ import msgspec
 import psutil
 
 from cluster.config import HeadraceConfig
+from headrace.ports import check_free, with_concrete_ports
 from headrace.processes import cluster_processes, kill_all
 from headrace.run_folder import LOCK, ClusterState, RunFolder, boot_id
 from headrace.supervisor import EXIT_UNUSABLE, STOP_TIMEOUT_S, Launch
@@ -32,14 +33,20 @@ class StartFailedError(Exception):
 def spawn(folder: RunFolder, config: HeadraceConfig, *, is_attached: bool) -> "subprocess.Popen[bytes]":
     """A supervisor in a session of its own, so that Ctrl-C in the terminal reaches only the command line.
 
-    Attached, it ends when the returned process's `stdin` is closed. Raises RunFolderError where a cluster
-    runs in the folder already; clears away what one that was killed left there.
+    Attached, it ends when the returned process's `stdin` is closed. Clears away what a killed one left.
+    Raises RunFolderError where a cluster runs in the folder, PortTakenError where a port is taken.
     """
     folder.create()
     lock = folder.lock()
     try:
-        _clear(folder, keep=(LOCK,))
-        return _spawn(folder, Launch(config=config, is_attached=is_attached, lock_descriptor=lock))
+        _clear(folder, keep=(LOCK,))  # it may listen on the very ports
+        check_free(config)
+        folder.create()
+        launch = Launch(config=with_concrete_ports(config), is_attached=is_attached, lock_descriptor=lock)
+        return _spawn(folder, launch)
+    except BaseException:
+        folder.remove()
+        raise
     finally:
         os.close(lock)
 

@@ -14,6 +14,7 @@ from rich.markup import escape
 from cluster.config import HeadraceConfig
 from headrace.launcher import StartFailedError, follow, spawn, stop
 from headrace.live import Look, rates
+from headrace.ports import PortTakenError
 from headrace.probe import NotServingError, fetch_metrics
 from headrace.run_folder import ClusterState, Phase, RunFolder, RunFolderError
 from headrace.terminal import EXIT_USAGE, PHASES, err, fail, out
@@ -38,7 +39,7 @@ def start(folder: RunFolder, config: HeadraceConfig, *, detach: bool) -> None:
             _end(folder, process)
             fail(f"the cluster has ended; its log ends with\n{log}", exit_code)
         out.print("stopped")
-    except RunFolderError as error:
+    except (RunFolderError, PortTakenError) as error:
         fail(str(error), EXIT_USAGE)
     except StartFailedError as error:
         _end(folder, process)
