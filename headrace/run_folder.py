@@ -20,8 +20,8 @@ import msgspec
 Phase = Literal["redis", "ray", "deploy", "answer", "ready", "stopping"]
 """What the supervisor is at: starting Redis, Ray, the deployments, awaiting a first token, then serving."""
 
-_MAX_SOCKET_PARENT_CHARS = 26
-"""A socket path holds 107 bytes; HAProxy's takes up to 76 below the folder, and Ray's 64."""
+_MAX_SOCKET_PARENT_CHARS = 21
+"""HAProxy takes socket paths of 97 characters, and its own is up to 76 below the folder; Ray's is 64 of 107."""
 _LOCK_TRIES, _LOCK_RETRY_S = 5, 0.05
 LOG, ERROR, LOCK = "supervisor.log", "error.txt", "lock"
 _ENTRIES = ("state.json", LOG, ERROR, "redis", "ray", "haproxy", "measuring", LOCK)
@@ -98,8 +98,8 @@ class RunFolder:
         a socket, a short one derived from it."""
         if len(str(self.path)) <= _MAX_SOCKET_PARENT_CHARS:
             return self.path
-        digest = hashlib.sha256(str(self.path).encode()).hexdigest()[:8]
-        return Path(f"/tmp/hr-{os.getuid()}-{digest}")  # noqa: S108 - 0700, owner checked
+        digest = hashlib.sha256(f"{os.getuid()}\0{self.path}".encode()).hexdigest()[:8]
+        return Path(f"/tmp/hr-{digest}")  # noqa: S108 - 0700, owner checked
 
     def create(self) -> None:
         """Raises RunFolderError where a folder is not ours alone."""
