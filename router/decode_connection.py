@@ -199,11 +199,12 @@ class DecodeConnection:
     def _break(self, reason: str) -> None:
         self._is_broken = True
         self._outbox.clear()
+        code = FailureCode.UNAVAILABLE if self.refusal is None else FailureCode.VERSION_SKEW
         for request_id, sink in self._sinks.items():
-            sink(_broken(request_id, reason))
+            sink(_broken(request_id, reason, code))
 
 
-def _broken(request_id: RequestId, reason: str) -> SequenceFailed:
-    return SequenceFailed(
-        request_id=request_id, code=FailureCode.UNAVAILABLE, message=reason, is_retryable=True
-    )
+def _broken(
+    request_id: RequestId, reason: str, code: FailureCode = FailureCode.UNAVAILABLE
+) -> SequenceFailed:
+    return SequenceFailed(request_id=request_id, code=code, message=reason, is_retryable=True)

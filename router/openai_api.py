@@ -45,28 +45,9 @@ Off = Annotated[float, Meta(ge=0, le=0)]
 Nothing = Annotated[list[Any], Meta(max_length=0)]
 NoEntries = Annotated[dict[str, Any], Meta(max_length=0)]
 
-_TOKEN_ID = {"type": "integer", "minimum": 0}
-_TOKEN_IDS = {"type": "array", "items": _TOKEN_ID, "minItems": 1}
-Prompt = Annotated[
-    Annotated[str, Meta(min_length=1)] | Annotated[list[int | str | list[int]], Meta(min_length=1)],
-    # The type system knows one kind of array at a time; `admission.prompts_of` checks for one of these.
-    Meta(
-        description=f"A text, its token ids, or 1 to {MAX_PROMPTS} of either",
-        extra_json_schema={
-            "anyOf": [
-                {"type": "string", "minLength": 1},
-                _TOKEN_IDS,
-                {
-                    "type": "array",
-                    "items": {"type": "string", "minLength": 1},
-                    "minItems": 1,
-                    "maxItems": MAX_PROMPTS,
-                },
-                {"type": "array", "items": _TOKEN_IDS, "minItems": 1, "maxItems": MAX_PROMPTS},
-            ]
-        },
-    ),
-]
+# The type system knows one kind of array at a time: `admission.prompts_of` checks for one of OpenAI's
+# four shapes, and the OpenAPI document describes them by hand.
+Prompt = Annotated[str, Meta(min_length=1)] | Annotated[list[int | str | list[int]], Meta(min_length=1)]
 
 
 class Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

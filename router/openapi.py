@@ -23,7 +23,7 @@ from router.openai_answers import (
     ModelListBody,
     ReadyBody,
 )
-from router.openai_api import MAX_DEADLINE_MS, ChatCompletionRequest, CompletionRequest
+from router.openai_api import MAX_DEADLINE_MS, MAX_PROMPTS, ChatCompletionRequest, CompletionRequest
 
 Json = dict[str, Any]
 
@@ -101,19 +101,21 @@ def _describe_model(properties: Json, limits: Limits) -> None:
         if name in properties:
             properties[name]["anyOf"][0]["maximum"] = most
     if "prompt" in properties:
-        for shape in _token_id_schemas(properties["prompt"]):
-            shape["maximum"] = limits.vocab_size - 1
+        properties["prompt"] = _prompt_schema(limits.vocab_size)
 
 
-def _token_id_schemas(schema: Any) -> list[Json]:
-    """Every schema of a token id inside a prompt's."""
-    if isinstance(schema, list):
-        return [found for part in schema for found in _token_id_schemas(part)]
-    if not isinstance(schema, dict):
-        return []
-    if schema.get("type") == "integer":
-        return [schema]
-    return [found for part in schema.values() for found in _token_id_schemas(part)]
+def _prompt_schema(vocab_size: int) -> Json:
+    text = {"type": "string", "minLength": 1}
+    token_ids = _array({"type": "integer", "minimum": 0, "maximum": vocab_size - 1})
+    return {
+        "description": f"A text, its token ids, or 1 to {MAX_PROMPTS} of either",
+        "anyOf": [text, token_ids, _array(text, MAX_PROMPTS), _array(token_ids, MAX_PROMPTS)],
+    }
+
+
+def _array(items: Json, max_items: int | None = None) -> Json:
+    bound = {} if max_items is None else {"maxItems": max_items}
+    return {"type": "array", "items": items, "minItems": 1, **bound}
 
 
 def _schema(type: type[msgspec.Struct]) -> Json:

@@ -24,7 +24,7 @@ class PrefillClient:
         """
         stub = PrefillStub(self._channels.get(worker.grpc_address))
         try:
-            result = await stub.Run(prefill_request_to_proto(request), timeout=max(0.001, timeout_s))
+            result = await stub.Run(prefill_request_to_proto(request), timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
             raise PrefillFailedError(f"{worker.worker_id}: {error.code().name}: {error.details()}") from None
         return prefill_result_from_proto(result)

@@ -15,6 +15,9 @@ from router.prefill_client import PrefillClient, PrefillFailedError
 from router.retry import MAX_PREFILL_TRIES, another_prefill_worker
 from router.sequence import SequenceAsk
 
+DEADLINE_MARGIN_S = 1.0
+"""At its deadline the attempt ends the hop; the call's own timeout must not look like a failure before."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -134,7 +137,8 @@ class PrefillHop:
 
     async def _run(self, worker: WorkerAddress, request: PrefillRequest) -> None:
         try:
-            result = await self._client.run(worker, request, remaining_s(self._ask.deadline_unix_ns))
+            timeout_s = max(0.0, remaining_s(self._ask.deadline_unix_ns)) + DEADLINE_MARGIN_S
+            result = await self._client.run(worker, request, timeout_s)
         except PrefillFailedError as error:
             self._notify(PrefillEnded(handoff_id=request.handoff_id, message=str(error)))
         else:

@@ -1,6 +1,7 @@
 """A served model with a small tokenizer, and a router over scripted workers on loopback."""
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
@@ -158,7 +159,7 @@ async def make_cluster(served: ServedModel, tokenizer: Tokenizer) -> AsyncIterat
                 stack.push_async_callback(worker.stop)
             directory.workers += [*decode_workers, *prefill_workers]
             config = HeadraceConfig(
-                router=RouterConfig(host="127.0.0.1", grpc_port=0, **router),
+                router=RouterConfig(**{"host": "127.0.0.1", "grpc_port": 0} | router),
                 placement=PlacementConfig(lookup_timeout_s=lookup_timeout_s),
             )
             cluster = Cluster(
@@ -193,10 +194,9 @@ async def serve() -> AsyncIterator[Serve]:
                 cluster.router.asgi, host="127.0.0.1", port=0, log_level="error", lifespan="off"
             )
             server = uvicorn.Server(config)
-            server.capture_signals = _no_signals  # the test process keeps its own
+            server.capture_signals = contextlib.nullcontext  # the test process keeps its own
             task = asyncio.create_task(server.serve())
-            while not server.started:
-                await asyncio.sleep(0.005)
+            await eventually(lambda: server.started)
 
             async def stop() -> None:
                 server.should_exit = True
@@ -210,14 +210,8 @@ async def serve() -> AsyncIterator[Serve]:
         yield start
 
 
-def _no_signals():
-    import contextlib
-
-    return contextlib.nullcontext()
-
-
 async def eventually(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
     """Waits for something that has to happen soon."""
     async with asyncio.timeout(timeout_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - what is waited for knows nothing of events
             await asyncio.sleep(0.005)

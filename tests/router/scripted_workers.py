@@ -125,7 +125,8 @@ class ScriptedServer:
 
 class ScriptedAdmin(pb_grpc.WorkerAdminServicer):
     def __init__(self) -> None:
-        self.text = "# HELP headrace_steps_total Steps\n# TYPE headrace_steps_total counter\nheadrace_steps_total 3.0\n"
+        name = "headrace_steps_total"
+        self.text = f"# HELP {name} Steps\n# TYPE {name} counter\n{name} 3.0\n"
         self.delay_s = 0.0
 
     async def Metrics(self, request, context):

@@ -1,5 +1,6 @@
 import string
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -79,7 +80,8 @@ def test_adjacent_contents_form_no_control_token(tokenizer):
 
 def test_a_template_sees_the_conversation_and_its_tokens():
     source = (
-        "{{ bos_token }}{% if messages[0]['role'] != 'system' %}{{ raise_exception('system first') }}{% endif %}"
+        "{{ bos_token }}"
+        "{% if messages[0]['role'] != 'system' %}{{ raise_exception('system first') }}{% endif %}"
         "{{ messages | tojson }}{{ strftime_now('%Y') | length }}"
     )
     rendered = template(source).render([ChatMessage(role="system", content="a\n<b>&é")])
@@ -112,8 +114,6 @@ def test_a_template_that_does_not_compile_stops_the_start():
 
 
 async def test_encoder_uses_the_cards_template_and_refuses_without_one(served, tokenizer):
-    import msgspec
-
     ids = await PromptEncoder(served).chat(user("hello"))
     assert tokenizer.decode(ids) == "user\nhello\nassistant\n"
     bare = msgspec.structs.replace(served, card=msgspec.structs.replace(served.card, chat_template=None))
