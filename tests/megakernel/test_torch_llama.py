@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megakernel.model import row_invariant
-from megakernel.model.attention_plan import SPLIT_TOKENS
+from megakernel.model.attention_plan import SPLIT_TOKENS, plan_attention
 from megakernel.model.paged_kv import PagedKv
 from megakernel.model.row_batch import NO_PARENT, RowBatch, RowSpan, chain_parents, leaf_paths
 from megakernel.model.row_invariant import (
@@ -292,6 +292,27 @@ class TestVerifiedTiles:
     @pytest.mark.parametrize(("num_rows", "bucket"), [(1, 4), (4, 4), (5, 8), (100, 128), (1000, 256)])
     def test_bucket(self, num_rows, bucket):
         assert bucket_for(num_rows, ROW_BUCKETS) == bucket
+
+
+class TestItemCounts:
+    def test_only_verified_counts_are_planned(self, llama):
+        """As on a device where few sizes agree: groups are cut and padded to what is allowed."""
+        sequences = [Sequence(np.arange(300 * index, 300 * index + 300)) for index in range(3)]
+        for sequence in sequences:
+            sequence.num_tokens = 290
+        batch = batch_of(*(sequence.rows([1]) for sequence in sequences))
+        plan = plan_attention(batch, 4, 900, {8: (2, 4)})
+        assert [group.is_hidden.shape[0] for group in plan.groups] == [4, 4, 2]
+        assert {group.tile_rows for group in plan.groups} == {8}
+        assert plan.groups[2].is_hidden[1].all(), "the ninth item is the last; the tenth is padding"
+        assert plan.partials.shape == (4, 4)
+        assert plan.is_padding[:3].sum() == 3, "three splits a sequence, padded to four"
+
+    def test_the_counts_of_a_plan_change_no_bit(self, llama, monkeypatch):
+        tokens = random_tokens(LONG)
+        expected = run_chunks(llama, tokens, [90, 3])
+        monkeypatch.setattr(llama, "_item_counts", {8: (2, 6), 32: (3,)})
+        assert np.array_equal(run_chunks(llama, tokens, [90, 3]), expected)
 
 
 class TestPagedKv:

@@ -10,7 +10,7 @@ prefix and path alone. So batch company, chunking and tree shape cannot change a
   one tile holds rows of several paths.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -23,12 +23,15 @@ SPLIT_TOKENS = 128
 """Part of what a token's bits depend on: two workers that hand KV to one another use the same."""
 ATTENTION_TILES = (4, 8, 16, 32, 64)
 """Rows of a query tile, ascending."""
-MAX_GROUP_ITEMS = 32
-"""Keys are copied together for this many items at a time: they stay in cache, and memory is bounded."""
+ITEM_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+"""Items computed together. Few enough that their keys stay in cache, and memory is bounded."""
+
+ItemCounts = Mapping[int, Sequence[int]]
+"""By tile size, how many items may be computed together, ascending: what `tree_attention` verified."""
 
 
 class TileGroup(msgspec.Struct, frozen=True, eq=False):
-    """Work items (a query tile beside one split of keys) of one tile size, MAX_GROUP_ITEMS at most."""
+    """Work items (a query tile beside one split of keys) of one tile size."""
 
     tile_rows: int
     rows: IntArray
@@ -54,25 +57,37 @@ class _Tile(msgspec.Struct, frozen=True, eq=False):
     """[splits, SPLIT_TOKENS]"""
 
 
+class _Items(msgspec.Struct, frozen=True, eq=False):
+    rows: IntArray
+    """[items, tile rows]"""
+    row_positions: IntArray
+    """[items, tile rows] -1 where the tile is padded."""
+    key_slots: IntArray
+    """[items, SPLIT_TOKENS]"""
+    key_positions: IntArray
+    """[items, SPLIT_TOKENS]"""
+
+
 def plan_attention(
-    batch: RowBatch, num_padded_rows: int, zero_slot: int, tile_sizes: Sequence[int]
+    batch: RowBatch, num_padded_rows: int, zero_slot: int, item_counts: ItemCounts
 ) -> AttentionPlan:
     """`zero_slot` is a slot of zeros: stale memory must not reach a product, not even times zero."""
+    sizes = sorted(item_counts)
     tiles_by_size: dict[int, list[_Tile]] = {}
     for span in batch.spans:
-        for tile in _span_tiles(batch, span, zero_slot, tile_sizes[-1]):
-            tiles_by_size.setdefault(bucket_for(len(tile.rows), tile_sizes), []).append(tile)
+        for tile in _span_tiles(batch, span, zero_slot, sizes[-1]):
+            tiles_by_size.setdefault(bucket_for(len(tile.rows), sizes), []).append(tile)
     num_splits = max(
         (t.first_split + len(t.key_slots) for tiles in tiles_by_size.values() for t in tiles), default=1
     )
     partials = np.full((num_padded_rows, 1 << (num_splits - 1).bit_length()), -1, dtype=np.int64)
     groups: list[TileGroup] = []
-    first_partial = 0
     for size, tiles in sorted(tiles_by_size.items()):
-        groups.extend(_groups(batch, size, tiles))
+        first_partial = sum(len(group.rows) for group in groups)
         for tile in tiles:
             _number_partials(partials, tile, size, first_partial)
             first_partial += size * len(tile.key_slots)
+        groups.extend(_groups(_items(batch, size, tiles), zero_slot, item_counts[size]))
     is_padding = partials < 0
     # A missing split points at a partial of the row's own, so that nothing of another row is ever read.
     own_first = np.maximum(partials[:, :1], 0)
@@ -113,26 +128,39 @@ def _padded_splits(slots: IntArray, zero_slot: int) -> IntArray:
     return padded.reshape(num_splits, SPLIT_TOKENS)
 
 
-def _groups(batch: RowBatch, size: int, tiles: Sequence[_Tile]) -> Iterator[TileGroup]:
+def _items(batch: RowBatch, size: int, tiles: Sequence[_Tile]) -> _Items:
     counts = [len(tile.key_slots) for tile in tiles]
-    tile_rows = np.zeros((len(tiles), size), dtype=np.int64)
-    tile_positions = np.full((len(tiles), size), -1, dtype=np.int64)
+    rows = np.zeros((len(tiles), size), dtype=np.int64)
+    positions = np.full((len(tiles), size), -1, dtype=np.int64)
     for index, tile in enumerate(tiles):
-        tile_rows[index, : len(tile.rows)] = tile.rows
-        tile_positions[index, : len(tile.rows)] = batch.positions[tile.rows]
+        rows[index, : len(tile.rows)] = tile.rows
+        positions[index, : len(tile.rows)] = batch.positions[tile.rows]
     splits = np.concatenate([tile.first_split + np.arange(len(tile.key_slots)) for tile in tiles])
-    rows = np.repeat(tile_rows, counts, axis=0)
-    row_positions = np.repeat(tile_positions, counts, axis=0)
-    key_positions = splits[:, None] * SPLIT_TOKENS + np.arange(SPLIT_TOKENS)
-    key_slots = np.concatenate([tile.key_slots for tile in tiles])
-    for start in range(0, len(splits), MAX_GROUP_ITEMS):
-        part = slice(start, start + MAX_GROUP_ITEMS)
+    return _Items(
+        rows=np.repeat(rows, counts, axis=0),
+        row_positions=np.repeat(positions, counts, axis=0),
+        key_slots=np.concatenate([tile.key_slots for tile in tiles]),
+        key_positions=splits[:, None] * SPLIT_TOKENS + np.arange(SPLIT_TOKENS),
+    )
+
+
+def _groups(items: _Items, zero_slot: int, counts: Sequence[int]) -> Iterator[TileGroup]:
+    """Items in order, cut into groups of the largest count; the last is padded to a count that exists."""
+    for start in range(0, len(items.rows), counts[-1]):
+        part = slice(start, start + counts[-1])
+        num_items = len(items.rows[part])
+        missing = bucket_for(num_items, counts) - num_items
+        is_hidden = items.key_positions[part, None, :] > items.row_positions[part, :, None]
         yield TileGroup(
-            tile_rows=size,
-            rows=rows[part].reshape(-1),
-            key_slots=key_slots[part].reshape(-1),
-            is_hidden=(key_positions[part, None, :] > row_positions[part, :, None])[:, :, None, :],
+            tile_rows=items.rows.shape[1],
+            rows=_extended(items.rows[part], missing, 0).reshape(-1),
+            key_slots=_extended(items.key_slots[part], missing, zero_slot).reshape(-1),
+            is_hidden=np.pad(is_hidden, ((0, missing), (0, 0), (0, 0)), constant_values=True)[:, :, None, :],
         )
+
+
+def _extended(items: IntArray, missing: int, value: int) -> IntArray:
+    return np.pad(items, ((0, missing), (0, 0)), constant_values=value) if missing else items
 
 
 def _number_partials(partials: IntArray, tile: _Tile, size: int, first_partial: int) -> None:

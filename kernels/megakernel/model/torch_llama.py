@@ -22,7 +22,7 @@ from megakernel.model.row_invariant import (
     bucket_for,
     smallest_common_tile,
 )
-from megakernel.model.tree_attention import to_device, tree_attention, verified_attention_tiles
+from megakernel.model.tree_attention import to_device, tree_attention, verified_item_counts
 from megakernel.model.weights import Weights
 
 OnKvWritten = Callable[[int], None]
@@ -67,7 +67,7 @@ class TorchLlama:
             self._layers = [self._load_layer(index) for index in range(shape.num_layers)]
             self._final_norm = self._tensor("final_norm")
             self._head = self._load_head() if has_head else None
-            self._attention_tiles = verified_attention_tiles(shape, self.device)
+            self._item_counts = verified_item_counts(shape, self.device)
         smallest = smallest_common_tile(self._tiles_by_shape.values())
         self._row_buckets = tuple(rows for rows in ROW_BUCKETS if rows >= smallest)
         del self._weights
@@ -89,7 +89,7 @@ class TorchLlama:
         """
         num_rows = batch.num_rows
         num_padded = self._padded(num_rows)
-        plan = to_device(plan_attention(batch, num_padded, kv.zero_slot, self._attention_tiles), self.device)
+        plan = to_device(plan_attention(batch, num_padded, kv.zero_slot, self._item_counts), self.device)
         token_ids = self._padded_indices(batch.token_ids, num_padded)
         cos, sin = self._rope.rows(self._padded_indices(batch.positions, num_padded))
         slots = self._indices(batch.slots)

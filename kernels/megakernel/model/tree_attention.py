@@ -1,8 +1,8 @@
 """Attention of rows over paged keys, by the splits of an AttentionPlan: the arithmetic.
 
-Every product runs at verified tile sizes, every reduction has a fixed length (one split, one head) or is a
-balanced sum over splits, which zeros at its end leave as it was. See `attention_plan` for why.
-All of it is float32, whatever the pool holds: 16-bit batched products on a CPU fail the tiles' check.
+What happens inside a split runs at sizes verified on this device; splits are combined by a balanced sum,
+which zeros at its end leave as it was. See `attention_plan` for why. All of it is float32, whatever the
+pool holds: 16-bit batched products on a CPU give other bits for other numbers of items.
 """
 
 from typing import NamedTuple
@@ -11,12 +11,29 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megakernel.model.attention_plan import ATTENTION_TILES, SPLIT_TOKENS, AttentionPlan
-from megakernel.model.row_invariant import verified_tiles
+from megakernel.model.attention_plan import (
+    ATTENTION_TILES,
+    ITEM_COUNTS,
+    SPLIT_TOKENS,
+    AttentionPlan,
+    ItemCounts,
+)
+from megakernel.model.row_invariant import BASE_ROWS, RowVarianceError
 from megakernel.model.shape import ModelShape
 
 _HIDDEN = -1e30
 """A hidden key's score: finite, so that a split with no visible key is a weight of zero and not a NaN."""
+
+
+class _Partials(NamedTuple):
+    """Attention over one split of keys, by row and head."""
+
+    outputs: torch.Tensor
+    """[..., head_dim] not yet divided by the sum."""
+    maxima: torch.Tensor
+    """Of the scores."""
+    sums: torch.Tensor
+    """Of the exponentials of the scores less their maximum."""
 
 
 class _DeviceGroup(NamedTuple):
@@ -58,7 +75,7 @@ def tree_attention(
     by_kv_head = queries.view(num_rows, num_kv_heads, -1).transpose(0, 1).float().contiguous()
     parts = [_attend(by_kv_head, keys, values, group, group_heads) for group in plan.groups]
     outputs, maxima, sums = (
-        parts[0] if len(parts) == 1 else [torch.cat(tensors, 1) for tensors in zip(*parts, strict=True)]
+        parts[0] if len(parts) == 1 else (torch.cat(tensors, 1) for tensors in zip(*parts, strict=True))
     )
     outputs = outputs.index_select(1, plan.partials)
     sums = sums.index_select(1, plan.partials)
@@ -77,24 +94,35 @@ def tree_attention(
 
 def _attend(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: _DeviceGroup, group_heads: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Per item row: output not yet divided by its sum, maximum score, sum of exponentials."""
+) -> _Partials:
+    """Of a group's items, flattened to [kv_heads, item rows, ...]."""
     num_kv_heads, _, head_dim = keys.shape
     num_items, tile_rows = group.is_hidden.shape[:2]
-    num_matrices, num_queries = num_kv_heads * num_items, tile_rows * group_heads
-    tiles = queries.index_select(1, group.rows).view(num_matrices, num_queries, head_dim)
-    split_keys = keys.index_select(1, group.key_slots).float().view(num_matrices, SPLIT_TOKENS, head_dim)
-    scores = torch.bmm(tiles, split_keys.transpose(1, 2))
-    scores.view(num_kv_heads, num_items, tile_rows, group_heads, SPLIT_TOKENS).masked_fill_(
-        group.is_hidden, _HIDDEN
+    tiles = (num_kv_heads, num_items, tile_rows, group_heads, head_dim)
+    splits = (num_kv_heads, num_items, SPLIT_TOKENS, head_dim)
+    partials = _partials(
+        queries.index_select(1, group.rows).view(tiles),
+        keys.index_select(1, group.key_slots).float().view(splits),
+        values.index_select(1, group.key_slots).float().view(splits),
+        group.is_hidden,
     )
+    return _Partials(*(tensor.flatten(1, 2) for tensor in partials))
+
+
+def _partials(
+    tiles: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, is_hidden: torch.Tensor
+) -> _Partials:
+    """Query tiles [kv_heads, items, tile_rows, group_heads, head_dim] beside splits of as many items."""
+    num_kv_heads, num_items, tile_rows, group_heads, head_dim = tiles.shape
+    by_matrix = (num_kv_heads * num_items, tile_rows * group_heads, -1)
+    keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+    scores = torch.bmm(tiles.reshape(by_matrix), keys.transpose(1, 2))
+    scores.view(*tiles.shape[:-1], SPLIT_TOKENS).masked_fill_(is_hidden, _HIDDEN)
     maxima = scores.amax(-1, keepdim=True)
-    scores.sub_(maxima).exp_()
-    sums = scores.sum(-1)
-    split_values = values.index_select(1, group.key_slots).float().view(num_matrices, SPLIT_TOKENS, head_dim)
-    outputs = torch.bmm(scores, split_values)
-    by_row = (num_kv_heads, num_items * tile_rows, group_heads)
-    return outputs.view(*by_row, head_dim), maxima.view(by_row), sums.view(by_row)
+    sums = scores.sub_(maxima).exp_().sum(-1)
+    outputs = torch.bmm(scores, values)
+    by_row = tiles.shape[:-1]
+    return _Partials(outputs.view(*by_row, head_dim), maxima.view(by_row), sums.view(by_row))
 
 
 def _balanced_sum(terms: torch.Tensor) -> torch.Tensor:
@@ -104,37 +132,54 @@ def _balanced_sum(terms: torch.Tensor) -> torch.Tensor:
     return terms.squeeze(2)
 
 
-def verified_attention_tiles(shape: ModelShape, device: torch.device) -> tuple[int, ...]:
-    """Query tile sizes whose products give the base tile's bits here (`row_invariant.verified_tiles`).
+def verified_item_counts(shape: ModelShape, device: torch.device) -> ItemCounts:
+    """How many items of which tile size give, on this device, the bits of one fixed size and count.
 
-    Raises RowVarianceError.
+    Whatever the place of a row in its tile and of an item among the others. Raises RowVarianceError.
     """
     generator = torch.Generator().manual_seed(2)
+    num_rows = 2 * ATTENTION_TILES[-1]
+    group_heads = shape.num_heads // shape.num_kv_heads
 
     def sample(*dims: int) -> torch.Tensor:
         return torch.randn(*dims, generator=generator).to(device)
 
-    keys = sample(shape.num_kv_heads, SPLIT_TOKENS, shape.head_dim)
+    queries = sample(shape.num_kv_heads, num_rows, group_heads, shape.head_dim)
+    keys, values = (sample(shape.num_kv_heads, 1, SPLIT_TOKENS, shape.head_dim) for _ in range(2))
 
-    def scores(tile: torch.Tensor) -> torch.Tensor:
-        return _per_matrix(tile, keys.transpose(1, 2))
+    def agrees(tile: int, count: int, expected: _Partials, first_row: int) -> bool:
+        """Every one of `count` equal items, of rows [first_row, first_row + tile)."""
+        rows = slice(first_row, first_row + tile)
+        is_hidden = torch.zeros((count, tile, 1, SPLIT_TOKENS), dtype=torch.bool, device=device)
+        partials = _partials(
+            queries[:, None, rows].expand(-1, count, -1, -1, -1),
+            keys.expand(-1, count, -1, -1),
+            values.expand(-1, count, -1, -1),
+            is_hidden,
+        )
+        return all(
+            torch.equal(got, want[:, None, rows].expand_as(got))
+            for got, want in zip(partials, expected, strict=True)
+        )
 
-    def outputs(tile: torch.Tensor) -> torch.Tensor:
-        return _per_matrix(tile, keys)
+    base = _base_partials(queries, keys, values)
+    passed = {
+        tile: tuple(c for c in ITEM_COUNTS if agrees(tile, c, base, 0) and agrees(tile, c, base, 3))
+        for tile in ATTENTION_TILES
+    }
+    if ITEM_COUNTS[-1] not in passed[BASE_ROWS]:
+        raise RowVarianceError(f"attention depends on the order of rows or items on this device ({device})")
+    # A tile that cannot go to the largest count costs more in small groups than it saves in padding.
+    return {tile: counts for tile, counts in passed.items() if ITEM_COUNTS[-1] in counts}
 
-    num_rows = 2 * ATTENTION_TILES[-1]
-    queries = sample(num_rows, shape.num_heads * shape.head_dim)
-    probabilities = sample(num_rows, shape.num_heads * SPLIT_TOKENS)
-    passed = verified_tiles(scores, queries, ATTENTION_TILES)
-    return tuple(tile for tile in verified_tiles(outputs, probabilities, ATTENTION_TILES) if tile in passed)
 
-
-def _per_matrix(tile: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """[rows, heads * width] times `right` [kv_heads, width, n], alone and among more matrices."""
-    num_rows, (num_kv_heads, width, _) = len(tile), right.shape
-    left = tile.view(num_rows, num_kv_heads, -1).transpose(0, 1).reshape(num_kv_heads, -1, width)
-    alone = torch.bmm(left, right)
-    among = torch.bmm(left.repeat(5, 1, 1), right.repeat(5, 1, 1))[-num_kv_heads:]
-    if not torch.equal(alone, among):
-        alone = torch.full_like(alone, torch.nan)  # never equal to anything: the tile does not pass
-    return alone.view(num_kv_heads, num_rows, -1).transpose(0, 1).reshape(num_rows, -1)
+def _base_partials(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> _Partials:
+    """[kv_heads, rows, ...] of all sample rows, in tiles of BASE_ROWS and the largest number of items."""
+    count = ITEM_COUNTS[-1]
+    parts = []
+    for tile in torch.split(queries, BASE_ROWS, dim=1):
+        is_hidden = torch.zeros((count, BASE_ROWS, 1, SPLIT_TOKENS), dtype=torch.bool, device=keys.device)
+        items = tile[:, None].expand(-1, count, -1, -1, -1)
+        splits = keys.expand(-1, count, -1, -1), values.expand(-1, count, -1, -1)
+        parts.append([tensor[:, 0] for tensor in _partials(items, *splits, is_hidden)])
+    return _Partials(*(torch.cat(tensors, 1) for tensors in zip(*parts, strict=True)))
