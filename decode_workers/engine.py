@@ -74,7 +74,7 @@ class DecodeEngine:
         self._executor = executor
         self._drafter = drafter
         self._max_rows = min(config.max_rows_per_step, executor.buckets[-1])
-        self._num_steps = 0
+        self._num_grants = 0
         self.num_failed_steps = 0
         """Steps in a row, up to the last, that the executor raised in."""
 
@@ -100,11 +100,11 @@ class DecodeEngine:
             return []
         running = list(self.roster.running.values())
         grants = plan_step(running, self._max_rows, can_draft=self._drafter is not None)
-        self._num_steps += 1
         for grant in grants:
-            if grant.sequence.last_step == 0:
+            if grant.sequence.last_grant == 0:
                 grant.sequence.timeline.stamp(Stage.FIRST_STEP_STARTED)
-            grant.sequence.last_step = self._num_steps
+            self._num_grants += 1
+            grant.sequence.last_grant = self._num_grants
         return grants
 
     def _draft(self, grants: list[RowGrant]) -> list[DraftTree]:

@@ -32,7 +32,7 @@ def plan_step(running: SequenceOf[Sequence], max_rows: int, *, can_draft: bool) 
     """
     chosen = running
     if len(running) > max_rows:
-        chosen = sorted(running, key=lambda sequence: (sequence.last_step, sequence.arrival))[:max_rows]
+        chosen = sorted(running, key=lambda sequence: sequence.last_grant)[:max_rows]
     spare = max_rows - len(chosen)
     num_forced = []
     for sequence in chosen:

@@ -34,7 +34,7 @@ class Sequence:
         "handoff_id",
         "is_prompt_published",
         "kv_tokens",
-        "last_step",
+        "last_grant",
         "num_prompt",
         "request",
         "reservation",
@@ -60,8 +60,8 @@ class Sequence:
         self.state = SequenceState.QUEUED
         self.reservation: Reservation | None = None
         self.handoff_id: HandoffId | None = request.handoff_id
-        self.last_step = 0
-        """Number of the last step that had a row of this sequence."""
+        self.last_grant = 0
+        """Number of its last grant of rows, counted over all sequences; 0: none yet."""
         self.is_prompt_published = False
         self.timeline = Timeline()
 

@@ -28,6 +28,8 @@ from decode_workers.roster import Roster
 
 MAX_OUTBOX_EVENTS = 65_536
 """Events a stream may be behind by before it is cut: its router stopped reading."""
+LAST_WRITE_S = 2.0
+"""How long a stream that ends may take to write its last message."""
 
 DecodeContext = grpc.aio.ServicerContext[pb.DecodeCommand, pb.DecodeEvents]
 
@@ -45,26 +47,38 @@ class _Stream:
 
     def __init__(self) -> None:
         self.request_ids: set[RequestId] = set()
-        self.overflow: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        """Raises once the router is too far behind; nothing more is kept for it then."""
+        self.fault: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Raises what ends the stream from this side."""
         self._outbox: list[DecodeEvent] = []
         self._arrived = asyncio.Event()
+        self._is_closing = False
 
     def put(self, event: DecodeEvent) -> None:
+        """Keep an event for the next message; a stream that is too far behind keeps no more, and ends."""
         if len(self._outbox) < MAX_OUTBOX_EVENTS:
             self._outbox.append(event)
             self._arrived.set()
-        elif not self.overflow.done():
+        else:
             message = f"{MAX_OUTBOX_EVENTS} events wait to be read"
-            self.overflow.set_exception(_StreamFaultError(grpc.StatusCode.RESOURCE_EXHAUSTED, message))
+            self.fail(_StreamFaultError(grpc.StatusCode.RESOURCE_EXHAUSTED, message))
+
+    def fail(self, fault: _StreamFaultError) -> None:
+        if not self.fault.done():
+            self.fault.set_exception(fault)
+
+    def close(self) -> None:
+        """Let the writer end after what is there."""
+        self._is_closing = True
+        self._arrived.set()
 
     async def write_to(self, context: DecodeContext) -> None:
-        """One message for all that came since the last one; never returns."""
-        while True:
+        """One message for all that came since the last one, until the stream is closed."""
+        while not self._is_closing or self._outbox:
             await self._arrived.wait()
             self._arrived.clear()
             events, self._outbox = self._outbox, []
-            await context.write(conversions.events_to_proto(events))
+            if events:
+                await context.write(conversions.events_to_proto(events))
 
 
 class DecodeService(pb_grpc.DecodeServicer):
@@ -74,6 +88,7 @@ class DecodeService(pb_grpc.DecodeServicer):
         self._inbox = inbox
         self._card = card
         self._max_commands_waiting = max_commands_waiting
+        self._streams: set[_Stream] = set()
         self._owners: dict[RequestId, _Stream] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -99,22 +114,38 @@ class DecodeService(pb_grpc.DecodeServicer):
         self._crash = f"the decode engine crashed: {type(error).__name__}: {error}"
         self.deliver([self._crashed(request_id) for request_id in list(self._owners)])
 
+    def close(self) -> None:
+        """End every stream after what is there to write."""
+        for stream in self._streams:
+            stream.fail(_StreamFaultError(grpc.StatusCode.UNAVAILABLE, "the worker is stopping"))
+
     async def Generate(self, _commands: AsyncIterator[pb.DecodeCommand], context: DecodeContext) -> None:  # noqa: N802
         stream = _Stream()
-        tasks: list[asyncio.Future[None]] = [stream.overflow]
+        self._streams.add(stream)
         try:
             await self._check_hello(context)
-            tasks.append(asyncio.create_task(self._obey_all(stream, context)))
-            tasks.append(asyncio.create_task(stream.write_to(context)))
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
+            await self._serve(stream, context)
         except _StreamFaultError as fault:
             await context.abort(fault.code, str(fault))
         finally:
-            for task in tasks:
-                task.cancel()
+            self._streams.remove(stream)
             self._abandon(stream)
+
+    async def _serve(self, stream: _Stream, context: DecodeContext) -> None:
+        """Until the router's end of the stream, or a fault, which it raises."""
+        writer = asyncio.create_task(stream.write_to(context))
+        reader = asyncio.create_task(self._obey_all(stream, context))
+        try:
+            ends = (reader, writer, stream.fault)
+            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            # A status cannot be sent beside a message that is still being written.
+            stream.close()
+            await asyncio.wait((writer,), timeout=LAST_WRITE_S)
+            for end in done:
+                end.result()
+        finally:
+            for end in (reader, writer, stream.fault):
+                end.cancel()
 
     async def _check_hello(self, context: DecodeContext) -> None:
         command = await context.read()

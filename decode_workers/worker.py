@@ -95,6 +95,11 @@ class DecodeWorker:
         self._step_table: tuple[StepCost, ...] = ()
 
     @property
+    def address(self) -> str:
+        """`host:port`, the port a real one once `start` returned."""
+        return self._address
+
+    @property
     def layout(self) -> KvLayout:
         return self._executor.layout
 
@@ -130,6 +135,7 @@ class DecodeWorker:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._health_watch
         self._receiver.close()
+        self._service.close()
         if self._server is not None:
             await self._server.stop(SERVER_GRACE_S)
         has_ended = await asyncio.to_thread(self._thread.stop, self._config.stall_timeout_s)
