@@ -56,12 +56,6 @@ def application(workload: Workload) -> serve.Application:
     )
 
 
-def gpus_per_worker(num_gpus: float, config: HeadraceConfig) -> float:
-    """A whole one each where there are enough, else equal shares in what Ray can count (thousandths)."""
-    num_workers = config.decode.num_replicas + config.prefill.num_replicas
-    return 1.0 if num_gpus >= num_workers else int(1000 * num_gpus / num_workers) / 1000
-
-
 def _deployment(replica: Any, name: str, num_replicas: int, num_gpus: float = 0.0) -> Any:
     return serve.deployment(
         replica,

@@ -22,6 +22,12 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     available_memory_bytes: int
 
 
+def gpus_per_worker(num_gpus: float, config: HeadraceConfig) -> float:
+    """A whole one each where there are enough, else equal shares, in thousandths."""
+    num_workers = config.decode.num_replicas + config.prefill.num_replicas
+    return 1.0 if num_gpus >= num_workers else int(1000 * num_gpus / num_workers) / 1000
+
+
 def resolve(
     config: HeadraceConfig, *, machine: Machine, bytes_per_token: int, trained_context_tokens: int
 ) -> HeadraceConfig:

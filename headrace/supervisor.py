@@ -29,7 +29,7 @@ from headrace.probe import NotServingError, generate_one_token, wait_until_ready
 from headrace.processes import cluster_processes, is_alive, kill_all
 from headrace.run_folder import ERROR, LOG, ClusterState, Phase, RunFolder, boot_id
 from headrace.served_model import served_model
-from headrace.sizing import Machine, SizingError, resolve
+from headrace.sizing import Machine, SizingError, gpus_per_worker, resolve
 from megakernel.model.load import open_model
 from megakernel.model.weights import ModelFormatError
 
@@ -194,7 +194,7 @@ class Supervisor:
     def _deploy(self, opened: "_Opened", redis_url: str) -> None:
         import ray
 
-        from headrace.deploy import Workload, deploy, gpus_per_worker  # imports Serve: after `apply`
+        from headrace.deploy import Workload, deploy  # imports Serve: after `apply`
 
         num_gpus = ray.cluster_resources().get("GPU", 0.0)
         deploy(
