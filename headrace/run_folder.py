@@ -21,7 +21,7 @@ Phase = Literal["redis", "ray", "deploy", "answer", "ready", "stopping"]
 """What the supervisor is at: starting Redis, Ray, the deployments, awaiting a first token, then serving."""
 
 _MAX_SOCKET_PARENT_CHARS = 21
-"""HAProxy takes socket paths of 97 characters, and its own is up to 76 below the folder; Ray's is 64 of 107."""
+"""HAProxy takes socket paths of 97 characters, 76 of them below the folder; Ray 107, 64 of them below."""
 _LOCK_TRIES, _LOCK_RETRY_S = 5, 0.05
 LOG, ERROR, LOCK = "supervisor.log", "error.txt", "lock"
 _ENTRIES = ("state.json", LOG, ERROR, "redis", "ray", "haproxy", "measuring", LOCK)
