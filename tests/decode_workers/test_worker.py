@@ -360,7 +360,7 @@ async def test_a_stop_fails_what_is_running_for_a_retry() -> None:
     async with running_worker(executor) as worker, connected(worker) as router:
         await router.generate(request_of("a", [1, 2], LONG))
         await router.until(lambda events: len(events) >= 1)
-        await eventually(lambda: executor.batches[-1].positions[0] > 3)
+        await eventually(lambda: int(executor.batches[-1].positions[0]) > 3)
         stopping = asyncio.create_task(worker.stop(grace_s=0))
         await eventually(lambda: len(worker._inbox) == 2)  # refuse what is new; fail what is left
         await router.generate(request_of("late", [1]))
