@@ -153,6 +153,9 @@ class DecodeConnection:
                 reason = f"{error.code().name}: {error.details()}"
                 if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
                     self.refusal = error.details() or "no reason given"
+            except Exception as error:  # noqa: BLE001 - the requests on it must hear of it, whatever it was
+                _log.exception("stream to %s failed", self.address.worker_id)
+                reason = f"{type(error).__name__}: {error}"
             stood_s = time.monotonic() - opened_at_s
             self._num_failures = 1 if stood_s > STABLE_AFTER_S else self._num_failures + 1
             if self._num_failures == 1 or self.refusal:

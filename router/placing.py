@@ -123,8 +123,11 @@ class Placer:
         return msgspec.structs.replace(placement, prefill=worker.address, computed_tokens=num_tokens)
 
     def remember_session(self, ask: SequenceAsk, placed: Placed, completion: Sequence[int]) -> None:
-        """Record in the background where the session's KV now is; skipped while too many writes wait."""
-        if ask.session_id is None or len(self._session_writes) >= MAX_SESSION_WRITES:
+        """Record in the background where the session's KV now is: the first choice's, for all.
+
+        Skipped while too many writes wait.
+        """
+        if ask.session_id is None or ask.choice > 0 or len(self._session_writes) >= MAX_SESSION_WRITES:
             return
         task = asyncio.create_task(self._write_session(ask.session_id, ask, placed, tuple(completion)))
         self._session_writes.add(task)

@@ -27,4 +27,6 @@ class PrefillClient:
             result = await stub.Run(prefill_request_to_proto(request), timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
             raise PrefillFailedError(f"{worker.worker_id}: {error.code().name}: {error.details()}") from None
+        except grpc.aio.UsageError as error:  # its channel was closed: the worker left the directory
+            raise PrefillFailedError(f"{worker.worker_id}: {error}") from None
         return prefill_result_from_proto(result)

@@ -141,5 +141,10 @@ class PrefillHop:
             result = await self._client.run(worker, request, timeout_s)
         except PrefillFailedError as error:
             self._notify(PrefillEnded(handoff_id=request.handoff_id, message=str(error)))
+        except asyncio.CancelledError:
+            if self._task is not asyncio.current_task():
+                raise  # by `cancel`
+            # The channel was closed under the call: gRPC says that by cancelling.
+            self._notify(PrefillEnded(handoff_id=request.handoff_id, message=f"{worker.worker_id} is gone"))
         else:
             self._notify(PrefillEnded(handoff_id=request.handoff_id, result=result))
