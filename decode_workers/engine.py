@@ -18,6 +18,7 @@ from decode_workers.draft_tree import NO_DRAFT, DraftTree, check_tree, node_dept
 from decode_workers.executor import StepExecutor
 from decode_workers.handoffs import HandoffPort, Handoffs
 from decode_workers.inbox import Call
+from decode_workers.intake import Intake
 from decode_workers.kv_pool import KvPool
 from decode_workers.request_check import RequestLimits
 from decode_workers.roster import Roster
@@ -56,19 +57,17 @@ class DecodeEngine:
             used_tokens=self.metrics.kv_used_tokens,
         )
         self.metrics.kv_total_tokens.set(self.kv.total_tokens)
+        limits = RequestLimits(
+            vocab_size=executor.vocab_size,
+            max_context_tokens=card.max_context_tokens,
+            kv_pool_tokens=self.kv.total_tokens,
+        )
         self.roster = Roster(
             self.kv,
             Handoffs(handoffs, executor, post, self.metrics.handoffs, self.metrics.handoff_bytes),
-            tokenizer,
-            card,
-            RequestLimits(
-                vocab_size=executor.vocab_size,
-                max_context_tokens=card.max_context_tokens,
-                kv_pool_tokens=self.kv.total_tokens,
-            ),
+            Intake(tokenizer, card.eos_token_ids, limits, executor.layout.fingerprint),
             config,
             self.metrics,
-            executor.layout.fingerprint,
             clock_ns,
         )
         self._executor = executor

@@ -6,9 +6,7 @@ Not thread-safe: the engine's thread owns it. `status` alone may be called from 
 import time
 from collections.abc import Callable
 from enum import StrEnum
-from functools import lru_cache
 
-from cluster.block_hash import chain_salt
 from cluster.block_pool import OutOfBlocksError
 from cluster.config import DecodeConfig
 from cluster.ids import HandoffId, RequestId
@@ -25,15 +23,12 @@ from cluster.messages import (
     WorkerStatus,
 )
 from cluster.metrics import DecodeMetrics
-from cluster.model_card import ModelCard
-from cluster.text import Tokenizer
 from cluster.timeline import Stage
 from cluster.transfer import HandoffError
 from cluster.transfer.ledger import DuplicateHandoffError
-from decode_workers.completion import Completion
 from decode_workers.handoffs import Handoffs
+from decode_workers.intake import Intake, InvalidRequestError
 from decode_workers.kv_pool import KvPool, Reservation
-from decode_workers.request_check import RequestLimits, completion_limit, find_fault, kv_tokens_needed
 from decode_workers.scheduler import AdmissionQueue
 from decode_workers.sequence import Sequence, SequenceState
 from decode_workers.timers import Timers
@@ -52,23 +47,17 @@ class Roster:
         self,
         kv: KvPool,
         handoffs: Handoffs,
-        tokenizer: Tokenizer,
-        card: ModelCard,
-        limits: RequestLimits,
+        intake: Intake,
         config: DecodeConfig,
         metrics: DecodeMetrics,
-        layout_fingerprint: str,
         clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         self._kv = kv
         self._handoffs = handoffs
-        self._tokenizer = tokenizer
-        self._eos_token_ids = card.eos_token_ids
-        self._limits = limits
+        self._intake = intake
         self._config = config
         self._metrics = metrics
         self._clock_ns = clock_ns
-        self._salt_of = lru_cache(maxsize=1024)(lambda tenant: chain_salt(layout_fingerprint, tenant))
         self._live: dict[RequestId, Sequence] = {}
         self._queue = AdmissionQueue()
         self._awaiting: dict[RequestId, Sequence] = {}
@@ -88,10 +77,11 @@ class Roster:
         if refusal is not None:
             self._events.append(refusal)
             return
-        sequence = self._new_sequence(request)
-        if self._is_replay_beyond_end(sequence):
-            message = "emitted_token_ids go on after the token that ends the completion"
-            self._events.append(_failed(request.request_id, FailureCode.INVALID, message))
+        self._num_submitted += 1
+        try:
+            sequence = self._intake.accept(request, arrival=self._num_submitted)
+        except InvalidRequestError as error:
+            self._events.append(_failed(request.request_id, FailureCode.INVALID, str(error)))
             return
         self._live[request.request_id] = sequence
         self._queue.push(sequence, self._clock_ns())
@@ -241,38 +231,12 @@ class Roster:
         request_id = request.request_id
         if not self.is_accepting:
             return _failed(request_id, FailureCode.UNAVAILABLE, "the worker is stopping", is_retryable=True)
-        fault = find_fault(request, self._limits)
-        if fault is not None:
-            return _failed(request_id, FailureCode.INVALID, fault)
         if request_id in self._live:
             return _failed(request_id, FailureCode.INVALID, f"request id {request_id} is in use")
         if len(self._queue) >= self._config.max_queued_requests:
             message = f"{len(self._queue)} requests are queued: at most {self._config.max_queued_requests}"
             return _failed(request_id, FailureCode.OVERLOADED, message, is_retryable=True)
         return None
-
-    def _new_sequence(self, request: GenerateRequest) -> Sequence:
-        self._num_submitted += 1
-        completion = Completion(
-            self._tokenizer, request.sampling, self._eos_token_ids, completion_limit(request, self._limits)
-        )
-        sequence = Sequence(
-            request,
-            completion,
-            salt=self._salt_of(request.tenant),
-            kv_tokens=kv_tokens_needed(request, self._limits),
-            arrival=self._num_submitted,
-        )
-        sequence.timeline.stamp(Stage.DECODE_RECEIVED)
-        return sequence
-
-    def _is_replay_beyond_end(self, sequence: Sequence) -> bool:
-        """Feed the tokens a client has already, silently; true where one follows the end."""
-        for token_id in sequence.request.emitted_token_ids:
-            if sequence.completion.finish_reason is not None:
-                return True
-            sequence.completion.push(token_id)
-        return False
 
     def _place(self, sequence: Sequence, reservation: Reservation) -> None:
         sequence.reservation = reservation

@@ -26,8 +26,12 @@ from decode_workers.step_batch import Float32Array
 Float64Array = npt.NDArray[np.float64]
 TokenIdArray = npt.NDArray[np.int64]
 
-_LANES = 4
-"""Random words of one counter: tokens 4 i .. 4 i + 3 share counter i, one word each."""
+_WORDS, _BYTES = 4, 16
+"""What one counter gives: four neighbouring tokens share one for words, sixteen one for bytes."""
+_COARSE, _FINE = 0, 1
+"""Last word of the counter: which of a token's two draws."""
+_NUM_FRONT = 64
+"""Likeliest candidates whose score is known before it is asked who else can win."""
 
 
 class BadLogitsError(ValueError):
@@ -45,8 +49,8 @@ def sample(row: Float32Array, params: SamplingParams, index: int) -> int:
     if params.temperature == 0:
         return best
     token_ids = _candidates(row, float(row[best]), params)
-    scores = _scaled(row[token_ids], float(row[best]), params.temperature)
-    scores += gumbel(params.seed, index, token_ids)
+    token_ids = _contenders(row, token_ids, float(row[best]), params, index)
+    scores = _scores(row, token_ids, float(row[best]), params, index)
     return int(token_ids[scores.argmax()])
 
 
@@ -58,14 +62,13 @@ def check_best(row: Float32Array, best: int) -> None:
 
 
 def gumbel(seed: int, index: int, token_ids: TokenIdArray) -> Float64Array:
-    """Standard Gumbel noise of each token at completion index `index`; ids ascending, not empty."""
-    num_blocks = int(token_ids[-1]) // _LANES + 1
-    if num_blocks < token_ids.size:
-        words = _words(seed, index, np.arange(num_blocks)).T.reshape(-1)[token_ids]
-    else:
-        lanes = token_ids % _LANES
-        words = _words(seed, index, token_ids // _LANES)[lanes, np.arange(token_ids.size)]
-    uniform = (words + 0.5) * 2.0**-32
+    """Standard Gumbel noise of each token at completion index `index`; ids ascending, not empty.
+
+    From 40 random bits a token: a coarse byte, which a whole vocabulary can be screened by, then a fine word.
+    """
+    blocks = token_ids // _WORDS
+    fine = _words(seed, index, blocks, _FINE)[token_ids % _WORDS, np.arange(token_ids.size)]
+    uniform = ((_coarse(seed, index, token_ids) * 2.0**32 + fine) + 0.5) * 2.0**-40
     noise: Float64Array = -np.log(-np.log(uniform))
     return noise
 
@@ -84,11 +87,54 @@ def with_logprobs(row: Float32Array, token_id: int, num_top: int) -> EmittedToke
     )
 
 
-def _words(seed: int, index: int, blocks: TokenIdArray) -> npt.NDArray[np.uint32]:
-    counters = np.zeros((_LANES, blocks.size), dtype=np.uint32)
+def _coarse(seed: int, index: int, token_ids: TokenIdArray) -> npt.NDArray[np.uint8]:
+    """The highest 8 of each token's random bits."""
+    num_blocks = int(token_ids[-1]) // _BYTES + 1
+    if num_blocks < token_ids.size:
+        words = _words(seed, index, np.arange(num_blocks), _COARSE)
+        return _as_bytes(words).reshape(-1)[token_ids]
+    words = _words(seed, index, token_ids // _BYTES, _COARSE)
+    return _as_bytes(words)[np.arange(token_ids.size), token_ids % _BYTES]
+
+
+def _as_bytes(words: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint8]:
+    """[4, n] words to [n, 16] bytes, low ones first on any machine."""
+    return np.ascontiguousarray(words.T).astype("<u4", copy=False).view(np.uint8)
+
+
+def _words(seed: int, index: int, blocks: TokenIdArray, which: int) -> npt.NDArray[np.uint32]:
+    counters = np.zeros((4, blocks.size), dtype=np.uint32)
     counters[0] = blocks
     counters[1] = index & 0xFFFFFFFF
+    counters[3] = which
     return philox4x32(counters, seed)
+
+
+def _scores(
+    row: Float32Array, token_ids: TokenIdArray, largest: float, params: SamplingParams, index: int
+) -> Float64Array:
+    return _scaled(row[token_ids], largest, params.temperature) + gumbel(params.seed, index, token_ids)
+
+
+def _contenders(
+    row: Float32Array, token_ids: TokenIdArray, largest: float, params: SamplingParams, index: int
+) -> TokenIdArray:
+    """Those of `token_ids` that can still have the best score, the one that has it among them.
+
+    Whoever is less likely than the front needs noise above the front's best score less the front's last
+    logit: few have a coarse byte that allows it, and the rest of their noise is never drawn.
+    """
+    if token_ids.size <= 2 * _NUM_FRONT:
+        return token_ids
+    logits = row[token_ids]
+    front = _top_k(logits, _NUM_FRONT)
+    best_score = float(_scores(row, token_ids[front], largest, params, index).max())
+    edge = float(_scaled(logits[front].min(keepdims=True), largest, params.temperature)[0])
+    needed_uniform = math.exp(-math.exp(edge - best_score))
+    least_byte = math.floor(needed_uniform * 256 - 1e-9)
+    is_contender = _coarse(params.seed, index, token_ids) >= least_byte
+    is_contender[front] = True
+    return token_ids[is_contender]
 
 
 def _scaled(logits: Float32Array, largest: float, temperature: float) -> Float64Array:

@@ -92,6 +92,7 @@ class DecodeWorker:
         self._server: grpc.aio.Server | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._health_watch: asyncio.Task[None] | None = None
+        self._has_stopped = False
         self._step_table: tuple[StepCost, ...] = ()
 
     @property
@@ -122,8 +123,15 @@ class DecodeWorker:
         return self._address
 
     async def stop(self, grace_s: float = 5.0) -> None:
-        """Refuse what is new, let running requests end for `grace_s`, fail the rest for a retry elsewhere."""
+        """Refuse what is new, let running requests end for `grace_s`, fail the rest for a retry elsewhere.
+
+        A no-op the second time.
+        """
+        if self._has_stopped:
+            return
+        self._has_stopped = True
         if self._loop is None:
+            self._executor.close()
             return
         self._inbox.post(self._refuse_new)
         await self._until_idle(grace_s)

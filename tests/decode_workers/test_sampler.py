@@ -101,6 +101,16 @@ def test_noise_is_a_function_of_seed_index_and_token(seed: int, index: int, ids:
     assert np.isfinite(every).all()
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.01, 1.0, 5.0])
+def test_a_large_vocabulary_is_screened_without_changing_a_token(scale: float) -> None:
+    row = (np.random.default_rng(5).standard_normal(20_000) * scale).astype(np.float32)
+    row[:50] = -np.inf
+    params = drawn(temperature=0.9, seed=11)
+    for index in range(60):
+        scores = row.astype(np.float64) / 0.9 + gumbel(params.seed, index, np.arange(row.size))
+        assert sample(row, params, index) == int(scores.argmax())
+
+
 def test_draws_follow_softmax() -> None:
     row, draws = row_of(1.0, 0.0, -1.0, 2.0, 0.5, 0.5), 20_000
     params = drawn(temperature=0.8, seed=99)

@@ -424,8 +424,10 @@ async def test_a_router_that_stops_reading_is_cut(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_worker_that_never_started_can_be_stopped() -> None:
-    worker = DecodeWorker(HashExecutor(), TOKENIZER, CARD, DecodeConfig(), epoch=lambda: EPOCH)
+    executor = HashExecutor()
+    worker = DecodeWorker(executor, TOKENIZER, CARD, DecodeConfig(), epoch=lambda: EPOCH)
     asyncio.run(worker.stop())
+    assert executor.is_closed
 
 
 def test_status_is_one_record() -> None:

@@ -1,0 +1,62 @@
+"""From a request to a sequence that can be queued, or to the reason why it never can."""
+
+from functools import lru_cache
+
+from cluster.block_hash import chain_salt
+from cluster.ids import ChainHash
+from cluster.messages import GenerateRequest
+from cluster.text import Tokenizer
+from cluster.timeline import Stage
+from decode_workers.completion import Completion
+from decode_workers.request_check import RequestLimits, completion_limit, find_fault, kv_tokens_needed
+from decode_workers.sequence import Sequence
+
+MAX_TENANTS_REMEMBERED = 1024
+
+
+class InvalidRequestError(ValueError):
+    """A request that no retry makes servable. The roster tells its router."""
+
+
+class Intake:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        eos_token_ids: tuple[int, ...],
+        limits: RequestLimits,
+        layout_fingerprint: str,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._eos_token_ids = eos_token_ids
+        self._limits = limits
+        self._layout_fingerprint = layout_fingerprint
+        self._salt_of = lru_cache(maxsize=MAX_TENANTS_REMEMBERED)(self._new_salt)
+
+    def accept(self, request: GenerateRequest, arrival: int) -> Sequence:
+        """A sequence that knows its tokens so far; it has ended already where a replay had reached its end.
+
+        Raises InvalidRequestError.
+        """
+        fault = find_fault(request, self._limits)
+        if fault is not None:
+            raise InvalidRequestError(fault)
+        completion = Completion(
+            self._tokenizer, request.sampling, self._eos_token_ids, completion_limit(request, self._limits)
+        )
+        for token_id in request.emitted_token_ids:
+            # A client has these already: they bring detokenizer and stop strings to where they were.
+            if completion.finish_reason is not None:
+                raise InvalidRequestError("emitted_token_ids go on after the token that ends the completion")
+            completion.push(token_id)
+        sequence = Sequence(
+            request,
+            completion,
+            salt=self._salt_of(request.tenant),
+            kv_tokens=kv_tokens_needed(request, self._limits),
+            arrival=arrival,
+        )
+        sequence.timeline.stamp(Stage.DECODE_RECEIVED)
+        return sequence
+
+    def _new_salt(self, tenant: str) -> ChainHash:
+        return chain_salt(self._layout_fingerprint, tenant)
