@@ -34,7 +34,7 @@ $(INSTALLED): pyproject.toml requirements.lock
 
 up: $(INSTALLED) ## Bring up a cluster on this machine, ready to answer
 	@$(BIN)/headrace up --detach $(UP)
-	@echo "  $(BIN)/headrace chat   (talk to it)    make down   (end it)"
+	@echo "  (the commands are in $(BIN); \`make down\` ends it)"
 
 down: ## End it, and clear away what a killed one left
 	@if test -x $(BIN)/headrace; then $(BIN)/headrace down; else echo "nothing is up"; fi

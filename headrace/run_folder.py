@@ -103,8 +103,8 @@ class RunFolder:
 
     def create(self) -> None:
         """Raises RunFolderError where a folder is not ours alone."""
-        for folder in {self.path, self.sockets}:
-            _make_private(folder)
+        _make_private(self.path)
+        _make_private(self.sockets)
 
     def lock(self) -> int:
         """Take the folder; returns the descriptor whose last copy, in whatever process, holds the lock.

@@ -62,8 +62,10 @@ def test_a_link_or_a_file_is_refused(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "target")
     (tmp_path / "file").write_text("")
     for name in ("link", "file"):
+        folder = RunFolder(tmp_path / name)
         with pytest.raises(RunFolderError, match=f"{name}.*HEADRACE_HOME"):
-            RunFolder(tmp_path / name).create()
+            folder.create()
+        assert not folder.sockets.exists()
 
 
 @pytest.mark.parametrize("length", [10, 20, 22, 60, 200])
