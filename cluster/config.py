@@ -81,6 +81,8 @@ class PlacementConfig(Section, frozen=True, kw_only=True):
     session_ttl_s: PositiveSeconds = 900.0
     block_ttl_s: PositiveSeconds = 900.0
     lookup_timeout_s: PositiveSeconds = 0.002
+    prefill_hop: Literal["auto", "never", "always"] = "auto"
+    """`auto`: where predicted to be faster. A request's `x-headrace-prefill-hop` header overrides it."""
 
 
 class TransferConfig(Section, frozen=True, kw_only=True):

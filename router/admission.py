@@ -9,13 +9,14 @@ import re
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from typing import Literal, cast
+from typing import cast
 
 from cluster.config import RouterConfig
 from cluster.ids import SessionId
 from cluster.messages import Record, SamplingParams
 from cluster.metrics import RouterMetrics
 from cluster.model_card import ModelCard
+from cluster.placement.choose import HopPolicy
 from router.errors import invalid, model_not_found, overloaded
 from router.openai_api import MAX_DEADLINE_MS, MAX_PROMPTS, MAX_STOP_CHARS, MAX_STOPS
 
@@ -24,9 +25,6 @@ MAX_SESSION_ID_CHARS = 128
 _PRINTABLE = re.compile(r"[\x21-\x7e]{1,128}")
 _DECIMAL = re.compile(r"[0-9]{1,10}")
 TENANT_BYTES = 8
-
-PrefillHop = Literal["auto", "always", "never"]
-PREFILL_HOPS: tuple[PrefillHop, ...] = ("auto", "always", "never")
 
 
 class Limits(Record, frozen=True, kw_only=True):
@@ -46,7 +44,8 @@ class Caller(Record, frozen=True, kw_only=True):
     tenant: str = ""
     session_id: str | None = None
     deadline_ms: int | None = None
-    prefill_hop: PrefillHop = "auto"
+    prefill_hop: HopPolicy | None = None
+    """None: as configured."""
     wants_timeline: bool = False
 
 
@@ -62,7 +61,7 @@ class Ask(Record, frozen=True, kw_only=True):
     deadline_unix_ns: int
     tenant: str
     session_id: SessionId | None
-    prefill_hop: PrefillHop
+    prefill_hop: HopPolicy | None
 
     @property
     def num_sequences(self) -> int:
@@ -197,13 +196,13 @@ def session_of(text: str | None, name: str) -> str | None:
     return text
 
 
-def prefill_hop_of(text: str | None, name: str) -> PrefillHop:
-    for hop in PREFILL_HOPS:
-        if text == hop:
-            return hop
-    if text is not None:
-        raise invalid(name, f"`{name}` must be one of {', '.join(PREFILL_HOPS)}")
-    return "auto"
+def prefill_hop_of(text: str | None, name: str) -> HopPolicy | None:
+    if text is None:
+        return None
+    try:
+        return HopPolicy(text)
+    except ValueError:
+        raise invalid(name, f"`{name}` must be one of {', '.join(HopPolicy)}") from None
 
 
 def tenant_of(authorization: str | None) -> str:

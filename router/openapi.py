@@ -5,7 +5,8 @@ from typing import Any
 import msgspec
 
 from cluster.model_card import ModelCard
-from router.admission import MAX_SESSION_ID_CHARS, PREFILL_HOPS, Limits
+from cluster.placement.choose import HopPolicy
+from router.admission import MAX_SESSION_ID_CHARS, Limits
 from router.http import (
     DEADLINE_HEADER,
     HOP_HEADER,
@@ -158,7 +159,7 @@ def _request_headers() -> list[Json]:
         _header(
             HOP_HEADER,
             "Whether a prefill worker computes the prompt; `auto` lets placement decide",
-            {"type": "string", "enum": list(PREFILL_HOPS)},
+            {"type": "string", "enum": [hop.value for hop in HopPolicy]},
         ),
     ]
 

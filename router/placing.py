@@ -9,10 +9,11 @@ import msgspec
 from cluster.block_hash import chain_hashes, chain_salt
 from cluster.config import PlacementConfig
 from cluster.ids import ChainHash, SessionId, WorkerId
-from cluster.messages import SessionRecord, WorkerRecord
+from cluster.messages import SessionRecord
 from cluster.metrics import RouterMetrics
 from cluster.placement.choose import (
     NO_HITS,
+    HopPolicy,
     InsufficientKvError,
     NoWorkerError,
     Placement,
@@ -23,7 +24,6 @@ from cluster.placement.predict import PlacementCosts
 from cluster.placement.store import IndexHits, PlacementStore, PlacementUnavailableError
 from router.decode_pool import DecodePool, Directory
 from router.errors import RequestError, invalid, unavailable
-from router.retry import another_prefill_worker
 from router.sequence import PromptFacts, SequenceAsk
 
 MAX_SESSION_WRITES = 256
@@ -83,7 +83,6 @@ class Placer:
     def place(self, ask: SequenceAsk, excluded: frozenset[WorkerId]) -> Placed:
         """Raises NoWorkerError; RequestError where the request fits no worker's KV pool."""
         workers = self._pool.usable()
-        prefill_workers = () if ask.prefill_hop == "never" else self._directory.snapshot("prefill")
         request = PlacementRequest(
             request_id=ask.request_id,
             num_prompt_tokens=len(ask.prompt_token_ids),
@@ -93,34 +92,20 @@ class Placer:
             session_id=ask.session_id,
             tenant=ask.tenant,
             excluded_workers=excluded,
+            hop=ask.prefill_hop or HopPolicy(self._config.prefill_hop),
         )
+        prefill_workers = self._directory.snapshot("prefill")
         try:
             placement = choose(request, workers, prefill_workers, ask.facts.hits, self._costs)
         except InsufficientKvError as error:
             raise insufficient_kv(error) from None
         decode = next(w for w in workers if w.address.worker_id == placement.decode.worker_id)
-        if ask.prefill_hop == "always":
-            placement = self._with_prefill(placement, decode, ask)
         self._metrics.placements.labels(placement.reason.value).inc()
         return Placed(
             placement=placement,
             layout_fingerprint=decode.layout_fingerprint,
             block_size_tokens=decode.block_size_tokens,
         )
-
-    def _with_prefill(self, placement: Placement, decode: WorkerRecord, ask: SequenceAsk) -> Placement:
-        num_tokens = len(ask.prompt_token_ids) - 1
-        if placement.prefill is not None or num_tokens <= placement.cached_tokens:
-            return placement
-        worker = another_prefill_worker(
-            self._directory.snapshot("prefill"),
-            layout_fingerprint=decode.layout_fingerprint,
-            num_tokens=num_tokens,
-            tried=(),
-        )
-        if worker is None:
-            return placement
-        return msgspec.structs.replace(placement, prefill=worker.address, computed_tokens=num_tokens)
 
     def remember_session(self, ask: SequenceAsk, placed: Placed, completion: Sequence[int]) -> None:
         """Record in the background where the session's KV now is: the first choice's, for all.

@@ -2,9 +2,8 @@
 
 from cluster.ids import ChainHash, RequestId, SessionId
 from cluster.messages import EmittedToken, FinishReason, Record, SamplingParams, Usage
-from cluster.placement.choose import Placement
+from cluster.placement.choose import HopPolicy, Placement
 from cluster.placement.store import IndexHits
-from router.admission import PrefillHop
 
 
 class PromptFacts(Record, frozen=True, kw_only=True):
@@ -27,7 +26,8 @@ class SequenceAsk(Record, frozen=True, kw_only=True):
     tenant: str
     session_id: SessionId | None
     deadline_unix_ns: int
-    prefill_hop: PrefillHop = "auto"
+    prefill_hop: HopPolicy | None = None
+    """None: as configured."""
 
 
 class TextEmitted(Record, frozen=True):

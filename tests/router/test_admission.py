@@ -103,7 +103,8 @@ def test_headers():
     assert admission.session_of("s-1", "h") == "s-1"
     for wrong in ("", "a b", "x" * 129, "é", "a\n"):
         assert refused(admission.session_of, wrong, "h").param == "h"
-    assert admission.prefill_hop_of(None, "h") == "auto"
+    assert admission.prefill_hop_of(None, "h") is None
+    assert admission.prefill_hop_of("always", "h") == "always"
     assert refused(admission.prefill_hop_of, "maybe", "h").param == "h"
 
 

@@ -15,6 +15,7 @@ from cluster.messages import (
 )
 from cluster.placement.choose import (
     NO_HITS,
+    HopPolicy,
     InsufficientKvError,
     NoWorkerError,
     Placement,
@@ -202,6 +203,21 @@ def test_a_hop_leaves_the_last_token_and_what_prefill_holds() -> None:
     placement = place([worker("d")], [prefill("p")], held(p=100, d=2), request(2000))
     assert placement.prefill is not None
     assert (placement.cached_tokens, placement.computed_tokens) == (32, 1999 - 1600)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "policy", "chosen"),
+    [
+        (2000, HopPolicy.AUTO, "p"),
+        (2000, HopPolicy.NEVER, None),
+        (2, HopPolicy.AUTO, None),
+        (2, HopPolicy.ALWAYS, "p"),
+        (1, HopPolicy.ALWAYS, None),  # the only token runs on the decode worker: nothing to bring
+    ],
+)
+def test_a_policy_overrides_the_prediction(prompt: int, policy: HopPolicy, chosen: str | None) -> None:
+    placement = place([worker("d")], [prefill("p")], asked=request(prompt, hop=policy))
+    assert (placement.prefill.worker_id if placement.prefill else None) == chosen
 
 
 def test_a_hop_can_decide_for_another_decode_worker() -> None:
