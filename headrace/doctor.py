@@ -25,7 +25,7 @@ from megakernel.model.weights import ModelFormatError
 Verdict = Literal["ok", "note", "problem"]
 """`note`: something is missing that `up` does not need. `problem`: `up` would fail."""
 
-_MIN_MEMORY_BYTES = 3 * 2**30
+_MIN_MEMORY_BYTES = 4 * 2**30
 _MIN_SHM_BYTES = 128 * 2**20
 _MIN_DISK_BYTES = 2**30
 _COMMAND_TIMEOUT_S = 10
