@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 from cluster.config import HeadraceConfig
 from cluster.placement.embedded import EmbeddedRedisError, find_redis_server
 from headrace.ports import PortTakenError, check_free
+from headrace.redis_check import RedisUnusableError, check_redis
 from headrace.run_folder import RunFolder
 from megakernel.model.load import open_model
 from megakernel.model.weights import ModelFormatError
@@ -96,12 +97,16 @@ def _model(source: str) -> Check:
 
 
 def _redis(config: HeadraceConfig) -> Check:
-    if config.placement.redis_url is not None:
-        return Check("Redis", "ok", "a server of yours (placement.redis_url)")
     try:
+        if config.placement.redis_url is not None:
+            return Check("Redis", "ok", f"yours, version {check_redis(config.placement.redis_url)}")
         return Check("Redis", "ok", str(find_redis_server()))
     except EmbeddedRedisError as error:
         return Check("Redis", "problem", "no redis-server", str(error))
+    except RedisUnusableError as error:
+        return Check(
+            "Redis", "problem", str(error), "`--redis-url`, or none to have one of the cluster's own"
+        )
 
 
 def _ports(config: HeadraceConfig, folder: RunFolder) -> Iterator[Check]:

@@ -27,6 +27,7 @@ from headrace import environment
 from headrace.ports import PortTakenError, internal_ports
 from headrace.probe import NotServingError, generate_one_token, wait_until_ready
 from headrace.processes import cluster_processes, is_alive, kill_all
+from headrace.redis_check import RedisUnusableError, check_redis
 from headrace.run_folder import ERROR, LOG, ClusterState, Phase, RunFolder, boot_id
 from headrace.served_model import served_model
 from headrace.sizing import Machine, SizingError, gpus_per_worker, resolve
@@ -41,7 +42,14 @@ _WATCH_INTERVAL_S = 1.0
 _KV_ELEMENT_BYTES = 4
 """Of the widest KV that a worker keeps: float32 on a CPU."""
 
-_UNUSABLE = (NotServingError, ModelFormatError, SizingError, EmbeddedRedisError, PortTakenError)
+_UNUSABLE = (
+    NotServingError,
+    ModelFormatError,
+    SizingError,
+    EmbeddedRedisError,
+    RedisUnusableError,
+    PortTakenError,
+)
 """Their messages say all there is to say."""
 
 _log = logging.getLogger("headrace")
@@ -170,6 +178,7 @@ class Supervisor:
     def _redis_url(self) -> str:
         configured = self._config.placement.redis_url
         if configured is not None:
+            check_redis(configured)
             return configured
         folder = self._folder.sockets / "redis"
         folder.mkdir(mode=0o700, exist_ok=True)
