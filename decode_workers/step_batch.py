@@ -54,7 +54,7 @@ class StepResult(Struct, frozen=True, kw_only=True, eq=False):
 
 
 def ancestor_mask(parents: Int32Array, start: int, end: int) -> BoolArray:
-    """[n, n] for rows [start, end) of one sequence: mask[i, j] is true where row j is row i's ancestor or itself.
+    """[n, n] for rows [start, end) of one sequence: true at [i, j] where row j is row i's ancestor or itself.
 
     `parents` holds indices into the whole batch. A parent outside [start, i) breaks the order
     that StepBatch promises, and fails an assertion.

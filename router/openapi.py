@@ -172,7 +172,8 @@ def _completion_path(
     chunk: type[msgspec.Struct],
 ) -> Json:
     stream = {
-        "schema": {"type": "string"},
+        # No type: OpenAPI 3.1 has no word for a stream of events, and tools read it as text or as events.
+        "schema": {"description": "Server-sent events; `data` is an x-event-schema or `[DONE]`."},
         "x-event-schema": _schema(chunk),
     }
     content = {**_json_content(body), "text/event-stream": stream}

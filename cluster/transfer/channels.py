@@ -14,7 +14,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 1_000),  # also the time one connection attempt gets
+    ("grpc.min_reconnect_backoff_ms", 5_000),  # also the time one connection attempt gets
     ("grpc.max_reconnect_backoff_ms", 1_000),  # a restarted worker is found again at once
 )
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+
 from megakernel.model.load import open_model
 from megakernel.reference import reference_generate
-
 from tests.e2e.inference import generate_all, greedy
 from tests.e2e.prompts import LENGTHS, prompt_token_ids
 
