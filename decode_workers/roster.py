@@ -203,12 +203,16 @@ class Roster:
         return WorkerStatus(
             queued_requests=len(self._queue),
             running_requests=self._num_admitted,
-            queued_tokens=sum(sequence.uncomputed_prompt_tokens for sequence in live),
+            queued_tokens=sum(s.uncomputed_prompt_tokens for s in live if self._is_own_work(s)),
             free_kv_tokens=self._kv.free_tokens,
             total_kv_tokens=self._kv.total_tokens,
             step_table=step_table,
             is_accepting=self.is_accepting and len(self._queue) < self._config.max_queued_requests,
         )
+
+    def _is_own_work(self, sequence: Sequence) -> bool:
+        """Whether the prompt runs here; what a hand-off brings is computed elsewhere."""
+        return sequence.request.handoff_id is None or sequence.request.request_id in self.running
 
     # What hand-offs report.
 

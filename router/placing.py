@@ -9,7 +9,7 @@ import msgspec
 from cluster.block_hash import chain_hashes, chain_salt
 from cluster.config import PlacementConfig
 from cluster.ids import ChainHash, SessionId, WorkerId
-from cluster.messages import SessionRecord
+from cluster.messages import SessionRecord, WorkerRecord
 from cluster.metrics import RouterMetrics
 from cluster.placement.choose import (
     NO_HITS,
@@ -19,6 +19,7 @@ from cluster.placement.choose import (
     Placement,
     PlacementRequest,
     choose,
+    is_hop_worthwhile,
 )
 from cluster.placement.predict import PlacementCosts
 from cluster.placement.store import IndexHits, PlacementStore, PlacementUnavailableError
@@ -36,8 +37,17 @@ class Placed(msgspec.Struct, frozen=True, kw_only=True):
     """A placement with what dispatch must know of its decode worker."""
 
     placement: Placement
-    layout_fingerprint: str
-    block_size_tokens: int
+    request: PlacementRequest
+    hits: IndexHits
+    costs: PlacementCosts
+    decode: WorkerRecord
+    prefill: WorkerRecord | None
+
+    def is_hop_worthwhile(self, held_tokens: int) -> bool:
+        """Asked again when the decode worker has said how many of the prompt's tokens it holds."""
+        if self.prefill is None:
+            return False
+        return is_hop_worthwhile(self.request, self.decode, self.prefill, held_tokens, self.hits, self.costs)
 
 
 class Placer:
@@ -100,11 +110,15 @@ class Placer:
         except InsufficientKvError as error:
             raise insufficient_kv(error) from None
         decode = next(w for w in workers if w.address.worker_id == placement.decode.worker_id)
+        prefill = next((w for w in prefill_workers if w.address == placement.prefill), None)
         self._metrics.placements.labels(placement.reason.value).inc()
         return Placed(
             placement=placement,
-            layout_fingerprint=decode.layout_fingerprint,
-            block_size_tokens=decode.block_size_tokens,
+            request=request,
+            hits=ask.facts.hits,
+            costs=self._costs,
+            decode=decode,
+            prefill=prefill,
         )
 
     def remember_session(self, ask: SequenceAsk, placed: Placed, completion: Sequence[int]) -> None:
@@ -137,8 +151,8 @@ class Placer:
 def session_record(ask: SequenceAsk, placed: Placed, completion: tuple[int, ...]) -> SessionRecord:
     """KV is held of all tokens but the last, which was sampled and never run."""
     held = ask.prompt_token_ids + completion[:-1]
-    salt = chain_salt(placed.layout_fingerprint, ask.tenant)
-    hashes = chain_hashes(held, placed.block_size_tokens, salt)
+    salt = chain_salt(placed.decode.layout_fingerprint, ask.tenant)
+    hashes = chain_hashes(held, placed.decode.block_size_tokens, salt)
     return SessionRecord(
         worker_id=placed.placement.decode.worker_id,
         epoch=placed.placement.decode.epoch,

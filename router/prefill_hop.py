@@ -46,7 +46,8 @@ class PrefillHop:
         """`notify` is told of every call's end, on the event loop; it should lead to `on_prefill_ended`."""
         self._ask = ask
         self._request_id = request_id
-        self._layout_fingerprint = placed.layout_fingerprint
+        self._placed = placed
+        self._layout_fingerprint = placed.decode.layout_fingerprint
         self._connection = connection
         self._client = client
         self._directory = directory
@@ -68,6 +69,8 @@ class PrefillHop:
         self.first_token = event.first_token
         if event.first_token >= self._num_tokens:
             self.handoff_id = None  # all of it is cached there: the decode worker goes on by itself
+        elif not self._placed.is_hop_worthwhile(event.first_token):
+            self._run_locally()  # the worker holds more than the index knew
         else:
             self._start()
 
@@ -101,12 +104,15 @@ class PrefillHop:
         self.cancel()
         self._worker = self._next_worker()
         if self._worker is None:
-            self.handoff_id = None
-            self._connection.prefill_locally(self._request_id)
+            self._run_locally()
             return
         # Prefill starts when the reservation waits for the new hand-off, which another Reserved says.
         self.handoff_id = new_handoff_id()
         self._connection.retry_handoff(self._request_id, self.handoff_id)
+
+    def _run_locally(self) -> None:
+        self.handoff_id = None
+        self._connection.prefill_locally(self._request_id)
 
     def _next_worker(self) -> WorkerAddress | None:
         if len(self._tried) >= MAX_PREFILL_TRIES:

@@ -164,7 +164,14 @@ def choose(
         decode_tables = [ASSUMED_DECODE_TABLE] * len(fitting)
     shortlists = _prefill_shortlists(request, prefill_workers, hits, is_assumed=is_assumed)
     candidates = [
-        _candidate(request, worker, table, shortlists.get(worker.layout_fingerprint), hits, costs)
+        _candidate(
+            request,
+            worker,
+            table,
+            shortlists.get(worker.layout_fingerprint),
+            cached_tokens(request, worker, hits),
+            costs,
+        )
         for worker, table in zip(fitting, decode_tables, strict=True)
     ]
     best, is_tie = _cheapest(request, candidates, lambda candidate: candidate.ttft_ms)
@@ -178,6 +185,25 @@ def choose(
             best.prefill.computed_tokens if best.prefill else request.num_prompt_tokens - best.cached_tokens
         ),
     )
+
+
+def is_hop_worthwhile(
+    request: PlacementRequest,
+    decode: WorkerRecord,
+    prefill: WorkerRecord,
+    held_tokens: int,
+    hits: IndexHits,
+    costs: PlacementCosts,
+) -> bool:
+    """Whether a hop already chosen still pays, now that `decode` has said how much of the prompt it holds.
+
+    The index may have known less: it was slow, or the worker's news had not reached it.
+    """
+    tables = _tables([decode])
+    shortlists = _prefill_shortlists(request, [prefill], hits, is_assumed=tables is None)
+    table = tables[0] if tables else ASSUMED_DECODE_TABLE
+    shortlist = shortlists.get(decode.layout_fingerprint)
+    return _candidate(request, decode, table, shortlist, held_tokens, costs).prefill is not None
 
 
 def cached_tokens(request: PlacementRequest, worker: WorkerRecord, hits: IndexHits) -> int:
@@ -280,11 +306,10 @@ def _candidate(
     worker: WorkerRecord,
     table: StepTable,
     shortlist: _PrefillShortlist | None,
-    hits: IndexHits,
+    cached: int,
     costs: PlacementCosts,
 ) -> _Candidate:
-    """One decode worker with the cheaper of its two paths."""
-    cached = cached_tokens(request, worker, hits)
+    """One decode worker, holding `cached` tokens of the prompt, with the cheaper of its two paths."""
     uncached = request.num_prompt_tokens - cached
     wait = kv_wait_ms(table, worker.status, needed_tokens=uncached + 1)
     local = local_ttft_ms(table, worker.status, uncached_tokens=uncached, kv_wait=wait)

@@ -68,6 +68,20 @@ async def test_placement_takes_the_hop_where_it_is_predicted_cheaper(make_cluste
     assert len(cluster.prefills[0].runs) == 1
 
 
+async def test_a_hop_is_dropped_where_decode_holds_more_than_the_index_knew(make_cluster, tokenizer):
+    cluster = await make_cluster(prefills=1)
+    even = (StepCost(rows=1, ms=5.0), StepCost(rows=8, ms=6.0))
+    fast = (StepCost(rows=1, ms=8.0), StepCost(rows=256, ms=9.0))
+    cluster.decode.status = WorkerStatus(total_kv_tokens=1000, free_kv_tokens=1000, step_table=even)
+    cluster.prefills[0].status = WorkerStatus(total_kv_tokens=1000, free_kv_tokens=1000, step_table=fast)
+    cluster.decode.behaviour.cached_tokens = len(PROMPT) - 3
+    assert_answered(await post(cluster, headers={}), tokenizer)
+    (generate,) = cluster.decode.seen.generates
+    assert generate.handoff_id
+    assert not cluster.prefills[0].runs
+    assert len(cluster.decode.seen.local) == 1
+
+
 async def test_everything_cached_needs_no_prefill(make_cluster, tokenizer):
     cluster = await make_cluster(prefills=1)
     cluster.decode.behaviour.cached_tokens = len(PROMPT) - 1

@@ -22,6 +22,7 @@ from cluster.placement.choose import (
     PlacementReason,
     PlacementRequest,
     choose,
+    is_hop_worthwhile,
     rendezvous_score,
 )
 from cluster.placement.predict import PlacementCosts
@@ -218,6 +219,24 @@ def test_a_hop_leaves_the_last_token_and_what_prefill_holds() -> None:
 def test_a_policy_overrides_the_prediction(prompt: int, policy: HopPolicy, chosen: str | None) -> None:
     placement = place([worker("d")], [prefill("p")], asked=request(prompt, hop=policy))
     assert (placement.prefill.worker_id if placement.prefill else None) == chosen
+
+
+@pytest.mark.parametrize(
+    ("held_tokens", "policy", "is_worthwhile"),
+    [
+        (0, HopPolicy.AUTO, True),
+        (1995, HopPolicy.AUTO, False),
+        (1995, HopPolicy.ALWAYS, True),
+        (1999, HopPolicy.ALWAYS, False),
+        (0, HopPolicy.NEVER, False),
+    ],
+)
+def test_a_hop_is_asked_about_again_with_what_decode_really_holds(
+    held_tokens: int, policy: HopPolicy, is_worthwhile: bool
+) -> None:
+    asked = request(2000, hop=policy)
+    verdict = is_hop_worthwhile(asked, worker("d"), prefill("p"), held_tokens, NO_HITS, COSTS)
+    assert verdict is is_worthwhile
 
 
 def test_a_hop_can_decide_for_another_decode_worker() -> None:
