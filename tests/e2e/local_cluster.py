@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -20,6 +21,11 @@ MODEL = "smollm2-135m-instruct"
 
 def shared_memory_names() -> set[str]:
     return set(os.listdir("/dev/shm"))
+
+
+def _heed_interrupts() -> None:
+    """As from a terminal: what a shell runs in the background, tests too, inherits SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @dataclass
@@ -72,6 +78,7 @@ class LocalCluster:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            preexec_fn=_heed_interrupts,
         )
 
     def up(self, *options: str) -> None:
