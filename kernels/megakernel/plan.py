@@ -1,0 +1,24 @@
+"""What the schedule search decides, apart from what it is decided for: a plan turns a graph into a program."""
+
+import msgspec
+
+ROLES = ("embed", "qkv", "attention", "o", "gate_up", "down", "head")
+"""The last part of an op's name; all layers share a role's plan."""
+
+
+class OpPlan(msgspec.Struct, frozen=True, kw_only=True):
+    tile_columns: int
+    """Output columns of one instruction; for ATTENTION, KV heads. A multiple of what the op's epilogue needs."""
+    num_k_tiles: int = 1
+    """Above 1: K is split, and REDUCE instructions sum the parts."""
+    stages: int = 2
+    """Weight tiles of this op in flight in a worker's scratch pages."""
+    tile_workers: tuple[int, ...] | None = None
+    """Worker of each instruction, K-tiles of a column tile adjacent. None: contiguous runs of equal weight."""
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    ops: dict[str, OpPlan]
+    """By role."""
+    prefetch_instructions: int = 1
+    """How many instructions ahead of its own a worker may start to load an instruction's weights."""
