@@ -1,4 +1,4 @@
-"""What the schedule search decides, apart from what it is decided for: a plan turns a graph into a program."""
+"""What the schedule search decides: a plan turns a graph into a program."""
 
 import msgspec
 
@@ -8,13 +8,13 @@ ROLES = ("embed", "qkv", "attention", "o", "gate_up", "down", "head")
 
 class OpPlan(msgspec.Struct, frozen=True, kw_only=True):
     tile_columns: int
-    """Output columns of one instruction; for ATTENTION, KV heads. A multiple of what the op's epilogue needs."""
+    """Output columns of one instruction, a multiple of what the epilogue needs; for ATTENTION, KV heads."""
     num_k_tiles: int = 1
     """Above 1: K is split, and REDUCE instructions sum the parts."""
     stages: int = 2
     """Weight tiles of this op in flight in a worker's scratch pages."""
     tile_workers: tuple[int, ...] | None = None
-    """Worker of each instruction, K-tiles of a column tile adjacent. None: contiguous runs of equal weight."""
+    """Worker of each instruction, K-tiles of a column tile adjacent. None: contiguous, equal runs."""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
