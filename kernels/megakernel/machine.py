@@ -1,8 +1,16 @@
-"""A machine as data: what the compiler must know of the hardware, and nothing of how it is programmed."""
+"""A machine as data: what the compiler must know of the hardware, and nothing of how it is programmed.
 
+The packaged descriptions are `machines/NAME.json`; docs/machines.md says where each figure comes from.
+"""
+
+from importlib import resources
+from pathlib import Path
 from typing import Literal
 
 import msgspec
+
+PROBED = "cpu"
+"""The name that stands for the CPU in hand."""
 
 
 class MachineError(ValueError):
@@ -31,7 +39,76 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Fixed cost of an instruction."""
     vector_units: tuple[str, ...] = ()
     """CPU: of `avx2`, `avx512`, `avx512_vnni`. CUDA: the compute capability, as `sm_89`."""
+    row_group: int = 1
+    """Rows are computed in groups of this many: one row costs what a whole group costs."""
+    computes_while_loading: bool = False
+    """Whether an instruction works on its weights as they arrive, or only when its tile has landed."""
+
+    def __post_init__(self) -> None:
+        wrong = [name for name in _POSITIVE if getattr(self, name) <= 0]
+        wrong += [
+            name for name in ("load_latency_us", "sync_us", "instruction_us") if getattr(self, name) < 0
+        ]
+        wrong += [f"macs_per_us[{name}]" for name, value in self.macs_per_us.items() if value <= 0]
+        if wrong:
+            raise MachineError(f"machine {self.name!r}: not a possible figure: {', '.join(wrong)}")
+        if self.page_bytes > self.scratch_bytes:
+            raise MachineError(
+                f"machine {self.name!r}: a page of {self.page_bytes} bytes exceeds the scratch memory of "
+                f"{self.scratch_bytes}"
+            )
+        if not self.macs_per_us:
+            raise MachineError(f"machine {self.name!r}: macs_per_us names no weight format")
 
     @property
     def num_pages(self) -> int:
         return self.scratch_bytes // self.page_bytes
+
+
+_POSITIVE = (
+    "num_workers",
+    "scratch_bytes",
+    "page_bytes",
+    "bandwidth_gb_s",
+    "worker_bandwidth_gb_s",
+    "row_group",
+)
+_NOT_NEGATIVE = ("load_latency_us", "sync_us", "instruction_us")
+
+
+def machine_names() -> tuple[str, ...]:
+    """What `load_machine` knows by name."""
+    folder = resources.files("megakernel") / "machines"
+    packaged = (
+        entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json")
+    )
+    return (PROBED, *sorted(packaged))
+
+
+def load_machine(name: str) -> Machine:
+    """A packaged machine, `cpu` for the one in hand (probed once, then cached), or a path to a JSON file.
+
+    Raises MachineError.
+    """
+    if name == PROBED:
+        from megakernel.probe import probe_cpu  # it builds Machine records, so it imports this file
+
+        return probe_cpu()
+    if name in machine_names():
+        text = (resources.files("megakernel") / "machines" / f"{name}.json").read_bytes()
+        return _decode(text, name)
+    path = Path(name)
+    if path.suffix == ".json":
+        try:
+            return _decode(path.read_bytes(), name)
+        except OSError as error:
+            raise MachineError(f"cannot read the machine file {name!r}: {error.strerror}") from error
+    known = ", ".join(machine_names())
+    raise MachineError(f"unknown machine {name!r}; known are {known}, or a path that ends in .json")
+
+
+def _decode(text: bytes, name: str) -> Machine:
+    try:
+        return msgspec.json.decode(text, type=Machine)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise MachineError(f"machine file {name!r}: {error}") from error
