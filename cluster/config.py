@@ -43,6 +43,8 @@ class RouterConfig(Section, frozen=True, kw_only=True):
     """A replica answers 429 with Retry-After beyond this many."""
     max_body_bytes: Positive = 4 * 1024 * 1024
     default_max_tokens: Positive = 256
+    recovery_timeout_s: PositiveSeconds = 60.0
+    """A sequence that lost its decode worker waits this long, within its deadline, for one to go on with."""
     request_timeout_s: PositiveSeconds = 600.0
     """A request without a deadline of its own ends here."""
 

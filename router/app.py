@@ -54,7 +54,14 @@ class Router:
         self._pool = DecodePool(directory, self._channels, greeting)
         self._placer = Placer(store, directory, self._pool, config.placement, costs, self.metrics)
         prefill = PrefillClient(self._channels)
-        dispatcher = Dispatcher(self._placer, self._pool, prefill, directory, self.metrics)
+        dispatcher = Dispatcher(
+            self._placer,
+            self._pool,
+            prefill,
+            directory,
+            self.metrics,
+            config.router.recovery_timeout_s,
+        )
         inflight = InflightLimit(limits.max_inflight, self.metrics)
         generation = Generation(self._placer, dispatcher, inflight, self.metrics)
         encoder = PromptEncoder(served)

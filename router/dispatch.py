@@ -22,8 +22,6 @@ from router.prefill_client import PrefillClient
 from router.retry import as_request_error, refuses_for_good, should_place_again
 from router.sequence import Progress, SequenceAsk, SequenceEnded, SequenceEvent
 
-REPLACE_WAIT_S = 2.0
-"""How long a sequence that lost its worker waits for one, this or another, to be there (again)."""
 REPLACE_POLL_S = 0.02
 
 
@@ -35,7 +33,10 @@ class Dispatcher:
         prefill: PrefillClient,
         directory: Directory,
         metrics: RouterMetrics,
+        recovery_timeout_s: float,
     ) -> None:
+        """`recovery_timeout_s`: how long a sequence that lost its worker waits for one to go on with."""
+        self._recovery_timeout_s = recovery_timeout_s
         self._placer = placer
         self._pool = pool
         self._prefill = prefill
@@ -100,7 +101,7 @@ class Dispatcher:
             raise as_request_error(failure)
         self._metrics.retries.labels("decode").inc()
         lost = failed.placement.decode.worker_id
-        give_up_at_s = time.monotonic() + min(REPLACE_WAIT_S, remaining_s(ask.deadline_unix_ns))
+        give_up_at_s = time.monotonic() + min(self._recovery_timeout_s, remaining_s(ask.deadline_unix_ns))
         excluded = frozenset(refused | {lost})
         while True:
             try:

@@ -30,7 +30,8 @@ def _check(cluster, tokenizer, lengths, num_tokens):
             for length, answer, tokens in zip(lengths, answers, expected, strict=True):
                 where = f"prompt of {length}, hop {hop}, {concurrency} at a time"
                 assert answer.token_ids == tokens, where
-                assert answer.cached_tokens == 0, where
+                # A few first tokens may be shared with another prompt of this pass; no block is.
+                assert answer.cached_tokens < 16, where
     handoffs = cluster.metrics().total("headrace_handoffs_sent_total", outcome="acknowledged")
     assert handoffs - handoffs_before == 2 * len(prompts)
 

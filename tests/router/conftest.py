@@ -159,7 +159,9 @@ async def make_cluster(served: ServedModel, tokenizer: Tokenizer) -> AsyncIterat
                 stack.push_async_callback(worker.stop)
             directory.workers += [*decode_workers, *prefill_workers]
             config = HeadraceConfig(
-                router=RouterConfig(**{"host": "127.0.0.1", "grpc_port": 0} | router),
+                router=RouterConfig(
+                    **{"host": "127.0.0.1", "grpc_port": 0, "recovery_timeout_s": 1.0} | router
+                ),
                 placement=PlacementConfig(lookup_timeout_s=lookup_timeout_s),
             )
             cluster = Cluster(
