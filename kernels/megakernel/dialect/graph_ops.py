@@ -19,6 +19,7 @@ from xdsl.utils.exceptions import VerifyException
 from megakernel.dialect.types import (
     KvType,
     RowsType,
+    SizedType,
     SplitsType,
     StatsType,
     TokensType,
@@ -31,6 +32,17 @@ def columns_of(value: SSAValue) -> int:
     """Columns of a value that is known to be rows."""
     assert isinstance(value.type, RowsType)
     return value.type.columns.data
+
+
+def sizes_of(value: SSAValue) -> tuple[int, ...]:
+    assert isinstance(value.type, SizedType)
+    return value.type.sizes
+
+
+def size_of(value: SSAValue) -> int:
+    """Of a value whose type has one size."""
+    (size,) = sizes_of(value)
+    return size
 
 
 def label_of(weight: SSAValue) -> str:
@@ -110,7 +122,7 @@ class RmsNormOp(IRDLOperation):
 
     def verify_(self) -> None:
         check(self.rows.type == self.result.type, self, "result type differs from its input's")
-        weight, columns = self.weight.type.size.data, columns_of(self.rows)
+        weight, columns = size_of(self.weight), columns_of(self.rows)
         check(weight == columns, self, f"a weight of {weight} for {columns} columns")
 
 
@@ -133,7 +145,7 @@ class HeadNormOp(IRDLOperation):
 
     def verify_(self) -> None:
         check(self.rows.type == self.result.type, self, "result type differs from its input's")
-        dim, columns = self.weight.type.size.data, columns_of(self.rows)
+        dim, columns = size_of(self.weight), columns_of(self.rows)
         check(columns % dim == 0, self, f"{columns} columns are not whole heads of {dim}")
 
 
@@ -153,13 +165,13 @@ class LinearOp(IRDLOperation):
         super().__init__(operands=[rows, weight, bias], result_types=[RowsType.of(columns)])
 
     def verify_(self) -> None:
-        outs, ins = self.weight.type.sizes
+        outs, ins = sizes_of(self.weight)
         columns = columns_of(self.rows)
         check(ins == columns, self, f"a weight with {ins} in_features for {columns} input columns")
         results = columns_of(self.result)
         check(outs == results, self, f"a weight with {outs} out_features for {results} result columns")
         if self.bias is not None:
-            size = self.bias.type.size.data
+            size = size_of(self.bias)
             check(size == outs, self, f"a bias of {size} for {outs} result columns")
 
 
@@ -202,7 +214,7 @@ class KvAppendOp(IRDLOperation):
 
     def verify_(self) -> None:
         check(self.kv.type == self.result.type, self, "result type differs from its KV's")
-        heads, dim = self.kv.type.sizes
+        heads, dim = sizes_of(self.kv)
         for what, rows in (("keys", self.keys), ("values", self.values)):
             columns = columns_of(rows)
             check(columns == heads * dim, self, f"{columns} columns of {what} for {heads} heads of {dim}")
@@ -222,7 +234,7 @@ class CombineOp(IRDLOperation):
         super().__init__(operands=[splits], result_types=[RowsType.of(heads * dim)])
 
     def verify_(self) -> None:
-        heads, dim = self.splits.type.sizes
+        heads, dim = sizes_of(self.splits)
         columns = columns_of(self.result)
         check(columns == heads * dim, self, f"{columns} result columns for {heads} heads of {dim}")
 
@@ -288,7 +300,7 @@ class HeadStatsOp(IRDLOperation):
 
     def verify_(self) -> None:
         span, columns = self.span.value.data, columns_of(self.logits)
-        spans = self.stats.type.spans.data
+        spans = size_of(self.stats)
         check(
             span > 0 and spans == -(-columns // span), self, f"{spans} spans of {span} for {columns} columns"
         )

@@ -22,7 +22,7 @@ from xdsl.irdl import (
     var_operand_def,
 )
 
-from megakernel.dialect.graph_ops import check, columns_of
+from megakernel.dialect.graph_ops import check, columns_of, size_of, sizes_of
 from megakernel.dialect.types import (
     KvType,
     PartsType,
@@ -130,7 +130,7 @@ class EmbedOp(TiledOp):
 
     def verify_(self) -> None:
         super().verify_()
-        width, columns = self.table.type.in_features.data, columns_of(self.result)
+        width, columns = sizes_of(self.table)[1], columns_of(self.result)
         check(width == columns, self, f"a table of width {width} for {columns} result columns")
 
 
@@ -156,8 +156,8 @@ class AttentionOp(TiledOp):
 
     def verify_(self) -> None:
         super().verify_()
-        heads, dim = self.splits.type.sizes
-        kv_heads, kv_dim = self.kv.type.sizes
+        heads, dim = sizes_of(self.splits)
+        kv_heads, kv_dim = sizes_of(self.kv)
         columns = columns_of(self.queries)
         check(dim == kv_dim, self, f"queries of head_dim {dim} on KV of head_dim {kv_dim}")
         check(columns == heads * dim, self, f"{columns} query columns for {heads} heads of {dim}")
@@ -170,7 +170,7 @@ class AttentionOp(TiledOp):
 
 
 class LinearTail(TiledOp):
-    """What follows the sum of a linear op: shared by those that sum all of K at once and those that do not."""
+    """What follows the sum of a linear op, whether all of K is summed at once or in K-tiles."""
 
     epilogue = attr_def(StringAttr)
 
@@ -218,21 +218,21 @@ class FusedLinearOp(LinearTail):
 
     @property
     def in_features(self) -> int:
-        return self.weights[0].type.in_features.data
+        return sizes_of(self.weights[0])[1]
 
     @property
     def out_features(self) -> int:
-        return sum(weight.type.out_features.data for weight in self.weights)
+        return sum(sizes_of(weight)[0] for weight in self.weights)
 
     def verify_(self) -> None:
         super().verify_()
         check(bool(self.weights), self, "needs a weight")
-        ins = {weight.type.in_features.data for weight in self.weights}
+        ins = {sizes_of(weight)[1] for weight in self.weights}
         width = input_columns(self.input)
         check(ins == {width}, self, f"weights with in_features {sorted(ins)} for {width} input columns")
         verify_prologue(self, self.prologue.data, self.input, self.norm)
         outs = self.out_features
-        biased = sum(bias.type.size.data for bias in self.biases)
+        biased = sum(size_of(bias) for bias in self.biases)
         check(not self.biases or biased == outs, self, f"biases of {biased} for {outs} sums")
         self.verify_tail(outs, self.residual, self.kv)
 
@@ -251,12 +251,12 @@ class PartialLinearOp(TiledOp):
 
     @property
     def in_features(self) -> int:
-        return self.weights[0].type.in_features.data
+        return sizes_of(self.weights[0])[1]
 
     def verify_(self) -> None:
         super().verify_()
-        outs = sum(weight.type.out_features.data for weight in self.weights)
-        columns = self.parts.type.columns.data
+        outs = sum(sizes_of(weight)[0] for weight in self.weights)
+        columns = sizes_of(self.parts)[1]
         check(columns == outs, self, f"{columns} result columns for {outs} out_features")
         verify_prologue(self, self.prologue.data, self.input, self.norm)
 
@@ -278,7 +278,7 @@ class ReduceOp(LinearTail):
 
     def verify_(self) -> None:
         super().verify_()
-        self.verify_tail(self.parts.type.columns.data, self.residual, self.kv)
+        self.verify_tail(sizes_of(self.parts)[1], self.residual, self.kv)
 
 
 def input_columns(value: SSAValue) -> int:
