@@ -1,5 +1,6 @@
 import msgspec
 import pytest
+
 from megakernel.machine import Machine, MachineError, load_machine, machine_names
 from megakernel.probe import Measured, describe, l2_bytes, probe_cpu, usable_cores, vector_units
 
@@ -32,7 +33,7 @@ def test_a_path_to_a_file_is_a_machine(tmp_path):
     path = tmp_path / "mine.json"
     path.write_bytes(msgspec.json.encode(msgspec.structs.replace(load_machine("l4"), name="mine")))
     assert load_machine(str(path)).name == "mine"
-    with pytest.raises(MachineError, match="absent.json"):
+    with pytest.raises(MachineError, match=r"absent\.json"):
         load_machine(str(tmp_path / "absent.json"))
 
 
@@ -40,7 +41,7 @@ def test_a_path_to_a_file_is_a_machine(tmp_path):
 def test_a_broken_file_is_refused_by_name(tmp_path, text):
     path = tmp_path / "broken.json"
     path.write_bytes(text)
-    with pytest.raises(MachineError, match="broken.json"):
+    with pytest.raises(MachineError, match=r"broken\.json"):
         load_machine(str(path))
 
 
