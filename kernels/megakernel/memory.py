@@ -189,7 +189,8 @@ class _NeedsByTile:
                 f"{instruction.r1 - instruction.r0} rows need {needed.total_bytes(1)} bytes "
                 f"({needed.weight_stage_bytes} weights, {needed.input_bytes} input, {needed.output_bytes} "
                 f"output), {needs.total} pages; a worker of {self._machine.name} has "
-                f"{self._machine.num_pages} pages of {self._machine.page_bytes} bytes: take narrower tiles or more K-tiles"
+                f"{self._machine.num_pages} pages of {self._machine.page_bytes} bytes: take narrower tiles "
+                f"or more K-tiles"
             )
         return needs
 

@@ -15,9 +15,9 @@ WEIGHT_BITS: Mapping[str, float] = {
 """Bits a weight, scales and offsets included."""
 
 QUANTIZED = frozenset({"Q4_0", "Q4_1", "Q8_0"})
-_QUANTIZED_ACTIVATION_BITS = 9.0
+QUANTIZED_ACTIVATION_BITS = 9.0
 """int8 and one float32 scale a block of 32."""
-_FLOAT_ACTIVATION_BITS = 32.0
+FLOAT_ACTIVATION_BITS = 32.0
 
 
 class UnknownFormatError(ValueError):
@@ -61,4 +61,4 @@ def column_bits(op: Op, geometry: Geometry, stored: tuple[str, ...], n0: int, n1
 
 def activation_bits(stored: tuple[str, ...]) -> float:
     """Bits of an input element as it is multiplied: quantized where the weights are."""
-    return _QUANTIZED_ACTIVATION_BITS if set(stored) <= QUANTIZED else _FLOAT_ACTIVATION_BITS
+    return QUANTIZED_ACTIVATION_BITS if set(stored) <= QUANTIZED else FLOAT_ACTIVATION_BITS

@@ -1,0 +1,424 @@
+"""The cost model: a program's timeline on a machine, simulated event by event.
+
+A worker has a loader and a computing side. The loader fetches weight tiles in instruction order, each from
+the moment its pages are held (`PageUse.live_from`), whether or not the worker waits at a barrier: weights,
+and the committed context that attention reads, depend on nothing. All active loaders share the machine's
+bandwidth equally, none gets more than a worker's own. The computing side takes one instruction at a time,
+when its waits are satisfied and its tile has landed (or, on machines that compute while loading, is landing).
+"""
+
+import heapq
+from collections.abc import Mapping
+
+import msgspec
+
+from megakernel.machine import Machine, MachineError
+from megakernel.memory import num_k
+from megakernel.program import Instruction, Op, Opcode, PageRole, Program, Prologue
+from megakernel.weight_formats import activation_bits, column_bits, op_formats
+
+DEFAULT_CONTEXT_TOKENS = 512
+_KV_ELEMENT_BYTES = 2
+_FLOAT_BYTES = 4
+_CACHE_SPEEDUP = 4.0
+"""Activations come from a shared cache: so much faster than a worker reads memory."""
+_LANDING_SHARE = 1 / 16
+"""Of an instruction's computing, what is left when its last bytes arrive, where it computes while loading."""
+_UNKNOWN_RATE_FORMAT = "BF16"
+
+
+class SimulationError(RuntimeError):
+    """A program that never ends under the model: names the first instruction that waits in vain."""
+
+
+class Stalls(msgspec.Struct, frozen=True, kw_only=True):
+    """What workers did with the makespan, in microseconds summed over workers."""
+
+    busy_us: float
+    barrier_us: float
+    """Waiting for other workers' arrivals."""
+    load_us: float
+    """Waits satisfied, but the tile had not landed."""
+    idle_us: float
+    """After a worker's last instruction."""
+
+
+class Trace(msgspec.Struct, frozen=True, kw_only=True):
+    """Times are microseconds from the step's start, by worker and instruction."""
+
+    starts_us: tuple[tuple[float, ...], ...]
+    ends_us: tuple[tuple[float, ...], ...]
+    makespan_us: float
+    stalls: Stalls
+
+
+class Work(msgspec.Struct, frozen=True):
+    """What an instruction costs wherever it is placed."""
+
+    load_bytes: float
+    compute_us: float
+    prologue_us: float
+    """Once for a run of instructions that share the input."""
+
+
+def work_of(
+    program: Program,
+    machine: Machine,
+    instruction: Instruction,
+    formats: Mapping[str, str] | None = None,
+    context_tokens: int = DEFAULT_CONTEXT_TOKENS,
+) -> Work:
+    """Bytes and times of one instruction; every row attends to `context_tokens` positions."""
+    op = program.ops[instruction.op]
+    stored = op_formats(op, formats)
+    rows = instruction.r1 - instruction.r0
+    columns = instruction.n1 - instruction.n0
+    match instruction.opcode:
+        case Opcode.EMBED:
+            bits = column_bits(op, program.geometry, stored, instruction.n0, instruction.n1)
+            return Work(rows * bits / 8, 0.0, 0.0)
+        case Opcode.REDUCE:
+            sums = instruction.num_parts * rows * columns * _FLOAT_BYTES
+            return Work(0.0, _cached_read_us(machine, sums), 0.0)
+        case Opcode.ATTENTION:
+            return _attention_work(program, machine, instruction, context_tokens)
+        case _:
+            k = num_k(op, instruction)
+            bits = column_bits(op, program.geometry, stored, instruction.n0, instruction.n1)
+            compute_us = max(
+                k * columns * grouped_rows(rows, machine) / macs_per_us(machine, name) for name in stored
+            )
+            read = k if op.prologue is Prologue.NONE else program.buffers[op.input].columns
+            if op.prologue is Prologue.COMBINE:
+                read = combined_columns(program, context_tokens)
+            kept = rows * k * activation_bits(stored) / 8
+            prologue_us = _cached_read_us(machine, rows * read * _FLOAT_BYTES + kept)
+            return Work(k * bits / 8, compute_us, prologue_us)
+
+
+def grouped_rows(rows: int, machine: Machine) -> int:
+    """Rows as they are paid for: whole groups."""
+    return -(-rows // machine.row_group) * machine.row_group
+
+
+def macs_per_us(machine: Machine, weight_format: str) -> float:
+    """A worker's rate for a format, that of BF16 where the machine does not state it. Raises MachineError."""
+    rate = machine.macs_per_us.get(weight_format) or machine.macs_per_us.get(_UNKNOWN_RATE_FORMAT)
+    if rate is None:
+        raise MachineError(
+            f"machine {machine.name!r} states no rate for {weight_format} nor {_UNKNOWN_RATE_FORMAT}"
+        )
+    return rate
+
+
+def combined_columns(program: Program, context_tokens: int) -> int:
+    """Columns of attention's output that hold something at this context."""
+    geometry = program.geometry
+    return num_splits(program, context_tokens) * geometry.num_heads * (geometry.head_dim + 2)
+
+
+def num_splits(program: Program, context_tokens: int) -> int:
+    tokens = min(context_tokens, program.geometry.max_context_tokens)
+    return max(1, -(-tokens // program.split_tokens))
+
+
+def _attention_work(
+    program: Program, machine: Machine, instruction: Instruction, context_tokens: int
+) -> Work:
+    """Its splits' share of the context; rows of one step share the committed context they read."""
+    geometry = program.geometry
+    rows = instruction.r1 - instruction.r0
+    splits = range(instruction.part, num_splits(program, context_tokens), instruction.num_parts)
+    tokens = sum(min(program.split_tokens, context_tokens - split * program.split_tokens) for split in splits)
+    kv_heads = instruction.n1 - instruction.n0
+    elements = 2 * tokens * kv_heads * geometry.head_dim
+    group = geometry.num_heads // geometry.num_kv_heads
+    compute_us = elements * group * rows / macs_per_us(machine, "F16")
+    queries = rows * kv_heads * group * geometry.head_dim * _FLOAT_BYTES
+    return Work(elements * _KV_ELEMENT_BYTES, compute_us, _cached_read_us(machine, queries))
+
+
+def _cached_read_us(machine: Machine, num_bytes: float) -> float:
+    if not num_bytes:
+        return 0.0
+    return machine.load_latency_us + num_bytes / (machine.worker_bandwidth_gb_s * 1e3 * _CACHE_SPEEDUP)
+
+
+def bandwidth_bound_us(
+    program: Program,
+    machine: Machine,
+    formats: Mapping[str, str] | None = None,
+    context_tokens: int = DEFAULT_CONTEXT_TOKENS,
+) -> float:
+    """The time to read every byte once at full bandwidth: no schedule is faster."""
+    works = _Works(program, machine, formats, context_tokens)
+    total = sum(works(instruction).load_bytes for worker in program.workers for instruction in worker)
+    return total / (machine.bandwidth_gb_s * 1e3)
+
+
+def simulate(
+    program: Program,
+    machine: Machine,
+    formats: Mapping[str, str] | None = None,
+    context_tokens: int = DEFAULT_CONTEXT_TOKENS,
+) -> Trace:
+    """The timeline of one step. Deterministic. Raises SimulationError where a wait is never satisfied."""
+    works = _Works(program, machine, formats, context_tokens)
+    simulation = _Simulation(program, machine, works)
+    simulation.run()
+    return simulation.trace()
+
+
+class _Works:
+    """Work by instruction, computed once for tiles that are alike in all layers."""
+
+    def __init__(
+        self, program: Program, machine: Machine, formats: Mapping[str, str] | None, context_tokens: int
+    ) -> None:
+        self._program = program
+        self._machine = machine
+        self._formats = formats
+        self._context_tokens = context_tokens
+        self._alike = [_alike(op, formats) for op in program.ops]
+        self._known: dict[tuple[object, ...], Work] = {}
+
+    def __call__(self, instruction: Instruction) -> Work:
+        key = (
+            self._alike[instruction.op],
+            instruction.opcode,
+            instruction.n0,
+            instruction.n1,
+            instruction.k1 - instruction.k0,
+            instruction.part if instruction.opcode is Opcode.ATTENTION else 0,
+            instruction.num_parts,
+            instruction.r1 - instruction.r0,
+        )
+        work = self._known.get(key)
+        if work is None:
+            work = self._known[key] = work_of(
+                self._program, self._machine, instruction, self._formats, self._context_tokens
+            )
+        return work
+
+
+def _alike(op: Op, formats: Mapping[str, str] | None) -> tuple[object, ...]:
+    return (op.kind, op.prologue, op.epilogue, op.in_features, op.out_features, op_formats(op, formats))
+
+
+_LANDED, _WOKEN, _ENDED = range(3)
+
+
+class _Simulation:
+    """Loads progress in virtual bytes, those that any one active loader has moved since the start: all have
+    the same rate, so a load ends when virtual bytes reach a value known at its beginning."""
+
+    def __init__(self, program: Program, machine: Machine, works: _Works) -> None:
+        self.program = program
+        self.machine = machine
+        self.works = [[works(instruction) for instruction in worker] for worker in program.workers]
+        self.costs = [
+            list(map(self._duration_us, worker, [None, *worker[:-1]], work))
+            for worker, work in zip(program.workers, self.works, strict=True)
+        ]
+        self.live_from = [[_weights_from(i, at) for at, i in enumerate(worker)] for worker in program.workers]
+        self.pending = [[len(instruction.waits) for instruction in worker] for worker in program.workers]
+        self.landed = [[False] * len(worker) for worker in program.workers]
+        self.starts: list[list[float]] = [[] for _ in program.workers]
+        self.ends: list[list[float]] = [[] for _ in program.workers]
+        self.num_ending = [0] * len(program.workers)
+        self.loader_at = [0] * len(program.workers)
+        self.is_loading = [False] * len(program.workers)
+        self.turn_us = [0.0] * len(program.workers)
+        self.awake_us = [[0.0] * len(worker) for worker in program.workers]
+        self.arrivals = [0] * program.num_counters
+        self.waiters = self._waiters()
+        self.barrier_us = 0.0
+        self.load_us = 0.0
+        self.now = 0.0
+        self.virtual_bytes = 0.0
+        self.loads: list[tuple[float, int, int]] = []
+        self.events: list[tuple[float, int, int, int]] = []
+
+    def _duration_us(self, instruction: Instruction, before: Instruction | None, work: Work) -> float:
+        is_same_input = (
+            before is not None
+            and before.op == instruction.op
+            and before.opcode == instruction.opcode
+            and (before.k0, before.k1) == (instruction.k0, instruction.k1)
+        )
+        prologue_us = 0.0 if is_same_input else work.prologue_us
+        return self.machine.instruction_us + prologue_us + work.compute_us
+
+    def _waiters(self) -> list[dict[int, list[tuple[int, int]]]]:
+        waiters: list[dict[int, list[tuple[int, int]]]] = [{} for _ in range(self.program.num_counters)]
+        for worker, instructions in enumerate(self.program.workers):
+            for at, instruction in enumerate(instructions):
+                for wait in instruction.waits:
+                    if wait.target <= 0:
+                        self.pending[worker][at] -= 1
+                    else:
+                        waiters[wait.counter].setdefault(wait.target, []).append((worker, at))
+        return waiters
+
+    def run(self) -> None:
+        for worker in range(len(self.program.workers)):
+            self._load_next(worker)
+            self._start_if_ready(worker)
+        while self.loads or self.events:
+            load_ends = self.now + self._load_left_us() if self.loads else float("inf")
+            if self.events and self.events[0][0] <= load_ends:
+                self._handle_event()
+            else:
+                self._end_load(load_ends)
+        self._check_all_ended()
+
+    def _bytes_per_us(self) -> float:
+        """Of each active loader."""
+        machine = self.machine
+        return min(machine.worker_bandwidth_gb_s, machine.bandwidth_gb_s / len(self.loads)) * 1e3
+
+    def _load_left_us(self) -> float:
+        return max(0.0, self.loads[0][0] - self.virtual_bytes) / self._bytes_per_us()
+
+    def _handle_event(self) -> None:
+        time, kind, worker, at = heapq.heappop(self.events)
+        if self.loads:
+            self.virtual_bytes += (time - self.now) * self._bytes_per_us()
+        self.now = time
+        if kind == _LANDED:
+            self.landed[worker][at] = True
+            self._start_if_ready(worker)
+        elif kind == _WOKEN:
+            self.pending[worker][at] -= 1
+            self.awake_us[worker][at] = time
+            self._start_if_ready(worker)
+        else:
+            self._end(worker, at)
+
+    def _end_load(self, time: float) -> None:
+        virtual_end, worker, at = heapq.heappop(self.loads)
+        self.virtual_bytes = max(self.virtual_bytes, virtual_end)
+        self.now = time
+        self.is_loading[worker] = False
+        heapq.heappush(self.events, (time + self.machine.load_latency_us, _LANDED, worker, at))
+        self._load_next(worker)
+
+    def _load_next(self, worker: int) -> None:
+        """Begins the next load whose pages are held: those of instruction `live_from` and later ones."""
+        works, landed, live_from = self.works[worker], self.landed[worker], self.live_from[worker]
+        current = len(self.ends[worker])
+        while not self.is_loading[worker] and self.loader_at[worker] < len(works):
+            at = self.loader_at[worker]
+            if works[at].load_bytes <= 0:
+                landed[at] = True
+            elif live_from[at] <= current:
+                self.is_loading[worker] = True
+                heapq.heappush(self.loads, (self.virtual_bytes + works[at].load_bytes, worker, at))
+            else:
+                return
+            self.loader_at[worker] += 1
+
+    def _start_if_ready(self, worker: int) -> None:
+        """Starts the worker's current instruction; may be called at any time."""
+        at = len(self.ends[worker])
+        if at == len(self.costs[worker]) or self.num_ending[worker] > at or self.pending[worker][at]:
+            return
+        is_started = len(self.starts[worker]) > at
+        cost_us = self.costs[worker][at]
+        if self.landed[worker][at]:
+            if is_started:
+                end = self._streamed_end_us(worker, at, cost_us)
+            else:
+                self._start(worker, at)
+                end = self.now + cost_us
+            self.num_ending[worker] = at + 1
+            heapq.heappush(self.events, (end, _ENDED, worker, at))
+        elif self.machine.computes_while_loading and not is_started:
+            self._start(worker, at)
+
+    def _start(self, worker: int, at: int) -> None:
+        satisfied = max(self.turn_us[worker], self.awake_us[worker][at])
+        self.barrier_us += satisfied - self.turn_us[worker]
+        self.load_us += self.now - satisfied
+        self.starts[worker].append(self.now)
+
+    def _streamed_end_us(self, worker: int, at: int, cost_us: float) -> float:
+        """The last bytes of a tile that was computed while it came in have just landed."""
+        compute_end = self.starts[worker][at] + cost_us
+        landing_end = self.now + cost_us * _LANDING_SHARE
+        end = max(compute_end, landing_end)
+        self.load_us += end - compute_end
+        return end
+
+    def _end(self, worker: int, at: int) -> None:
+        self.ends[worker].append(self.now)
+        self.turn_us[worker] = self.now
+        counter = self.program.workers[worker][at].signal
+        if counter >= 0:
+            self.arrivals[counter] += 1
+            wake_us = self.now + self.machine.sync_us
+            for waiter, waits_at in self.waiters[counter].get(self.arrivals[counter], ()):
+                heapq.heappush(self.events, (wake_us, _WOKEN, waiter, waits_at))
+        self._load_next(worker)
+        self._start_if_ready(worker)
+
+    def _check_all_ended(self) -> None:
+        for worker, instructions in enumerate(self.program.workers):
+            at = len(self.ends[worker])
+            if at < len(instructions):
+                instruction = instructions[at]
+                missing = ", ".join(
+                    f"counter {wait.counter} reached {self.arrivals[wait.counter]} of {wait.target}"
+                    for wait in instruction.waits
+                    if self.arrivals[wait.counter] < wait.target
+                )
+                name = self.program.ops[instruction.op].name
+                raise SimulationError(
+                    f"worker {worker} waits in vain at instruction {at} ({name}): {missing}"
+                )
+
+    def trace(self) -> Trace:
+        makespan_us = max((ends[-1] for ends in self.ends if ends), default=0.0)
+        idle_us = sum(makespan_us - turn for turn in self.turn_us)
+        total_us = makespan_us * len(self.ends)
+        return Trace(
+            starts_us=tuple(map(tuple, self.starts)),
+            ends_us=tuple(map(tuple, self.ends)),
+            makespan_us=makespan_us,
+            stalls=Stalls(
+                busy_us=total_us - idle_us - self.barrier_us - self.load_us,
+                barrier_us=self.barrier_us,
+                load_us=self.load_us,
+                idle_us=idle_us,
+            ),
+        )
+
+
+def _weights_from(instruction: Instruction, at: int) -> int:
+    return min((use.live_from for use in instruction.pages if use.role is PageRole.WEIGHTS), default=at)
+
+
+def ends_by_op(program: Program, trace: Trace) -> dict[int, float]:
+    """When each op's last instruction ended, by op index."""
+    ends: dict[int, float] = {}
+    for instructions, times in zip(program.workers, trace.ends_us, strict=True):
+        for instruction, end in zip(instructions, times, strict=True):
+            ends[instruction.op] = max(end, ends.get(instruction.op, 0.0))
+    return ends
+
+
+def extrapolated_us(program: Program, trace: Trace, num_layers: int) -> float:
+    """The makespan of a model of `num_layers`, from that of its first few (at least 2).
+
+    A layer more costs what the last simulated one did, from its predecessor's end to its own. Exact once
+    that has become periodic, which decode's chain of ops is after the first layer.
+    """
+    simulated = program.geometry.num_layers
+    assert simulated >= 2, "a period is the difference of two layers"
+    ends = ends_by_op(program, trace)
+    layer_ends = [0.0] * simulated
+    for op in program.ops:
+        if op.layer >= 0:
+            layer_ends[op.layer] = max(layer_ends[op.layer], ends[op.index])
+    period = layer_ends[-1] - layer_ends[-2]
+    return trace.makespan_us + (num_layers - simulated) * period

@@ -1,0 +1,225 @@
+"""List scheduling: the plan without a search, which the search starts from and is compared with.
+
+Ops are scheduled in dependency order, the tiles of each by longest processing time first. Tile sizes follow
+one rule: the widest tile of which two stages fit the scratch memory and which leaves no worker without one.
+"""
+
+import heapq
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from megakernel.machine import Machine
+from megakernel.memory import Footprint, ScratchError, attention_footprint, linear_footprint, max_stages
+from megakernel.model.shape import ModelShape
+from megakernel.plan import ROLES, OpPlan, Plan
+from megakernel.program import Geometry
+from megakernel.weight_formats import (
+    FLOAT_ACTIVATION_BITS,
+    QUANTIZED,
+    QUANTIZED_ACTIVATION_BITS,
+    WEIGHT_BITS,
+    format_of,
+)
+
+STATS_SPAN = 256
+SWIGLU_GROUP = 16
+COLUMN_GRANULE = 16
+K_GRANULE = 32
+"""A quantization block: K-tiles are whole blocks."""
+MAX_K_TILES = 64
+MAX_STAGES = 4
+
+
+class RoleShape(msgspec.Struct, frozen=True, kw_only=True):
+    """What tiling must know of a role: the same op in every layer."""
+
+    role: str
+    in_features: int
+    """0 of embed and attention, which are not multiplied by tiles of K."""
+    columns: int
+    """What is cut into tiles: output columns; of attention, KV heads."""
+    granule: int
+    """A tile is a multiple of this."""
+    weight_bits: float
+    """A weight's, on average; the widest of the layers."""
+    input_bits: float
+    count: int
+    """Ops of the role in the model."""
+
+
+def geometry_of(shape: ModelShape) -> Geometry:
+    return Geometry(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocab_size,
+        max_context_tokens=shape.max_context_tokens,
+        rms_norm_eps=shape.rms_norm_eps,
+    )
+
+
+def role_shapes(shape: ModelShape, formats: Mapping[str, str] | None = None) -> dict[str, RoleShape]:
+    """By role, in dependency order (`plan.ROLES`)."""
+    q_columns = shape.num_heads * shape.head_dim
+    kv_columns = shape.num_kv_heads * shape.head_dim
+    hidden, inner, layers = shape.hidden_size, shape.intermediate_size, shape.num_layers
+    head = "embed" if shape.has_tied_head else "head"
+    linear = {
+        "qkv": (hidden, {"q": q_columns, "k": kv_columns, "v": kv_columns}, shape.head_dim),
+        "o": (q_columns, {"o": hidden}, COLUMN_GRANULE),
+        "gate_up": (hidden, {"gate": inner, "up": inner}, 2 * SWIGLU_GROUP),
+        "down": (inner, {"down": hidden}, COLUMN_GRANULE),
+        "head": (hidden, {head: shape.vocab_size}, STATS_SPAN),
+    }
+    shapes = {
+        role: _linear_role(role, *linear[role], 1 if role == "head" else layers, formats) for role in linear
+    }
+    bits = WEIGHT_BITS[format_of("embed", formats)]
+    shapes["embed"] = _plain_role("embed", hidden, hidden, bits, 1)
+    shapes["attention"] = _plain_role("attention", shape.num_kv_heads, 1, 0.0, layers)
+    return {role: shapes[role] for role in ROLES}
+
+
+def _plain_role(role: str, columns: int, granule: int, bits: float, count: int) -> RoleShape:
+    return RoleShape(
+        role=role,
+        in_features=0,
+        columns=columns,
+        granule=granule,
+        weight_bits=bits,
+        input_bits=FLOAT_ACTIVATION_BITS,
+        count=count,
+    )
+
+
+def _linear_role(
+    role: str,
+    in_features: int,
+    columns: Mapping[str, int],
+    granule: int,
+    count: int,
+    formats: Mapping[str, str] | None,
+) -> RoleShape:
+    """Widths of the layer with the most bits: what fits there fits in all."""
+    names = ["{}"] if role == "head" else [f"layers.{layer}.{{}}" for layer in range(count)]
+    stored = [[format_of(name.format(part), formats) for part in columns] for name in names]
+    total = sum(columns.values())
+    weight_bits = max(
+        sum(WEIGHT_BITS[name] * width for name, width in zip(layer, columns.values(), strict=True)) / total
+        for layer in stored
+    )
+    is_quantized = all(set(layer) <= QUANTIZED for layer in stored)
+    return RoleShape(
+        role=role,
+        in_features=in_features,
+        columns=total,
+        granule=granule,
+        weight_bits=weight_bits,
+        input_bits=QUANTIZED_ACTIVATION_BITS if is_quantized else FLOAT_ACTIVATION_BITS,
+        count=count,
+    )
+
+
+def tile_footprint(role: RoleShape, geometry: Geometry, op_plan: OpPlan, bucket: int) -> Footprint:
+    """Of the role's largest tile."""
+    if role.role == "attention":
+        return attention_footprint(kv_heads=op_plan.tile_columns, geometry=geometry, rows=bucket)
+    columns = min(op_plan.tile_columns, role.columns)
+    k = largest_k_tile(role, op_plan.num_k_tiles)
+    return linear_footprint(
+        columns=columns, k=k, rows=bucket, weight_bits=role.weight_bits, input_bits=role.input_bits
+    )
+
+
+def largest_k_tile(role: RoleShape, num_k_tiles: int) -> int:
+    """Elements, in whole quantization blocks where K is split."""
+    if num_k_tiles == 1:
+        return role.in_features
+    blocks = -(-role.in_features // K_GRANULE)
+    return min(role.in_features, -(-blocks // num_k_tiles) * K_GRANULE)
+
+
+def k_tile_choices(role: RoleShape) -> tuple[int, ...]:
+    """Ascending numbers of K-tiles that cut K into equal runs of whole quantization blocks."""
+    blocks, rest = divmod(role.in_features, K_GRANULE)
+    if not blocks or rest:
+        return (1,)
+    return tuple(n for n in range(1, min(blocks, MAX_K_TILES) + 1) if blocks % n == 0)
+
+
+def num_tiles(role: RoleShape, tile_columns: int) -> int:
+    return -(-role.columns // tile_columns)
+
+
+def list_schedule(
+    shape: ModelShape,
+    machine: Machine,
+    bucket: int,
+    formats: Mapping[str, str] | None = None,
+    *,
+    num_k_tiles: Mapping[str, int] | None = None,
+) -> Plan:
+    """The baseline plan. `num_k_tiles` fixes K-splits by role: programs of one artifact share them.
+
+    Raises ScratchError where even the smallest tile does not fit.
+    """
+    geometry = geometry_of(shape)
+    ops = {
+        role.role: _plan_role(role, geometry, machine, bucket, (num_k_tiles or {}).get(role.role))
+        for role in role_shapes(shape, formats).values()
+    }
+    return Plan(ops=ops, prefetch_instructions=1)
+
+
+def _plan_role(
+    role: RoleShape, geometry: Geometry, machine: Machine, bucket: int, fixed_k_tiles: int | None
+) -> OpPlan:
+    if role.role == "embed":
+        return OpPlan(tile_columns=role.columns)
+    if role.role == "attention":
+        return OpPlan(tile_columns=1)
+    choices = (fixed_k_tiles,) if fixed_k_tiles else k_tile_choices(role)
+    for stages in (2, 1):
+        for k_tiles in choices:
+            for columns in _tile_widths(role, machine, k_tiles):
+                op_plan = OpPlan(tile_columns=columns, num_k_tiles=k_tiles, stages=stages)
+                if max_stages(tile_footprint(role, geometry, op_plan, bucket), machine) >= stages:
+                    return with_workers(role, op_plan, machine)
+    smallest = tile_footprint(
+        role, geometry, OpPlan(tile_columns=role.granule, num_k_tiles=choices[-1]), bucket
+    )
+    raise ScratchError(
+        f"{role.role}: its smallest tile, {role.granule} columns in {choices[-1]} K-tiles of {bucket} rows, "
+        f"needs {smallest.total_bytes(1)} bytes; a worker of {machine.name} has {machine.scratch_bytes}"
+    )
+
+
+def _tile_widths(role: RoleShape, machine: Machine, k_tiles: int) -> tuple[int, ...]:
+    """Widest first: that which gives each worker one K-tile of it, halves of it, and a single granule."""
+    granules = -(-role.columns // role.granule)
+    widest = max(1, granules * k_tiles // machine.num_workers)
+    widths = {max(1, widest >> halvings) for halvings in range(widest.bit_length() + 1)} | {1}
+    return tuple(width * role.granule for width in sorted(widths, reverse=True))
+
+
+def with_workers(role: RoleShape, op_plan: OpPlan, machine: Machine) -> OpPlan:
+    """The plan with each instruction's worker, longest processing time first."""
+    columns = op_plan.tile_columns
+    widths = [min(columns, role.columns - first) for first in range(0, role.columns, columns)]
+    costs = [float(width) for width in widths for _ in range(op_plan.num_k_tiles)]
+    return msgspec.structs.replace(op_plan, tile_workers=balanced(costs, machine.num_workers))
+
+
+def balanced(costs: Sequence[float], num_workers: int) -> tuple[int, ...]:
+    """A worker for each cost, longest first, each to the least loaded (the lowest-numbered of equals)."""
+    loads = [(0.0, worker) for worker in range(num_workers)]
+    workers = [0] * len(costs)
+    for item in sorted(range(len(costs)), key=lambda item: (-costs[item], item)):
+        load, worker = heapq.heappop(loads)
+        workers[item] = worker
+        heapq.heappush(loads, (load + costs[item], worker))
+    return tuple(workers)
