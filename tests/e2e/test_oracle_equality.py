@@ -25,7 +25,8 @@ def _check(cluster, tokenizer, lengths, num_tokens):
     for hop in ("never", "always"):
         for concurrency in (1, 8):
             # A tenant of its own for each pass, or the prefix cache would skip the path under test.
-            metadata = (("authorization", f"Bearer {hop}-{concurrency}"), ("x-headrace-prefill-hop", hop))
+            tenant = f"Bearer {hop}-{concurrency}-{num_tokens}"
+            metadata = (("authorization", tenant), ("x-headrace-prefill-hop", hop))
             answers = generate_all(cluster.grpc_address, requests, concurrency, metadata)
             for length, answer, tokens in zip(lengths, answers, expected, strict=True):
                 where = f"prompt of {length}, hop {hop}, {concurrency} at a time"
