@@ -136,7 +136,8 @@ def _certain_among(
     # follows[i, j]: early[i] cannot happen before early[j] has.
     follows = clocks[early][:, stream.workers[early]] > stream.positions[early]
     possible_without = len(early) - follows.sum(axis=0)
-    return early[possible_without < target]
+    certain: npt.NDArray[np.int64] = early[possible_without < target]
+    return certain
 
 
 def _propagate(stream: Stream, order: list[int], certain: _Certain) -> Clocks:

@@ -1,0 +1,173 @@
+"""What each instruction computes: float64 inside an instruction, float32 in buffers, row by row.
+
+Every sum runs along one row's own elements, so that neither other rows nor a tile's width change a bit.
+"""
+
+import numpy as np
+
+from megakernel.program import Epilogue, Instruction, Op, Opcode, Prologue, max_splits
+from megakernel.quantize import fake_quantize
+from megakernel.vm_state import Float32Array, Float64Array, VmState
+
+
+def execute(state: VmState, instruction: Instruction) -> None:
+    """Rows past the step's own are padding: nothing is computed for them."""
+    op = state.program.ops[instruction.op]
+    for row in range(instruction.r0, min(instruction.r1, state.step.num_rows)):
+        match instruction.opcode:
+            case Opcode.EMBED:
+                _embed(state, op, instruction, row)
+            case Opcode.ATTENTION:
+                _attend(state, op, instruction, row)
+            case Opcode.LINEAR:
+                _finish(state, op, instruction, row, _product(state, op, instruction, row, 0, op.in_features))
+            case Opcode.LINEAR_PARTIAL:
+                product = _product(state, op, instruction, row, instruction.k0, instruction.k1)
+                first = instruction.part * op.out_features
+                partial = state.buffers[state.program.partial_buffers[op.index]]
+                partial[row, first + instruction.n0 : first + instruction.n1] = product
+            case Opcode.REDUCE:
+                _finish(state, op, instruction, row, _sum_parts(state, op, instruction, row))
+
+
+def _embed(state: VmState, op: Op, instruction: Instruction, row: int) -> None:
+    token = int(state.buffers[op.input][row, 0])
+    columns = slice(instruction.n0, instruction.n1)
+    state.buffers[op.output][row, columns] = state.weights.vector(op.weights[0])[token, columns]
+
+
+def _product(state: VmState, op: Op, instruction: Instruction, row: int, k0: int, k1: int) -> Float32Array:
+    x = _prologue(state, op, row)
+    matrix, is_quantized = state.weights.matrix(op, state.program.swiglu_group)
+    columns = slice(instruction.n0, instruction.n1)
+    tile, flags = matrix[columns, k0:k1], is_quantized[columns]
+    if not flags.any():
+        return _dot(tile, x[k0:k1].astype(np.float64))
+    rounded = _dot(tile, fake_quantize(x)[k0:k1])
+    return rounded if flags.all() else np.where(flags, rounded, _dot(tile, x[k0:k1].astype(np.float64)))
+
+
+def _dot(tile: Float32Array, x: Float64Array) -> Float32Array:
+    return np.asarray((tile * x).sum(axis=1), dtype=np.float32)
+
+
+def _sum_parts(state: VmState, op: Op, instruction: Instruction, row: int) -> Float32Array:
+    partial = state.buffers[state.program.partial_buffers[op.index]][row]
+    total = np.zeros(instruction.n1 - instruction.n0, dtype=np.float32)
+    for part in range(instruction.num_parts):
+        first = part * op.out_features
+        total += partial[first + instruction.n0 : first + instruction.n1]
+    return total
+
+
+def _prologue(state: VmState, op: Op, row: int) -> Float32Array:
+    x = state.buffers[op.input][row]
+    match op.prologue:
+        case Prologue.NONE:
+            return np.asarray(x)
+        case Prologue.RMS_NORM:
+            eps = state.program.geometry.rms_norm_eps
+            normed = _rms_norm(x.astype(np.float64), state.weights.vector(op.norm), eps)
+            return normed.astype(np.float32)
+        case Prologue.COMBINE:
+            return _combine(state, x, row)
+
+
+def _rms_norm(x: Float64Array, weight: Float32Array, eps: float) -> Float64Array:
+    """Along the last axis."""
+    mean_square = np.mean(x * x, axis=-1, keepdims=True)
+    return np.asarray(x / np.sqrt(mean_square + eps) * weight)
+
+
+def _combine(state: VmState, attended: Float32Array, row: int) -> Float32Array:
+    """Splits of the row's positions only: those past its own hold nothing."""
+    geometry = state.program.geometry
+    num_splits = int(state.step.positions[row]) // state.program.split_tokens + 1
+    by_split = attended.reshape(-1, geometry.num_heads, geometry.head_dim + 2)[:num_splits].astype(np.float64)
+    largest = by_split[:, :, 0].max(axis=0)
+    total = np.zeros(geometry.num_heads)
+    values = np.zeros((geometry.num_heads, geometry.head_dim))
+    for split in by_split:
+        weight = np.exp(split[:, 0] - largest)
+        total += weight * split[:, 1]
+        values += weight[:, None] * split[:, 2:]
+    return (values / total[:, None]).reshape(-1).astype(np.float32)
+
+
+def _attend(state: VmState, op: Op, instruction: Instruction, row: int) -> None:
+    program, geometry = state.program, state.program.geometry
+    dim, group = geometry.head_dim, geometry.num_heads // geometry.num_kv_heads
+    slots = state.key_slots[row]
+    output = state.buffers[op.output][row].reshape(-1, geometry.num_heads, dim + 2)
+    queries = state.buffers[op.input][row].reshape(-1, dim).astype(np.float64)
+    for split in range(instruction.part, max_splits(program), instruction.num_parts):
+        own = slots[split * program.split_tokens : (split + 1) * program.split_tokens]
+        if not len(own):
+            break
+        pool = state.kv.layers[op.layer][own].reshape(len(own), 2, geometry.num_kv_heads, dim)
+        for kv_head in range(instruction.n0, instruction.n1):
+            keys, values = pool[:, 0, kv_head].astype(np.float64), pool[:, 1, kv_head].astype(np.float64)
+            for head in range(kv_head * group, (kv_head + 1) * group):
+                scores = (keys * queries[head]).sum(axis=1)
+                largest = np.float32(scores.max())
+                weights = np.exp(scores - largest)
+                output[split, head, 0] = largest
+                output[split, head, 1] = weights.sum()
+                output[split, head, 2:] = (weights[:, None] * values).sum(axis=0)
+
+
+def _finish(state: VmState, op: Op, instruction: Instruction, row: int, sums: Float32Array) -> None:
+    n0, n1 = instruction.n0, instruction.n1
+    output = state.buffers[op.output][row]
+    match op.epilogue:
+        case Epilogue.STORE:
+            output[n0:n1] = sums
+        case Epilogue.RESIDUAL:
+            output[n0:n1] += sums
+        case Epilogue.SWIGLU:
+            pairs = sums.reshape(-1, 2, state.program.swiglu_group).astype(np.float64)
+            gate, up = pairs[:, 0].reshape(-1), pairs[:, 1].reshape(-1)
+            output[n0 // 2 : n1 // 2] = gate / (1 + np.exp(-gate)) * up
+        case Epilogue.ROPE_APPEND:
+            _rope_append(state, op, instruction, row, sums)
+        case Epilogue.LOGITS:
+            output[n0:n1] = sums
+            _span_statistics(state, op, n0, row, sums)
+
+
+def _rope_append(state: VmState, op: Op, instruction: Instruction, row: int, sums: Float32Array) -> None:
+    geometry, dim = state.program.geometry, state.program.geometry.head_dim
+    q_columns = geometry.num_heads * dim
+    slot, pool = int(state.step.slots[row]), state.kv.layers[op.layer]
+    if op.biases:
+        sums = sums + state.weights.bias(op)[instruction.n0 : instruction.n1]
+    for column in range(instruction.n0, instruction.n1, dim):
+        head = column // dim
+        x = sums[column - instruction.n0 : column - instruction.n0 + dim].astype(np.float64)
+        is_query, is_value = head < geometry.num_heads, head >= geometry.num_heads + geometry.num_kv_heads
+        if not is_value:
+            if op.head_norms:
+                weight = state.weights.vector(op.head_norms[0 if is_query else 1])
+                x = _rms_norm(x, weight, geometry.rms_norm_eps)
+            x = _rotate(x, int(state.step.positions[row]) * state.weights.frequencies)
+        if is_query:
+            state.buffers[op.output][row, column : column + dim] = x * dim**-0.5
+        else:
+            pool[slot, column - q_columns : column - q_columns + dim] = x.astype(np.float32)
+
+
+def _rotate(x: Float64Array, angles: Float64Array) -> Float64Array:
+    """Dimension i turns with i + head_dim / 2."""
+    cos, sin = np.cos(angles), np.sin(angles)
+    low, high = np.split(x, 2)
+    return np.concatenate([low * cos - high * sin, high * cos + low * sin])
+
+
+def _span_statistics(state: VmState, op: Op, n0: int, row: int, logits: Float32Array) -> None:
+    span = state.program.stats_span
+    for start in range(0, len(logits), span):
+        part = logits[start : start + span].astype(np.float64)
+        largest = part.max()
+        log_sum = largest + np.log(np.exp(part - largest).sum())
+        first = 3 * ((n0 + start) // span)
+        state.buffers[op.stats][row, first : first + 3] = largest, n0 + start + int(part.argmax()), log_sum

@@ -1,0 +1,199 @@
+"""What a VM works on: a step's rows, the paged KV, the program's buffers and the weights by tile."""
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from megakernel.model.rope import rope_frequencies
+from megakernel.model.weights import Weights
+from megakernel.program import Epilogue, Op, OpKind, Program, Space
+from megakernel.quantize import QUANTIZED_FORMATS
+
+IntArray = npt.NDArray[np.int64]
+Float32Array = npt.NDArray[np.float32]
+Float64Array = npt.NDArray[np.float64]
+
+NO_PARENT = -1
+
+
+class StepError(ValueError):
+    """A step whose rows, parents or block tables make no sense for the program; raised before it runs."""
+
+
+class VmStep(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+    """Rows of one step, every parent before its children. A row sees its prefix, its ancestors and itself."""
+
+    token_ids: IntArray
+    """[rows]"""
+    positions: IntArray
+    """[rows] committed tokens of the row's sequence + depth of the row."""
+    slots: IntArray
+    """[rows] KV slot that the row writes; no two rows share one."""
+    parents: IntArray
+    """[rows] the parent's index, or NO_PARENT for a child of the committed prefix."""
+    sequences: IntArray
+    """[rows] the row's sequence."""
+    context_lengths: IntArray
+    """[sequences] committed tokens."""
+    block_tables: IntArray
+    """[sequences, max_blocks] KV block ids in order; what lies past the committed tokens is not read."""
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.token_ids)
+
+
+class VmKv:
+    """KV pool of all layers; one may serve the VMs of several programs of a model."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_slots: int,
+        columns: int,
+        *,
+        block_size: int,
+        dtype: type[np.float16] | type[np.float32] = np.float32,
+    ) -> None:
+        """`columns`: K heads, then V heads, head_dim each."""
+        self.block_size = block_size
+        self.layers = [np.zeros((num_slots, columns), dtype=dtype) for _ in range(num_layers)]
+
+    @property
+    def num_slots(self) -> int:
+        return len(self.layers[0])
+
+
+def kv_for(
+    program: Program,
+    num_slots: int,
+    *,
+    block_size: int = 16,
+    dtype: type[np.float16] | type[np.float32] = np.float32,
+) -> VmKv:
+    geometry = program.geometry
+    columns = 2 * geometry.num_kv_heads * geometry.head_dim
+    return VmKv(geometry.num_layers, num_slots, columns, block_size=block_size, dtype=dtype)
+
+
+class OpWeights:
+    """Dense matrices of ops, in the order of their output columns; held until dropped, 4 bytes an element."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.shape = weights.shape
+        self.frequencies = rope_frequencies(weights.shape)
+        self._weights = weights
+        self._vectors: dict[str, Float32Array] = {}
+        self._matrices: dict[tuple[str, ...], tuple[Float32Array, npt.NDArray[np.bool_]]] = {}
+
+    def vector(self, name: str) -> Float32Array:
+        if name not in self._vectors:
+            self._vectors[name] = self._weights.dense(name)
+        return self._vectors[name]
+
+    def bias(self, op: Op) -> Float32Array:
+        return np.concatenate([self.vector(name) for name in op.biases])
+
+    def matrix(self, op: Op, swiglu_group: int) -> tuple[Float32Array, npt.NDArray[np.bool_]]:
+        """[out_features, in_features], and of each row whether it takes quantized activations."""
+        key = (*op.weights, f"{swiglu_group if op.epilogue is Epilogue.SWIGLU else 0}")
+        if key not in self._matrices:
+            parts = [self.vector(name) for name in op.weights]
+            is_quantized = [self._weights.formats[name] in QUANTIZED_FORMATS for name in op.weights]
+            rows = [np.full(len(part), flag) for part, flag in zip(parts, is_quantized, strict=True)]
+            matrix, flags = np.concatenate(parts), np.concatenate(rows)
+            if op.epilogue is Epilogue.SWIGLU:
+                order = _alternating(len(matrix), swiglu_group)
+                matrix, flags = matrix[order], flags[order]
+            self._matrices[key] = matrix, flags
+        return self._matrices[key]
+
+
+class VmState:
+    """One run's memory. What was never written is NaN, so a read too early shows in the results."""
+
+    def __init__(self, program: Program, weights: OpWeights, kv: VmKv, step: VmStep) -> None:
+        check_step(program, kv, step)
+        self.program = program
+        self.weights = weights
+        self.kv = kv
+        self.step = step
+        rows = step.num_rows
+        self.buffers = [
+            np.full((rows, 0 if b.space is Space.KV else b.columns), np.nan, dtype=np.float32)
+            for b in program.buffers
+        ]
+        for op in program.ops:
+            if op.kind is OpKind.EMBED:
+                self.buffers[op.input][:, 0] = step.token_ids
+        self.key_slots = [_key_slots(kv, step, row) for row in range(rows)]
+        for layer in kv.layers:
+            layer[step.slots] = np.nan
+
+    def named_buffers(self) -> dict[str, Float32Array]:
+        """[rows, columns] of each by name; of a KV buffer, what the rows' slots hold."""
+        by_name = {}
+        layers = {op.kv: op.layer for op in self.program.ops if op.kv >= 0}
+        for buffer in self.program.buffers:
+            if buffer.space is Space.KV:
+                pool = self.kv.layers[layers[buffer.index]]
+                by_name[buffer.name] = pool[self.step.slots].astype(np.float32)
+            else:
+                by_name[buffer.name] = self.buffers[buffer.index]
+        return by_name
+
+
+def check_step(program: Program, kv: VmKv, step: VmStep) -> None:
+    """Raises StepError."""
+    rows = step.num_rows
+    lengths = {len(a) for a in (step.positions, step.slots, step.parents, step.sequences)}
+    _require(lengths == {rows}, f"{rows} token ids beside arrays of lengths {sorted(lengths)}")
+    _require(0 < rows <= program.bucket, f"{rows} rows, where the bucket has {program.bucket}")
+    _require(len(set(step.slots.tolist())) == rows, "two rows write one slot")
+    _require(_within(step.slots, kv.num_slots), f"a row's slot is not in [0, {kv.num_slots})")
+    vocab = program.geometry.vocab_size
+    _require(_within(step.token_ids, vocab), f"a token id is not in [0, {vocab})")
+    most = program.geometry.max_context_tokens
+    _require(_within(step.positions, most), f"a position is not in [0, {most})")
+    _require(_within(step.sequences, len(step.context_lengths)), "a row of no sequence")
+    for row in range(rows):
+        parent, sequence = int(step.parents[row]), int(step.sequences[row])
+        _require(NO_PARENT <= parent < row, f"row {row} has parent {parent}, not before it")
+        expected = int(step.context_lengths[sequence])
+        if parent != NO_PARENT:
+            _require(int(step.sequences[parent]) == sequence, f"row {row}'s parent is of another sequence")
+            expected = int(step.positions[parent]) + 1
+        position = int(step.positions[row])
+        _require(position == expected, f"row {row} is at position {position}, not {expected}")
+    for sequence, context in enumerate(step.context_lengths.tolist()):
+        blocks = step.block_tables[sequence, : -(-context // kv.block_size)]
+        _require(
+            len(blocks) * kv.block_size >= context and _within(blocks, kv.num_slots // kv.block_size),
+            f"sequence {sequence}: its block table does not cover {context} tokens",
+        )
+
+
+def _require(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise StepError(otherwise)
+
+
+def _within(values: IntArray, end: int) -> bool:
+    return bool(((values >= 0) & (values < end)).all())
+
+
+def _key_slots(kv: VmKv, step: VmStep, row: int) -> IntArray:
+    """[position + 1] the slot of each position that a row attends to."""
+    sequence = int(step.sequences[row])
+    context = np.arange(int(step.context_lengths[sequence]), dtype=np.int64)
+    blocks = step.block_tables[sequence][context // kv.block_size]
+    path = []
+    while row != NO_PARENT:
+        path.append(int(step.slots[row]))
+        row = int(step.parents[row])
+    return np.concatenate([blocks * kv.block_size + context % kv.block_size, path[::-1]]).astype(np.int64)
+
+
+def _alternating(num_rows: int, group: int) -> IntArray:
+    """Groups of the first half's rows and of the second's in turn."""
+    return np.arange(num_rows, dtype=np.int64).reshape(2, -1, group).transpose(1, 0, 2).reshape(-1)
