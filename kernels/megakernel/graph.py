@@ -22,9 +22,17 @@ from megakernel.dialect.graph_ops import (
     WeightOp,
 )
 from megakernel.dialect.tiled_ops import AttentionOp, EmbedOp
-from megakernel.dialect.types import BLOCK_FORMATS, FLOAT_FORMATS, KvType, VectorType, WeightsType
+from megakernel.dialect.types import (
+    BLOCK_FORMATS,
+    FLOAT_FORMATS,
+    QUANT_BLOCK,
+    KvType,
+    VectorType,
+    WeightsType,
+)
 from megakernel.model.names import expected_shapes
 from megakernel.model.shape import ModelShape
+from megakernel.weight_formats import format_of
 
 SWIGLU_GROUP = 16
 STATS_SPAN = 256
@@ -53,6 +61,14 @@ def build_graph(
 def uniform_formats(shape: ModelShape, matrix_format: str) -> dict[str, str]:
     """All matrices in one format, vectors in F32."""
     return {name: matrix_format if len(size) > 1 else "F32" for name, size in expected_shapes(shape).items()}
+
+
+def usual_formats(shape: ModelShape) -> dict[str, str]:
+    """What a Q4_1 file usually holds, where nothing better is known; F32 where blocks would not fit."""
+    return {
+        name: "F32" if size[-1] % QUANT_BLOCK else format_of(name, None)
+        for name, size in expected_shapes(shape).items()
+    }
 
 
 def check_shape(shape: ModelShape, split_tokens: int) -> None:
@@ -89,6 +105,11 @@ def check_formats(shape: ModelShape, formats: Mapping[str, str]) -> None:
             raise GraphError(f"no format is given for weight {name}")
         if formats[name] not in known:
             raise GraphError(f"weight {name} is {formats[name]}; supported are {', '.join(known)}")
+        if formats[name] in BLOCK_FORMATS and size[1] % QUANT_BLOCK:
+            raise GraphError(
+                f"weight {name} is {formats[name]}, which needs in_features in blocks of {QUANT_BLOCK}, "
+                f"got {size[1]}"
+            )
 
 
 class _Builder:

@@ -1,0 +1,108 @@
+"""Which tiles an op has, in the order that plans, passes and programs number them."""
+
+from math import lcm
+
+import msgspec
+
+from megakernel.dialect.graph_ops import columns_of, sizes_of
+from megakernel.dialect.tiled_ops import (
+    AttentionOp,
+    EmbedOp,
+    FusedLinearOp,
+    LinearTail,
+    PartialLinearOp,
+    ReduceOp,
+    TiledOp,
+)
+from megakernel.dialect.types import QUANT_BLOCK
+from megakernel.graph import STATS_SPAN, SWIGLU_GROUP
+from megakernel.program import Epilogue
+
+COLUMN_GROUP = 16
+"""Output columns whose weights are packed together: default tiles are whole groups of them."""
+
+
+class Tile(msgspec.Struct, frozen=True):
+    """The fields of an instruction that say what it computes: see Opcode."""
+
+    n0: int
+    n1: int
+    k0: int = 0
+    k1: int = 0
+    part: int = 0
+    num_parts: int = 1
+
+
+def width_of(op: TiledOp) -> int:
+    """Columns that an op's tiles divide among them; of attention, KV heads."""
+    match op:
+        case EmbedOp():
+            return columns_of(op.result)
+        case AttentionOp():
+            return sizes_of(op.kv)[0]
+        case FusedLinearOp():
+            return op.out_features
+        case PartialLinearOp() | ReduceOp():
+            return sizes_of(op.parts)[1]
+        case _:
+            raise AssertionError(f"{op.name} has no tiles")
+
+
+def grain_of(op: TiledOp, head_dim: int) -> int:
+    """Columns that must stay in one tile, for the epilogue's sake."""
+    return epilogue_grain(op.epilogue.data, head_dim) if isinstance(op, LinearTail) else 1
+
+
+def epilogue_grain(epilogue: str, head_dim: int) -> int:
+    match epilogue:
+        case Epilogue.ROPE_APPEND:
+            return head_dim
+        case Epilogue.SWIGLU:
+            return 2 * SWIGLU_GROUP
+        case Epilogue.LOGITS:
+            return STATS_SPAN
+        case _:
+            return 1
+
+
+def packed_grain(grain: int) -> int:
+    """The smallest tile that also is whole column groups."""
+    return lcm(grain, COLUMN_GROUP)
+
+
+def k_bounds(in_features: int, num_k_tiles: int) -> tuple[int, ...]:
+    """Where K-tiles begin and end: as equal as whole quantization blocks allow."""
+    block = 1 if in_features % QUANT_BLOCK else QUANT_BLOCK
+    num_blocks = in_features // block
+    return tuple(block * (num_blocks * tile // num_k_tiles) for tile in range(num_k_tiles + 1))
+
+
+def max_k_tiles(in_features: int) -> int:
+    return in_features if in_features % QUANT_BLOCK else in_features // QUANT_BLOCK
+
+
+def tiles_of(op: TiledOp, num_attention_parts: int) -> tuple[Tile, ...]:
+    """An op's tiles, after `tile`: columns ascending, of each its K-tiles or attention parts ascending."""
+    width, step = width_of(op), op.decided("tile_columns")
+    columns = [(n0, min(n0 + step, width)) for n0 in range(0, width, step)]
+    match op:
+        case AttentionOp():
+            parts = range(num_attention_parts)
+            return tuple(
+                Tile(n0, n1, part=part, num_parts=num_attention_parts) for n0, n1 in columns for part in parts
+            )
+        case PartialLinearOp():
+            num_parts = sizes_of(op.parts)[0]
+            bounds = k_bounds(op.in_features, num_parts)
+            return tuple(
+                Tile(n0, n1, bounds[part], bounds[part + 1], part, num_parts)
+                for n0, n1 in columns
+                for part in range(num_parts)
+            )
+        case ReduceOp():
+            num_parts = sizes_of(op.parts)[0]
+            return tuple(Tile(n0, n1, num_parts=num_parts) for n0, n1 in columns)
+        case FusedLinearOp():
+            return tuple(Tile(n0, n1, 0, op.in_features) for n0, n1 in columns)
+        case _:
+            return tuple(Tile(n0, n1) for n0, n1 in columns)
