@@ -5,6 +5,7 @@ one rule: the widest tile of which two stages fit the scratch memory and which l
 """
 
 import heapq
+import math
 from collections.abc import Mapping, Sequence
 
 import msgspec
@@ -69,7 +70,11 @@ def role_shapes(shape: ModelShape, formats: Mapping[str, str] | None = None) -> 
     hidden, inner, layers = shape.hidden_size, shape.intermediate_size, shape.num_layers
     head = "embed" if shape.has_tied_head else "head"
     linear = {
-        "qkv": (hidden, {"q": q_columns, "k": kv_columns, "v": kv_columns}, shape.head_dim),
+        "qkv": (
+            hidden,
+            {"q": q_columns, "k": kv_columns, "v": kv_columns},
+            math.lcm(shape.head_dim, COLUMN_GRANULE),
+        ),
         "o": (q_columns, {"o": hidden}, COLUMN_GRANULE),
         "gate_up": (hidden, {"gate": inner, "up": inner}, 2 * SWIGLU_GROUP),
         "down": (inner, {"down": hidden}, COLUMN_GRANULE),

@@ -1,0 +1,346 @@
+"""Schedule search: a better plan than list scheduling, under the cost model, then by measurement.
+
+Each role's tilings are ranked by a closed estimate, then annealing moves between neighbours in that ranking,
+turns assignments against each other so that gaps are filled, and changes how far ahead weights are loaded.
+A plan is judged by simulating the program it compiles to, on a model of few layers, extrapolated; in the end
+the winner and the baseline are compiled and simulated in full, and the winner is never the worse of the two.
+
+The result depends on the seed and the number of evaluations alone, unless the time budget ends first
+(`SearchResult.is_complete` says).
+"""
+
+import hashlib
+import math
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from megakernel.cost import DEFAULT_CONTEXT_TOKENS, bandwidth_bound_us, extrapolated_us, simulate
+from megakernel.machine import Machine
+from megakernel.memory import ScratchError
+from megakernel.model.shape import ModelShape
+from megakernel.plan import Plan
+from megakernel.program import Program
+from megakernel.schedule import list_schedule
+from megakernel.tilings import CONTIGUOUS, Tilings
+from megakernel.user_cache import cache_folder, read_if_there, write_atomically
+
+_VERSION = 1
+"""Of the search and the cost model: raised when their results change."""
+_SIMULATED_LAYERS = 3
+"""The last two give the period of a layer."""
+_MAX_PREFETCH = 4
+_NUM_FINALISTS = 4
+_NEIGHBOURHOOD = 6
+"""How far down a role's ranking a move may reach."""
+_START_TEMPERATURE = 0.03
+_END_TEMPERATURE = 0.001
+"""As shares of the best time: how much worse a plan may be and still be moved to, one time in e."""
+
+
+class CompileProgram(Protocol):
+    """`pipeline.compile_program`, passed in so that the pipeline may use the search."""
+
+    def __call__(
+        self,
+        shape: ModelShape,
+        fingerprint: str,
+        machine: Machine,
+        bucket: int,
+        plan: Plan,
+        *,
+        formats: Mapping[str, str] | None,
+    ) -> Program: ...
+
+
+class Budget(msgspec.Struct, frozen=True, kw_only=True):
+    evaluations: int = 96
+    seconds: float = 60.0
+    """Checked between evaluations, with room kept for the final comparison."""
+
+
+class Progress(msgspec.Struct, frozen=True):
+    evaluations: int
+    of: int
+    baseline_us: float
+    best_us: float
+
+
+class SearchResult(msgspec.Struct, frozen=True, kw_only=True):
+    """Times are of the full model's step under the cost model."""
+
+    plan: Plan
+    baseline: Plan
+    finalists: tuple[Plan, ...]
+    """The best few, best first by the truncated model: what `refine` measures."""
+    predicted_us: float
+    baseline_us: float
+    bandwidth_bound_us: float
+    evaluations: int
+    is_complete: bool
+    """Whether all evaluations were made within the time budget."""
+
+    @property
+    def gain(self) -> float:
+        """Over plain list scheduling: 0.25 is a quarter less time."""
+        return 1.0 - self.predicted_us / self.baseline_us
+
+
+class Refined(msgspec.Struct, frozen=True):
+    plan: Plan
+    measured_us: tuple[float, ...]
+    """By plan, as they were given; infinite where a plan could not be measured."""
+
+
+class Point(msgspec.Struct, frozen=True):
+    """A place in the search space."""
+
+    ranks: tuple[int, ...]
+    """By role of `Tilings.roles`: which of its ranked tilings."""
+    turns: tuple[int, ...]
+    """By role: by how many workers its assignment is turned, or CONTIGUOUS."""
+    prefetch_instructions: int
+
+
+def search(
+    shape: ModelShape,
+    fingerprint: str,
+    machine: Machine,
+    bucket: int,
+    compile_program: CompileProgram,
+    *,
+    formats: Mapping[str, str] | None = None,
+    context_tokens: int = DEFAULT_CONTEXT_TOKENS,
+    num_k_tiles: Mapping[str, int] | None = None,
+    starts: Sequence[Plan] = (),
+    budget: Budget | None = None,
+    seed: int = 0,
+    folder: Path | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> SearchResult:
+    """The best plan found for one bucket.
+
+    `num_k_tiles` fixes K-splits by role: all programs of an artifact share them, or rows would differ in bits
+    between buckets. `starts` are judged with the plans found, so that none of them is better than the result
+    on a few layers. `folder` holds results of equal searches (None: the user's cache folder). Raises
+    ScratchError where no tile fits.
+    """
+    budget = budget or Budget()
+    question = (
+        _VERSION,
+        shape,
+        machine,
+        bucket,
+        _sorted(formats),
+        context_tokens,
+        _sorted(num_k_tiles),
+        starts,
+    )
+    path = _path(folder, (*question, budget, seed))
+    cached = _cached(path)
+    if cached is not None:
+        return cached
+    judge = _Judge(shape, fingerprint, machine, bucket, compile_program, formats, context_tokens)
+    baseline = list_schedule(shape, machine, bucket, formats, num_k_tiles=num_k_tiles)
+    tilings = Tilings(shape, machine, bucket, formats, num_k_tiles)
+    result = _Search(judge, tilings, baseline, starts, budget, seed, on_progress, clock).run()
+    write_atomically(path, msgspec.json.encode(result))
+    return result
+
+
+def refine(plans: Sequence[Plan], measure: Callable[[Plan], float]) -> Refined:
+    """The plan that measures fastest, the earliest of equals; `measure` answers in microseconds.
+
+    A plan that cannot be built for want of scratch memory counts as infinitely slow. Raises ScratchError
+    where that is true of all of them.
+    """
+    measured: list[float] = []
+    reason = "no plan was given"
+    for plan in plans:
+        try:
+            measured.append(measure(plan))
+        except ScratchError as error:
+            measured.append(math.inf)
+            reason = str(error)
+    if not any(map(math.isfinite, measured)):
+        raise ScratchError(f"no plan could be measured: {reason}")
+    return Refined(plans[measured.index(min(measured))], tuple(measured))
+
+
+class _Judge:
+    """Prices plans by compiling and simulating them."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        fingerprint: str,
+        machine: Machine,
+        bucket: int,
+        compile_program: CompileProgram,
+        formats: Mapping[str, str] | None,
+        context_tokens: int,
+    ) -> None:
+        self.shape = shape
+        self.machine = machine
+        self._fingerprint = fingerprint
+        self._bucket = bucket
+        self._compile_program = compile_program
+        self._formats = formats
+        self._context_tokens = context_tokens
+        self._truncated = msgspec.structs.replace(shape, num_layers=min(shape.num_layers, _SIMULATED_LAYERS))
+
+    def quick_us(self, plan: Plan) -> float:
+        """Extrapolated from a few layers; infinite where the plan does not fit."""
+        try:
+            program = self._program(self._truncated, plan)
+        except ScratchError:
+            return math.inf
+        trace = simulate(program, self.machine, self._formats, self._context_tokens)
+        if self._truncated == self.shape:
+            return trace.makespan_us
+        return extrapolated_us(program, trace, self.shape.num_layers)
+
+    def full_us(self, plan: Plan) -> tuple[float, float]:
+        """Makespan and bandwidth bound of the whole model."""
+        program = self._program(self.shape, plan)
+        trace = simulate(program, self.machine, self._formats, self._context_tokens)
+        return trace.makespan_us, bandwidth_bound_us(
+            program, self.machine, self._formats, self._context_tokens
+        )
+
+    def _program(self, shape: ModelShape, plan: Plan) -> Program:
+        return self._compile_program(
+            shape, self._fingerprint, self.machine, self._bucket, plan, formats=self._formats
+        )
+
+
+class _Search:
+    def __init__(
+        self,
+        judge: _Judge,
+        tilings: Tilings,
+        baseline: Plan,
+        starts: Sequence[Plan],
+        budget: Budget,
+        seed: int,
+        on_progress: Callable[[Progress], None] | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self._judge = judge
+        self._tilings = tilings
+        self._baseline = baseline
+        self._starts = starts
+        self._budget = budget
+        self._random = random.Random(seed)  # noqa: S311 - a search, not a secret
+        self._on_progress = on_progress
+        self._clock = clock
+        self._begin_s = clock()
+        self._known: dict[Point, float] = {}
+        self._reserved_s = 0.0
+
+    def run(self) -> SearchResult:
+        baseline_us, bound_us = self._judge.full_us(self._baseline)
+        self._reserved_s = self._clock() - self._begin_s
+        quick_baseline_us = self._judge.quick_us(self._baseline)
+        judged = [(self._judge.quick_us(plan), plan) for plan in self._starts]
+        self._anneal(min([quick_baseline_us, *(start_us for start_us, _ in judged)]), quick_baseline_us)
+        judged += [(known_us, self._plan(point)) for point, known_us in self._known.items()]
+        better = [pair for pair in judged if pair[0] < quick_baseline_us]
+        best = [plan for _, plan in sorted(better, key=lambda pair: pair[0])]
+        plan, predicted_us = self._baseline, baseline_us
+        if best:
+            full_us, full_bound_us = self._judge.full_us(best[0])
+            if full_us < baseline_us:
+                plan, predicted_us, bound_us = best[0], full_us, full_bound_us
+        return SearchResult(
+            plan=plan,
+            baseline=self._baseline,
+            finalists=tuple(best[:_NUM_FINALISTS]) or (self._baseline,),
+            predicted_us=predicted_us,
+            baseline_us=baseline_us,
+            bandwidth_bound_us=bound_us,
+            evaluations=len(self._known),
+            is_complete=len(self._known) >= self._budget.evaluations,
+        )
+
+    def _anneal(self, best_us: float, baseline_us: float) -> None:
+        """From the best of each role's ranking; what is known is not evaluated again."""
+        num_roles = len(self._tilings.roles)
+        current = Point((0,) * num_roles, (0,) * num_roles, 1)
+        current_us = math.inf
+        candidate = current
+        tries = 0
+        while len(self._known) < self._budget.evaluations and tries < 20 * self._budget.evaluations:
+            tries += 1
+            if candidate not in self._known:
+                if not self._has_time():
+                    return
+                self._known[candidate] = self._judge.quick_us(self._plan(candidate))
+                best_us = min(best_us, self._known[candidate])
+                self._report(baseline_us, best_us)
+            candidate_us = self._known[candidate]
+            if self._is_accepted(candidate_us, current_us, best_us):
+                current, current_us = candidate, candidate_us
+            candidate = self._neighbour(current)
+
+    def _has_time(self) -> bool:
+        return self._clock() - self._begin_s < self._budget.seconds - self._reserved_s
+
+    def _is_accepted(self, candidate_us: float, current_us: float, best_us: float) -> bool:
+        """Metropolis, cooling by evaluations made."""
+        if candidate_us <= current_us:
+            return True
+        if math.isinf(candidate_us):
+            return False
+        cooled = len(self._known) / self._budget.evaluations
+        share = _START_TEMPERATURE * (_END_TEMPERATURE / _START_TEMPERATURE) ** cooled
+        return self._random.random() < math.exp((current_us - candidate_us) / (share * best_us))
+
+    def _neighbour(self, point: Point) -> Point:
+        kind = self._random.random()
+        role = self._random.randrange(len(self._tilings.roles))
+        if kind < 0.2:
+            step = self._random.choice((-1, 1))
+            ahead = min(max(point.prefetch_instructions + step, 0), _MAX_PREFETCH)
+            return msgspec.structs.replace(point, prefetch_instructions=ahead)
+        if kind < 0.45:
+            turn = self._random.choice((CONTIGUOUS, self._random.randrange(self._judge.machine.num_workers)))
+            return msgspec.structs.replace(point, turns=_with(point.turns, role, turn))
+        reach = min(_NEIGHBOURHOOD, len(self._tilings.ranked[role]))
+        rank = self._random.randrange(reach)
+        return msgspec.structs.replace(point, ranks=_with(point.ranks, role, rank))
+
+    def _plan(self, point: Point) -> Plan:
+        return self._tilings.plan(point.ranks, point.turns, point.prefetch_instructions)
+
+    def _report(self, baseline_us: float, best_us: float) -> None:
+        if self._on_progress is not None:
+            self._on_progress(Progress(len(self._known), self._budget.evaluations, baseline_us, best_us))
+
+
+def _with(values: tuple[int, ...], index: int, value: int) -> tuple[int, ...]:
+    return (*values[:index], value, *values[index + 1 :])
+
+
+def _sorted(mapping: Mapping[str, str] | Mapping[str, int] | None) -> list[tuple[str, str | int]]:
+    return sorted((mapping or {}).items())
+
+
+def _path(folder: Path | None, question: object) -> Path:
+    key = hashlib.sha256(msgspec.json.encode(question)).hexdigest()[:24]
+    return (folder or cache_folder()) / "schedules" / f"{key}.json"
+
+
+def _cached(path: Path) -> SearchResult | None:
+    content = read_if_there(path)
+    if content is None:
+        return None
+    try:
+        return msgspec.json.decode(content, type=SearchResult)
+    except msgspec.DecodeError:
+        return None

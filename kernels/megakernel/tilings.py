@@ -1,0 +1,119 @@
+"""The search space: each role's tilings that fit, ranked by a closed estimate of the op's time."""
+
+from collections.abc import Mapping
+
+import msgspec
+
+from megakernel.cost import grouped_rows, macs_per_us
+from megakernel.machine import Machine
+from megakernel.memory import ScratchError, max_stages
+from megakernel.model.shape import ModelShape
+from megakernel.plan import OpPlan, Plan
+from megakernel.schedule import (
+    MAX_STAGES,
+    RoleShape,
+    geometry_of,
+    k_tile_choices,
+    largest_k_tile,
+    num_tiles,
+    role_shapes,
+    tile_footprint,
+    with_workers,
+)
+
+CONTIGUOUS = -1
+"""The turn that stands for equal runs of adjacent tiles; others turn the list schedule's assignment."""
+_MAX_RANKED = 24
+_WIDTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Tile widths that are tried, in granules."""
+_PARTIAL_BYTES = 8
+"""A K-tile's sum is written once and read once."""
+
+
+class Tilings:
+    """Raises ScratchError where no tile of a role fits."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        machine: Machine,
+        bucket: int,
+        formats: Mapping[str, str] | None = None,
+        num_k_tiles: Mapping[str, int] | None = None,
+    ) -> None:
+        self._machine = machine
+        self._bucket = bucket
+        self._geometry = geometry_of(shape)
+        self._fixed = num_k_tiles or {}
+        self.roles = tuple(role_shapes(shape, formats).values())
+        self.ranked = tuple(self._rank(role) for role in self.roles)
+
+    def plan(self, ranks: tuple[int, ...], turns: tuple[int, ...], prefetch_instructions: int) -> Plan:
+        """The plan of a place in the space. `ranks` and `turns` are by role: see `CONTIGUOUS`."""
+        ops: dict[str, OpPlan] = {}
+        for role, ranked, rank, turn in zip(self.roles, self.ranked, ranks, turns, strict=True):
+            ops[role.role] = self._turned(ranked[rank], turn)
+        return Plan(ops=ops, prefetch_instructions=prefetch_instructions)
+
+    def _turned(self, op_plan: OpPlan, turn: int) -> OpPlan:
+        if op_plan.tile_workers is None:
+            return op_plan
+        if turn == CONTIGUOUS:
+            return msgspec.structs.replace(op_plan, tile_workers=None)
+        workers = tuple((worker + turn) % self._machine.num_workers for worker in op_plan.tile_workers)
+        return msgspec.structs.replace(op_plan, tile_workers=workers)
+
+    def _rank(self, role: RoleShape) -> tuple[OpPlan, ...]:
+        if role.role == "embed":
+            return (OpPlan(tile_columns=role.columns),)
+        fitting = [op_plan for op_plan in self._candidates(role) if op_plan.stages >= 1]
+        if not fitting:
+            raise ScratchError(
+                f"{role.role}: no tile of {self._bucket} rows fits the {self._machine.scratch_bytes} bytes "
+                f"of a worker of {self._machine.name}"
+            )
+        if role.role == "attention":
+            return tuple(fitting)
+        fitting.sort(key=lambda op_plan: (self.estimate_us(role, op_plan), op_plan.num_k_tiles))
+        return tuple(with_workers(role, op_plan, self._machine) for op_plan in fitting[:_MAX_RANKED])
+
+    def _candidates(self, role: RoleShape) -> list[OpPlan]:
+        fixed = self._fixed.get(role.role)
+        choices = (fixed,) if fixed else k_tile_choices(role)
+        granules = -(-role.columns // role.granule)
+        widths = [width for width in _WIDTHS if width <= granules] or [1]
+        return [
+            self._staged(role, OpPlan(tile_columns=width * role.granule, num_k_tiles=k_tiles))
+            for width in widths
+            for k_tiles in choices
+        ]
+
+    def _staged(self, role: RoleShape, op_plan: OpPlan) -> OpPlan:
+        """With as many stages as fit; 0 where it does not fit at all."""
+        needed = tile_footprint(role, self._geometry, op_plan, self._bucket)
+        return msgspec.structs.replace(op_plan, stages=min(max_stages(needed, self._machine), MAX_STAGES))
+
+    def estimate_us(self, role: RoleShape, op_plan: OpPlan) -> float:
+        """One op from first load to last sum, all its workers at once and nothing overlapped with others."""
+        machine = self._machine
+        tiles = num_tiles(role, op_plan.tile_columns)
+        instructions = tiles * op_plan.num_k_tiles
+        waves = -(-instructions // machine.num_workers)
+        loaders = min(instructions, machine.num_workers)
+        rate_gb_s = min(machine.worker_bandwidth_gb_s, machine.bandwidth_gb_s / loaders)
+        weights = largest_k_tile(role, op_plan.num_k_tiles) * min(op_plan.tile_columns, role.columns)
+        load_us = weights * role.weight_bits / 8 / (rate_gb_s * 1e3)
+        compute_us = weights * grouped_rows(self._bucket, machine) / macs_per_us(machine, "Q4_1")
+        each_us = max(load_us, compute_us + machine.instruction_us)
+        if op_plan.stages < 2 and not machine.computes_while_loading:
+            each_us = load_us + compute_us + machine.instruction_us
+        return waves * each_us + self._reduce_us(op_plan, tiles)
+
+    def _reduce_us(self, op_plan: OpPlan, tiles: int) -> float:
+        if op_plan.num_k_tiles == 1:
+            return 0.0
+        machine = self._machine
+        waves = -(-tiles // machine.num_workers)
+        sums = op_plan.num_k_tiles * op_plan.tile_columns * self._bucket * _PARTIAL_BYTES
+        read_us = sums / (machine.worker_bandwidth_gb_s * 1e3)
+        return machine.sync_us + waves * (machine.instruction_us + machine.load_latency_us + read_us)
