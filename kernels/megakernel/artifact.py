@@ -1,0 +1,153 @@
+"""The packed weights of an artifact: which bytes lie where, and how they are made from a model's weights.
+
+Vectors (norms, biases) are float32; matrices are packed an op at a time (`pack.py`). A matrix that two ops
+share, the embedding and a tied head, lies there once.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from megakernel.model.gguf import GgufWeights, RawTensor
+from megakernel.model.weights import Weights
+from megakernel.pack import (
+    BLOCK,
+    GROUP,
+    PACKED_FORMATS,
+    QUANTIZED_FORMATS,
+    float_tensor,
+    group_bytes,
+    pack_linear,
+)
+from megakernel.program import Epilogue, Geometry, Op, OpKind, Program
+
+SEGMENT_ALIGNMENT = 4096
+_FLOAT_FORMATS = ("F32", "F16", "BF16")
+
+Progress = Callable[[str, float], None]
+"""What is being done, and how much of it is done, 0 to 1."""
+WeightNames = tuple[str, ...]
+
+
+class Segment(msgspec.Struct, frozen=True, kw_only=True):
+    """One matrix or vector of an op."""
+
+    weights: WeightNames
+    format: str
+    is_matrix: bool
+    swiglu_group: int | None
+    offset: int
+    num_bytes: int
+
+
+class WeightLayout(msgspec.Struct, frozen=True, kw_only=True):
+    segments: Mapping[WeightNames, Segment]
+    """By the names of what is joined in it."""
+    num_bytes: int
+
+    def at(self, *weights: str) -> Segment:
+        return self.segments[weights]
+
+
+def matrix_names(op: Op) -> WeightNames:
+    """The matrix an op multiplies by or looks rows up in; empty for attention."""
+    return ("embed",) if op.kind is OpKind.EMBED else op.weights
+
+
+def lay_out_weights(program: Program, formats: Mapping[str, str]) -> WeightLayout:
+    """Where each weight of a program lies; the same for every bucket of an artifact.
+
+    Weights of an op in several formats, or in one that no kernel reads, are packed as F32, exactly.
+    """
+    sizes: dict[WeightNames, Segment] = {}
+    for op in program.ops:
+        for segment in _segments(op, program, formats):
+            sizes.setdefault(segment.weights, segment)
+    segments: dict[WeightNames, Segment] = {}
+    end = 0
+    for names, segment in sizes.items():
+        segments[names] = msgspec.structs.replace(segment, offset=end)
+        end += -(-segment.num_bytes // SEGMENT_ALIGNMENT) * SEGMENT_ALIGNMENT
+    return WeightLayout(segments=segments, num_bytes=end)
+
+
+def pack_weights(
+    layout: WeightLayout, weights: Weights, out: npt.NDArray[np.uint8], progress: Progress | None = None
+) -> None:
+    """Fills `out`, `[layout.num_bytes]`."""
+    assert len(out) == layout.num_bytes
+    for done, segment in enumerate(layout.segments.values()):
+        if progress is not None:
+            progress(" ".join(segment.weights), done / len(layout.segments))
+        data = _packed(segment, weights)
+        assert len(data) == segment.num_bytes, (
+            f"{segment.weights}: {len(data)} bytes, not {segment.num_bytes}"
+        )
+        out[segment.offset : segment.offset + len(data)] = data
+
+
+def _segments(op: Op, program: Program, formats: Mapping[str, str]) -> Iterable[Segment]:
+    if names := matrix_names(op):
+        yield _matrix(op, names, program, formats)
+    for vector in (op.biases, (op.norm,) if op.norm else (), *((name,) for name in op.head_norms)):
+        if vector:
+            yield _vector(vector, program.geometry)
+
+
+def _matrix(op: Op, names: WeightNames, program: Program, formats: Mapping[str, str]) -> Segment:
+    geometry = program.geometry
+    is_embedding = op.kind is OpKind.EMBED
+    in_features = geometry.hidden_size if is_embedding else op.in_features
+    out_features = geometry.vocab_size if is_embedding else op.out_features
+    swiglu_group = program.swiglu_group if op.epilogue is Epilogue.SWIGLU else None
+    format = _common_format([formats[name] for name in names], in_features)
+    num_groups = -(-out_features // GROUP)
+    return Segment(
+        weights=names,
+        format=format,
+        is_matrix=True,
+        swiglu_group=swiglu_group,
+        offset=0,
+        num_bytes=num_groups * group_bytes(format, in_features),
+    )
+
+
+def _common_format(formats: list[str], in_features: int) -> str:
+    first = formats[0]
+    is_packable = first in PACKED_FORMATS and (first not in QUANTIZED_FORMATS or in_features % BLOCK == 0)
+    return first if is_packable and set(formats) == {first} else "F32"
+
+
+def _vector(names: WeightNames, geometry: Geometry) -> Segment:
+    num_elements = sum(_vector_size(name, geometry) for name in names)
+    return Segment(
+        weights=names, format="F32", is_matrix=False, swiglu_group=None, offset=0, num_bytes=4 * num_elements
+    )
+
+
+def _vector_size(name: str, geometry: Geometry) -> int:
+    match name.rpartition(".")[2]:
+        case "q_bias":
+            return geometry.num_heads * geometry.head_dim
+        case "k_bias" | "v_bias":
+            return geometry.num_kv_heads * geometry.head_dim
+        case "q_norm" | "k_norm":
+            return geometry.head_dim
+        case _:
+            return geometry.hidden_size
+
+
+def _packed(segment: Segment, weights: Weights) -> npt.NDArray[np.uint8]:
+    if not segment.is_matrix:
+        return np.concatenate([weights.dense(name) for name in segment.weights]).view(np.uint8)
+    tensors = [_tensor(weights, name, segment.format) for name in segment.weights]
+    return pack_linear(tensors, swiglu_group=segment.swiglu_group).data
+
+
+def _tensor(weights: Weights, name: str, format: str) -> RawTensor:
+    if isinstance(weights, GgufWeights) and weights.formats[name] == format:
+        return weights.raw(name)
+    assert format in _FLOAT_FORMATS, f"{name}: only a GGUF file has {format}"
+    return float_tensor(weights.dense(name), format)

@@ -1,0 +1,122 @@
+"""Generated source -> a shared object, by the system's compiler, cached by all that goes into it."""
+
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from megakernel.artifact import Progress
+from megakernel.user_cache import cache_folder
+
+COMPILERS = ("c++", "g++", "clang++")
+INCLUDE_FOLDER = Path(__file__).resolve().parent.parent / "include"
+# Fused or not is written out in the kernels: a compiler that fuses by itself would break equal bits.
+FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-fno-math-errno", "-w")
+BUILD_LIMIT_S = 600
+_SHOWN_ERROR_LINES = 20
+
+
+class BuildError(RuntimeError):
+    """No compiler, or one that refuses the source; the message says what to do, or what it said."""
+
+
+class Compiler(msgspec.Struct, frozen=True):
+    path: str
+    version: str
+
+
+def find_compiler(names: Sequence[str] = COMPILERS) -> Compiler:
+    """The first compiler of `CXX` and `names` on the path. Raises BuildError."""
+    chosen = os.environ.get("CXX")
+    for name in (*((chosen,) if chosen else ()), *names):
+        if path := shutil.which(name):
+            return Compiler(path, _version_of(path))
+    raise BuildError(
+        f"no C++ compiler: none of {', '.join(names)} is on the path. Install one (Debian, Ubuntu: "
+        "`apt-get install g++`) or name one in CXX"
+    )
+
+
+def build(
+    source: str,
+    *,
+    folder: Path | None = None,
+    extra_flags: Sequence[str] = (),
+    compiler: Compiler | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """The shared object of `source` for this CPU, made unless it is cached in `folder`. Raises BuildError."""
+    compiler = compiler or find_compiler()
+    flags = (*FLAGS, *_target_flags(), *extra_flags)
+    folder = folder or cache_folder() / "libraries"
+    target = folder / f"{_key(source, flags, compiler)}.so"
+    if target.exists():
+        return target
+    if progress is not None:
+        progress("compiling", 0.0)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as scratch:
+        path, made = Path(scratch) / "step.cpp", Path(scratch) / "step.so"
+        path.write_text(source, encoding="utf-8")
+        _compile([compiler.path, *flags, f"-I{INCLUDE_FOLDER}", str(path), "-o", str(made)])
+        made.replace(target)
+    if progress is not None:
+        progress("compiling", 1.0)
+    return target
+
+
+def _target_flags() -> tuple[str, ...]:
+    return ("-march=native",) if platform.machine() in ("x86_64", "AMD64") else ()
+
+
+def _compile(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_LIMIT_S, check=False)  # noqa: S603 - our own command
+    except subprocess.TimeoutExpired:
+        raise BuildError(f"`{command[0]}` took longer than {BUILD_LIMIT_S} s") from None
+    if done.returncode != 0:
+        said = "\n".join(done.stderr.splitlines()[:_SHOWN_ERROR_LINES])
+        raise BuildError(f"`{command[0]}` failed with status {done.returncode}:\n{said}")
+
+
+def _key(source: str, flags: Sequence[str], compiler: Compiler) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (source, *flags, compiler.path, compiler.version, _cpu(), _headers()):
+        data = part.encode()
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=8)
+def _version_of(path: str) -> str:
+    try:
+        done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=False)  # noqa: S603 - a compiler from the path
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"`{path} --version` does not run: {error}") from None
+    return done.stdout
+
+
+def _headers() -> str:
+    """Name and content of every header a source may include."""
+    paths = sorted((INCLUDE_FOLDER / "cpu").glob("*.h"))
+    return "\n".join(f"{path.name}\n{path.read_text(encoding='utf-8')}" for path in paths)
+
+
+@functools.lru_cache(maxsize=1)
+def _cpu() -> str:
+    """What `-march=native` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(
+        next((line for line in lines if line.startswith(key)), "") for key in ("model name", "flags")
+    )

@@ -1,0 +1,324 @@
+"""Frozen programs -> straight-line C++: one function a worker and bucket, one call an instruction.
+
+Offsets, shapes, trip counts, counters and arrival targets are literals; only the step's rows are
+run-time data. All buckets of an artifact share kernels, weights and buffers, so a row's arithmetic is the
+same in each.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Literal
+
+import msgspec
+
+from megakernel.artifact import WeightLayout, lay_out_weights, matrix_names
+from megakernel.pack import GROUP, group_bytes
+from megakernel.program import Epilogue, Instruction, Op, Opcode, OpKind, Program, Prologue, Space
+
+KvFormat = Literal["float16", "float32"]
+_KV_TYPES: dict[KvFormat, str] = {"float16": "Half", "float32": "float"}
+MAX_ROWS = 64
+"""`kMaxRows` of step.h."""
+_LANES = 16
+_LINE_BYTES = 64
+_AHEAD_LINES = 512
+"""Weights fetched while waiting, at most: 32 KB stay in L2."""
+
+
+class CodegenError(ValueError):
+    """A program the CPU's kernels cannot run: names what is in the way."""
+
+
+class Generated(msgspec.Struct, frozen=True, kw_only=True):
+    source: str
+    layout: WeightLayout
+    buffer_offsets: Mapping[str, int]
+    """Bytes from the start of the activations, by buffer name."""
+
+
+def generate(
+    programs: Sequence[Program], formats: Mapping[str, str], kv_format: KvFormat = "float16"
+) -> Generated:
+    """One source for all of an artifact's programs, ascending by bucket. Raises CodegenError."""
+    _check(programs)
+    layout = lay_out_weights(programs[0], formats)
+    offsets, activation_bytes = _buffer_offsets(programs)
+    writer = _Source(programs, layout, offsets, activation_bytes, kv_format)
+    return Generated(source=writer.text(), layout=layout, buffer_offsets=offsets)
+
+
+def _check(programs: Sequence[Program]) -> None:
+    if not programs:
+        raise CodegenError("an artifact has at least one program")
+    first = programs[0]
+    geometry = first.geometry
+    for name in ("hidden_size", "head_dim", "intermediate_size"):
+        if (size := getattr(geometry, name)) % _LANES:
+            raise CodegenError(f"{name} is {size}; the CPU's kernels take multiples of {_LANES}")
+    if first.split_tokens % _LANES or first.swiglu_group % _LANES or first.stats_span % _LANES:
+        raise CodegenError(
+            f"splits, SwiGLU groups and statistics spans are multiples of {_LANES} tokens or columns"
+        )
+    for before, program in pairwise(programs):
+        if program.bucket <= before.bucket:
+            raise CodegenError("programs come ascending by bucket, one each")
+        same = ("model_fingerprint", "geometry", "split_tokens", "swiglu_group", "stats_span", "ops")
+        if differing := [name for name in same if getattr(program, name) != getattr(first, name)]:
+            raise CodegenError(
+                f"buckets {before.bucket} and {program.bucket} differ in {', '.join(differing)}"
+            )
+        if len(program.workers) != len(first.workers):
+            raise CodegenError("all buckets of an artifact have the same workers")
+    if programs[-1].bucket > MAX_ROWS:
+        raise CodegenError(f"bucket {programs[-1].bucket} has more than {MAX_ROWS} rows")
+
+
+def _buffer_offsets(programs: Sequence[Program]) -> tuple[dict[str, int], int]:
+    """Buffers between ops, each large enough for every bucket's."""
+    sizes: dict[str, int] = {}
+    for program in programs:
+        for buffer in program.buffers:
+            if buffer.space is Space.ACTIVATION:
+                num_bytes = 4 * buffer.columns * program.bucket
+                sizes[buffer.name] = max(sizes.get(buffer.name, 0), num_bytes)
+    offsets, end = {}, 0
+    for name, num_bytes in sizes.items():
+        offsets[name] = end
+        end += -(-num_bytes // _LINE_BYTES) * _LINE_BYTES
+    return offsets, max(end, _LINE_BYTES)
+
+
+def _f32(value: float) -> str:
+    return f"{value!r}f"
+
+
+class _Source:
+    def __init__(
+        self,
+        programs: Sequence[Program],
+        layout: WeightLayout,
+        offsets: Mapping[str, int],
+        activation_bytes: int,
+        kv_format: KvFormat,
+    ) -> None:
+        self.programs = programs
+        self.first = programs[0]
+        self.layout = layout
+        self.offsets = offsets
+        self.activation_bytes = activation_bytes
+        self.kv_format = kv_format
+
+    def text(self) -> str:
+        return "\n".join(self.lines()) + "\n"
+
+    def lines(self) -> Iterator[str]:
+        geometry = self.first.geometry
+        kv_type = _KV_TYPES[self.kv_format]
+        yield f"// {self.first.model_fingerprint} on {self.first.machine}. Generated; do not edit."
+        yield '#include "cpu/engine.h"'
+        yield "namespace {"
+        yield "using namespace headrace;"
+        yield (
+            f"using Shape = AttentionShape<{kv_type}, {geometry.num_heads}, {geometry.num_kv_heads}, "
+            f"{geometry.head_dim}, {self.first.split_tokens}>;"
+        )
+        yield "constexpr size_t whole_lines(size_t bytes) { return (bytes + 63) / 64 * 64; }"
+        yield f"constexpr size_t kPreparedBytes = whole_lines({self.prepared_bytes()});"
+        yield "constexpr size_t kScratchBytes = kPreparedBytes + attention_scratch_bytes<Shape>();"
+        for program in self.programs:
+            for worker in range(len(program.workers)):
+                yield from self.body(program, worker)
+        yield from self.tables()
+        yield "}  // namespace"
+        yield "HEADRACE_LIBRARY(Shape, kFacts)"
+
+    def prepared_bytes(self) -> str:
+        """The largest of all ops' prepared inputs."""
+        sizes = {
+            f"PreparedInput<{self.format(op)}, {op.in_features}>::kBytes"
+            for op in self.first.ops
+            if op.kind is OpKind.LINEAR
+        }
+        return f"std::max<size_t>({{{', '.join(sorted(sizes))}}})"
+
+    def tables(self) -> Iterator[str]:
+        first_counter = 0
+        buckets = []
+        for program in self.programs:
+            bucket = program.bucket
+            names = ", ".join(_body_name(bucket, worker) for worker in range(len(program.workers)))
+            yield f"const StepBody kWorkers{bucket}[] = {{{names}}};"
+            buckets.append(f"{{{bucket}, {first_counter}, {program.num_counters}, kWorkers{bucket}}}")
+            first_counter += program.num_counters
+        yield f"const Bucket kBuckets[] = {{{', '.join(buckets)}}};"
+        geometry = self.first.geometry
+        facts = (
+            *(len(self.first.workers), len(self.programs), max(first_counter, 1), geometry.num_layers),
+            *(geometry.vocab_size, geometry.max_context_tokens, "kScratchBytes", self.activation_bytes),
+            *(self.layout.num_bytes, "kBuckets"),
+        )
+        yield f"const LibraryFacts kFacts = {{{', '.join(map(str, facts))}}};"
+
+    def body(self, program: Program, worker: int) -> Iterator[str]:
+        """One worker's whole step."""
+        yield f"bool {_body_name(program.bucket, worker)}(Worker<Step>& w) {{"
+        yield "  const Step& s = *w.step;"
+        arrivals = _arrivals(program)
+        prepared: tuple[int, ...] | None = None
+        for number, instruction in enumerate(program.workers[worker]):
+            op = program.ops[instruction.op]
+            yield f"  // {number}: {op.name} [{instruction.n0}, {instruction.n1})"
+            yield f"  w.reach({number});"
+            for wait in instruction.waits:
+                ahead, num_lines = self.ahead(op, instruction)
+                yield (
+                    f"  if (!w.wait({wait.counter}, {wait.target}u, {arrivals[wait.counter]}u, "
+                    f"s.weights + {ahead}, {num_lines})) return false;"
+                )
+            yield f"  w.start({number});"
+            if instruction.opcode in (Opcode.LINEAR, Opcode.LINEAR_PARTIAL):
+                wanted = _input_of(op, instruction)
+                if wanted != prepared:
+                    yield f"  {self.prologue(program, op, instruction)}"
+                    prepared = wanted
+            yield f"  {self.call(program, op, instruction)}"
+            if instruction.signal >= 0:
+                yield f"  w.signal({instruction.signal});"
+            yield f"  w.end({number});"
+        yield "  return true;"
+        yield "}"
+
+    def ahead(self, op: Op, instruction: Instruction) -> tuple[int, int]:
+        """Where an instruction's weights start, and how many cache lines of them to fetch while waiting."""
+        if op.kind is not OpKind.LINEAR or instruction.opcode is Opcode.REDUCE:
+            return 0, 0
+        segment = self.layout.at(*op.weights)
+        group = group_bytes(segment.format, op.in_features)
+        first, end = instruction.n0 // GROUP, -(-instruction.n1 // GROUP)
+        return segment.offset + first * group, min((end - first) * group // _LINE_BYTES, _AHEAD_LINES)
+
+    def prologue(self, program: Program, op: Op, instruction: Instruction) -> str:
+        source = self.buffer(program, op.input)
+        rows = f"{instruction.r0}, {instruction.r1}, w.scratch"
+        k0, k1 = _k_range(op, instruction)
+        match op.prologue:
+            case Prologue.RMS_NORM:
+                norm = self.layout.at(op.norm).offset
+                eps = _f32(program.geometry.rms_norm_eps)
+                return (
+                    f"prepare_normed<{self.format(op)}, {op.in_features}, {k0}, {k1}, {_rows_of(op)}>"
+                    f"(s, {source}, {norm}, {eps}, {rows});"
+                )
+            case Prologue.COMBINE:
+                return f"prepare_combined<{self.format(op)}, Shape, {k0}, {k1}>(s, {source}, {rows});"
+            case _:
+                return f"prepare_plain<{self.format(op)}, {k0}, {k1}>(s, {source}, {rows});"
+
+    def call(self, program: Program, op: Op, instruction: Instruction) -> str:
+        n0, n1, r0, r1 = instruction.n0, instruction.n1, instruction.r0, instruction.r1
+        match instruction.opcode:
+            case Opcode.EMBED:
+                segment = self.layout.at(*matrix_names(op))
+                out = self.buffer(program, op.output)
+                kernel = f"embed<Format::k{segment.format}, {program.geometry.hidden_size}>"
+                return f"{kernel}(s, {segment.offset}, {n0}, {n1}, {r0}, {r1}, {out});"
+            case Opcode.ATTENTION:
+                queries, out = (
+                    f"{self.buffer(program, index)}.row(s, 0), {program.buffers[index].columns}"
+                    for index in (op.input, op.output)
+                )
+                parts = f"{instruction.part}, {instruction.num_parts}"
+                return (
+                    f"attention<Shape>(s, {op.layer}, {n0}, {n1}, {parts}, {r0}, {r1}, {queries}, {out}, "
+                    "w.scratch + kPreparedBytes);"
+                )
+            case Opcode.REDUCE:
+                summands = self.buffer(program, program.partial_buffers[op.index])
+                columns = f"{_whole_groups(n0)}, {_whole_groups(n1)}"
+                return (
+                    f"reduce<{_rows_of(op)}>(s, {summands}, {instruction.num_parts}, {op.out_features}, "
+                    f"{columns}, {r0}, {r1}, {self.sink(program, op, r0)});"
+                )
+            case _:
+                return self.linear(program, op, instruction)
+
+    def linear(self, program: Program, op: Op, instruction: Instruction) -> str:
+        k0, k1 = _k_range(op, instruction)
+        if instruction.opcode is Opcode.LINEAR_PARTIAL:
+            if op.out_features % GROUP:
+                raise CodegenError(f"{op.name}: K can only be split where columns are a multiple of {GROUP}")
+            parts = self.buffer(program, program.partial_buffers[op.index])
+            sink = f"Store{{s, {parts}, {instruction.r0}, {instruction.part * op.out_features}}}"
+        else:
+            sink = self.sink(program, op, instruction.r0)
+        offset = self.layout.at(*op.weights).offset
+        return (
+            f"linear<{self.format(op)}, {op.in_features}, {k0}, {k1}, {_rows_of(op)}>(s, {offset}, "
+            f"{_whole_groups(instruction.n0)}, {_whole_groups(instruction.n1)}, {instruction.r0}, "
+            f"{instruction.r1}, w.scratch, {sink});"
+        )
+
+    def sink(self, program: Program, op: Op, r0: int) -> str:
+        match op.epilogue:
+            case Epilogue.STORE:
+                return f"Store{{s, {self.buffer(program, op.output)}, {r0}}}"
+            case Epilogue.RESIDUAL:
+                return f"AddToResidual{{s, {self.buffer(program, op.output)}, {r0}}}"
+            case Epilogue.SWIGLU:
+                return f"GateUp<{program.swiglu_group}>{{s, {self.buffer(program, op.output)}, {r0}}}"
+            case Epilogue.LOGITS:
+                return f"PutLogits<{program.geometry.vocab_size}, {program.stats_span}>{{s, {r0}}}"
+            case Epilogue.ROPE_APPEND:
+                return (
+                    f"RotateAppend<Shape>{{s, {self.buffer(program, op.output)}, {op.layer}, "
+                    f"{self.head_weights(op)}, {_f32(program.geometry.head_dim**-0.5)}, {r0}}}"
+                )
+
+    def head_weights(self, op: Op) -> str:
+        bias = self.layout.at(*op.biases).offset if op.biases else -1
+        norms = [self.layout.at(name).offset for name in op.head_norms] or [-1, -1]
+        eps = _f32(self.first.geometry.rms_norm_eps)
+        return f"HeadWeights{{{bias}, {norms[0]}, {norms[1]}, {eps}}}"
+
+    def buffer(self, program: Program, index: int) -> str:
+        buffer = program.buffers[index]
+        return f"Floats2d{{{self.offsets[buffer.name]}, {buffer.columns}}}"
+
+    def format(self, op: Op) -> str:
+        return f"Format::k{self.layout.at(*matrix_names(op)).format}"
+
+
+def _body_name(bucket: int, worker: int) -> str:
+    return f"rows{bucket}_worker{worker}"
+
+
+def _arrivals(program: Program) -> list[int]:
+    """How many arrivals a step brings each counter."""
+    arrivals = [0] * program.num_counters
+    for instruction in _instructions(program):
+        if instruction.signal >= 0:
+            arrivals[instruction.signal] += 1
+    return arrivals
+
+
+def _instructions(program: Program) -> Iterable[Instruction]:
+    return (instruction for worker in program.workers for instruction in worker)
+
+
+def _input_of(op: Op, instruction: Instruction) -> tuple[int, ...]:
+    """What tells two prepared inputs apart."""
+    return (op.index, *_k_range(op, instruction), instruction.r0, instruction.r1)
+
+
+def _k_range(op: Op, instruction: Instruction) -> tuple[int, int]:
+    if instruction.opcode is Opcode.LINEAR_PARTIAL:
+        return instruction.k0, instruction.k1
+    return 0, op.in_features
+
+
+def _rows_of(op: Op) -> str:
+    return "Wanted" if op.epilogue is Epilogue.LOGITS else "Every"
+
+
+def _whole_groups(columns: int) -> int:
+    return -(-columns // GROUP) * GROUP

@@ -1,0 +1,244 @@
+"""Loads a compiled library and runs its steps: packed weights, KV pool and worker threads are its own."""
+
+import ctypes
+import mmap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from megakernel.artifact import Progress, pack_weights
+from megakernel.build import build
+from megakernel.codegen_cpu import KvFormat, generate
+from megakernel.model.rope import rope_frequencies
+from megakernel.model.weights import Weights
+from megakernel.program import Program
+
+IntArray = npt.NDArray[np.int32]
+FloatArray = npt.NDArray[np.float32]
+
+WAIT_LIMIT_S = 10.0
+SPINS = 20_000
+TOKENS_A_SMALL_BLOCK = 16
+"""`kTokensABlock` of step.h."""
+_DTYPES: dict[KvFormat, type[np.generic]] = {"float16": np.float16, "float32": np.float32}
+
+
+class StepError(RuntimeError):
+    """A step that was refused or failed; after a failure of the workers every later step fails too."""
+
+
+class Rows(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+    """A step's rows, as the library reads them: all int32 and C-contiguous, `needs_logits` bool."""
+
+    token_ids: IntArray
+    positions: IntArray
+    slots: IntArray
+    parents: IntArray
+    sequence_starts: IntArray
+    context_lengths: IntArray
+    block_tables: IntArray
+    needs_logits: npt.NDArray[np.bool_]
+
+
+class Stamps(msgspec.Struct, frozen=True, eq=False):
+    """`[instructions, 3]` monotonic nanoseconds a worker: reached, waits over, done."""
+
+    workers: tuple[npt.NDArray[np.int64], ...]
+
+
+class _StepInput(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("num_rows", "num_sequences", "max_blocks")),
+        *((name, ctypes.c_void_p) for name in ("token_ids", "positions", "slots", "parents")),
+        *((name, ctypes.c_void_p) for name in ("sequence_starts", "context_lengths", "block_tables")),
+        *((name, ctypes.c_void_p) for name in ("needs_logits", "logits", "stats")),
+    )
+
+
+class _EngineConfig(ctypes.Structure):
+    _fields_ = (
+        ("weights", ctypes.c_void_p),
+        ("frequencies", ctypes.c_void_p),
+        *((name, ctypes.c_int32) for name in ("num_blocks", "block_size_tokens", "spins")),
+        ("wait_limit_ns", ctypes.c_int64),
+    )
+
+
+class Runtime:
+    """One model on this CPU. `run` and `copy_slots` are for one thread; `write_kv` may run beside them.
+
+    `num_blocks` blocks of `block_size_tokens` tokens, a multiple of 16. Raises BuildError, CodegenError.
+    """
+
+    def __init__(
+        self,
+        programs: Sequence[Program],
+        weights: Weights,
+        num_blocks: int,
+        block_size_tokens: int,
+        *,
+        kv_format: KvFormat = "float16",
+        library_folder: Path | None = None,
+        extra_flags: Sequence[str] = (),
+        wait_limit_s: float = WAIT_LIMIT_S,
+        progress: Progress | None = None,
+    ) -> None:
+        if block_size_tokens <= 0 or block_size_tokens % TOKENS_A_SMALL_BLOCK:
+            raise ValueError(
+                f"block size {block_size_tokens}: a multiple of {TOKENS_A_SMALL_BLOCK} is needed"
+            )
+        self.programs = tuple(programs)
+        self.generated = generate(programs, weights.formats, kv_format)
+        path = build(self.generated.source, folder=library_folder, extra_flags=extra_flags, progress=progress)
+        self._dtype = np.dtype(_DTYPES[kv_format])
+        self._shape = weights.shape
+        self._num_workers = len(self.programs[0].workers)
+        self._packed = _arena(self.generated.layout.num_bytes)
+        pack_weights(self.generated.layout, weights, self._packed, progress)
+        self._library = _load(path)
+        frequencies = np.ascontiguousarray(rope_frequencies(weights.shape), dtype=np.float64)
+        config = _EngineConfig(
+            weights=self._packed.ctypes.data,
+            frequencies=frequencies.ctypes.data,
+            num_blocks=num_blocks,
+            block_size_tokens=block_size_tokens,
+            spins=SPINS,
+            wait_limit_ns=int(wait_limit_s * 1e9),
+        )
+        self._engine = self._library.headrace_open(ctypes.byref(config))
+        self._input = _StepInput()
+        self._raise_if(self._library.headrace_error(self._engine) or None)
+
+    def run(self, rows: Rows, stats: FloatArray | None = None, stamps: Stamps | None = None) -> FloatArray:
+        """Logits `[rows that need them, vocab]`, in row order; KV of all rows goes to their slots.
+
+        `stats`, `[rows that need them, spans, 3]`, is filled where given. Raises StepError.
+        """
+        logits = np.empty(
+            (int(np.count_nonzero(rows.needs_logits)), self._shape.vocab_size), dtype=np.float32
+        )
+        step = self._input
+        step.num_rows = len(rows.token_ids)
+        step.num_sequences = len(rows.context_lengths)
+        step.max_blocks = rows.block_tables.shape[1]
+        step.token_ids = rows.token_ids.ctypes.data
+        step.positions = rows.positions.ctypes.data
+        step.slots = rows.slots.ctypes.data
+        step.parents = rows.parents.ctypes.data
+        step.sequence_starts = rows.sequence_starts.ctypes.data
+        step.context_lengths = rows.context_lengths.ctypes.data
+        step.block_tables = rows.block_tables.ctypes.data
+        step.needs_logits = rows.needs_logits.ctypes.data
+        step.logits = logits.ctypes.data
+        step.stats = None if stats is None else stats.ctypes.data
+        pointers = None if stamps is None else _pointers(stamps)
+        self._raise_if(self._library.headrace_run(self._engine, ctypes.byref(step), pointers))
+        return logits
+
+    def new_stamps(self, num_rows: int) -> Stamps:
+        """Room for one step of `num_rows` rows."""
+        program = next(program for program in self.programs if program.bucket >= num_rows)
+        return Stamps(tuple(np.zeros((len(worker), 3), dtype=np.int64) for worker in program.workers))
+
+    def copy_slots(self, source: IntArray, destination: IntArray) -> None:
+        """All of `source` is read before any of `destination` is written. Raises StepError."""
+        if len(source) != len(destination):
+            raise ValueError(f"{len(source)} slots cannot be copied to {len(destination)}")
+        source, destination = _int32(source), _int32(destination)
+        problem = self._library.headrace_copy_slots(
+            self._engine, source.ctypes.data, destination.ctypes.data, len(source)
+        )
+        self._raise_if(problem)
+
+    def write_kv(self, layer: int, slots: IntArray, data: memoryview | bytes) -> None:
+        """One layer of len(slots) tokens in wire order: K, then V, each [tokens, kv heads, head_dim].
+
+        Raises ValueError for another number of bytes, StepError for a slot outside the pool.
+        """
+        slots = _int32(slots)
+        wire = np.frombuffer(data, dtype=np.uint8)
+        if wire.nbytes != (expected := self._wire_bytes(len(slots))):
+            raise ValueError(f"{len(slots)} tokens of one layer are {expected} bytes, not {wire.nbytes}")
+        problem = self._library.headrace_write_kv(
+            self._engine, layer, slots.ctypes.data, len(slots), wire.ctypes.data
+        )
+        self._raise_if(problem)
+
+    def read_kv(self, layer: int, slots: IntArray) -> bytes:
+        """What `write_kv` takes. Raises StepError."""
+        slots = _int32(slots)
+        wire = np.empty(self._wire_bytes(len(slots)), dtype=np.uint8)
+        problem = self._library.headrace_read_kv(
+            self._engine, layer, slots.ctypes.data, len(slots), wire.ctypes.data
+        )
+        self._raise_if(problem)
+        return wire.tobytes()
+
+    def buffer(self, name: str, bucket: int) -> FloatArray:
+        """A copy of a buffer between ops, `[bucket, columns]`, as the last step left it."""
+        program = next(program for program in self.programs if program.bucket == bucket)
+        columns = next(buffer.columns for buffer in program.buffers if buffer.name == name)
+        start = self._library.headrace_activations(self._engine) + self.generated.buffer_offsets[name]
+        held = (ctypes.c_float * (bucket * columns)).from_address(start)
+        return np.array(held, dtype=np.float32).reshape(bucket, columns)
+
+    def close(self) -> None:
+        """Ends the workers and frees all memory; may be called twice."""
+        if self._engine:
+            self._library.headrace_close(self._engine)
+            self._engine = None
+
+    def __enter__(self) -> "Runtime":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _wire_bytes(self, num_tokens: int) -> int:
+        return 2 * num_tokens * self._shape.num_kv_heads * self._shape.head_dim * self._dtype.itemsize
+
+    @staticmethod
+    def _raise_if(problem: bytes | None) -> None:
+        if problem is not None:
+            raise StepError(problem.decode())
+
+
+def _load(path: Path) -> Any:
+    library = ctypes.CDLL(str(path))
+    pointer, i32 = ctypes.c_void_p, ctypes.c_int32
+    library.headrace_open.restype = pointer
+    library.headrace_activations.restype = pointer
+    library.headrace_close.restype = None
+    for name, arguments in {
+        "run": (pointer, pointer, pointer),
+        "copy_slots": (pointer, pointer, pointer, i32),
+        "write_kv": (pointer, i32, pointer, i32, pointer),
+        "read_kv": (pointer, i32, pointer, i32, pointer),
+        "error": (pointer,),
+    }.items():
+        function = getattr(library, f"headrace_{name}")
+        function.argtypes, function.restype = arguments, ctypes.c_char_p
+    for name in ("activations", "close"):
+        getattr(library, f"headrace_{name}").argtypes = (pointer,)
+    library.headrace_open.argtypes = (pointer,)
+    return library
+
+
+def _arena(num_bytes: int) -> npt.NDArray[np.uint8]:
+    """Page-aligned, in large pages where the system has them: decode reads all of it every step."""
+    memory = mmap.mmap(-1, max(num_bytes, mmap.PAGESIZE))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, dtype=np.uint8, count=num_bytes)
+
+
+def _pointers(stamps: Stamps) -> Any:
+    return (ctypes.c_void_p * len(stamps.workers))(*(worker.ctypes.data for worker in stamps.workers))
+
+
+def _int32(array: IntArray) -> IntArray:
+    return np.ascontiguousarray(array, dtype=np.int32)
