@@ -1,5 +1,7 @@
 """Which tiles an op has, in the order that plans, passes and programs number them."""
 
+from collections.abc import Iterator
+from functools import lru_cache
 from math import lcm
 
 import msgspec
@@ -84,25 +86,45 @@ def max_k_tiles(in_features: int) -> int:
 def tiles_of(op: TiledOp, num_attention_parts: int) -> tuple[Tile, ...]:
     """An op's tiles, after `tile`: columns ascending, of each its K-tiles or attention parts ascending."""
     width, step = width_of(op), op.decided("tile_columns")
-    columns = [(n0, min(n0 + step, width)) for n0 in range(0, width, step)]
     match op:
         case AttentionOp():
-            parts = range(num_attention_parts)
-            return tuple(
-                Tile(n0, n1, part=part, num_parts=num_attention_parts) for n0, n1 in columns for part in parts
-            )
+            return _dealt_tiles(width, step, num_attention_parts)
         case PartialLinearOp():
-            num_parts = sizes_of(op.parts)[0]
-            bounds = k_bounds(op.in_features, num_parts)
-            return tuple(
-                Tile(n0, n1, bounds[part], bounds[part + 1], part, num_parts)
-                for n0, n1 in columns
-                for part in range(num_parts)
-            )
+            return _k_tiles(width, step, op.in_features, sizes_of(op.parts)[0])
         case ReduceOp():
-            num_parts = sizes_of(op.parts)[0]
-            return tuple(Tile(n0, n1, num_parts=num_parts) for n0, n1 in columns)
+            return _column_tiles(width, step, 0, sizes_of(op.parts)[0])
         case FusedLinearOp():
-            return tuple(Tile(n0, n1, 0, op.in_features) for n0, n1 in columns)
+            return _column_tiles(width, step, op.in_features, 1)
         case _:
-            return tuple(Tile(n0, n1) for n0, n1 in columns)
+            return _column_tiles(width, step, 0, 1)
+
+
+def _columns(width: int, step: int) -> Iterator[tuple[int, int]]:
+    return ((n0, min(n0 + step, width)) for n0 in range(0, width, step))
+
+
+# Layers are alike, and a search compiles many plans: tiles are computed once.
+
+
+@lru_cache(maxsize=256)
+def _column_tiles(width: int, step: int, k: int, num_parts: int) -> tuple[Tile, ...]:
+    return tuple(Tile(n0, n1, 0, k, num_parts=num_parts) for n0, n1 in _columns(width, step))
+
+
+@lru_cache(maxsize=256)
+def _k_tiles(width: int, step: int, in_features: int, num_parts: int) -> tuple[Tile, ...]:
+    bounds = k_bounds(in_features, num_parts)
+    return tuple(
+        Tile(n0, n1, bounds[part], bounds[part + 1], part, num_parts)
+        for n0, n1 in _columns(width, step)
+        for part in range(num_parts)
+    )
+
+
+@lru_cache(maxsize=256)
+def _dealt_tiles(width: int, step: int, num_parts: int) -> tuple[Tile, ...]:
+    return tuple(
+        Tile(n0, n1, part=part, num_parts=num_parts)
+        for n0, n1 in _columns(width, step)
+        for part in range(num_parts)
+    )

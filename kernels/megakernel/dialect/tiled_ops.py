@@ -6,7 +6,8 @@ and waits. An op's tiles are in `megakernel.tiles`, which all of them follow.
 
 from collections.abc import Sequence
 
-from xdsl.dialects.builtin import DenseArrayBase, IntegerAttr, StringAttr, i32, i64
+import numpy as np
+from xdsl.dialects.builtin import BytesAttr, DenseArrayBase, IntegerAttr, StringAttr, i32, i64
 from xdsl.ir import SSAValue
 from xdsl.irdl import (
     AttrSizedOperandSegments,
@@ -37,7 +38,8 @@ from megakernel.program import Epilogue, Prologue
 
 
 def integers(values: Sequence[int]) -> DenseArrayBase:
-    return DenseArrayBase.from_list(i32, values)
+    """As `DenseArrayBase.from_list` makes it, without its cost an element."""
+    return DenseArrayBase(i32, BytesAttr(np.asarray(values, dtype="<i4").tobytes()))
 
 
 class TiledOp(IRDLOperation):
@@ -84,9 +86,13 @@ class TiledOp(IRDLOperation):
         if value is None:
             return ()
         assert isinstance(value, DenseArrayBase)
-        return tuple(int(item) for item in value.get_values())
+        return tuple(np.frombuffer(value.data.data, dtype="<i4").tolist())
 
     def verify_(self) -> None:
+        for name in ("workers", "signals", "waits"):
+            listed = self.attributes.get(name)
+            is_i32 = isinstance(listed, DenseArrayBase) and listed.elt_type == i32
+            check(listed is None or is_i32, self, f"{name} of {self.label.data} must be an array of i32")
         for name in ("tile_columns", "num_k_tiles"):
             value = self.attributes.get(name)
             check(

@@ -29,6 +29,12 @@ class Footprints:
     def __init__(self, accesses: Iterable[tuple[int, Access]]) -> None:
         table = np.array([(tile, access.c0, access.c1) for tile, access in accesses], dtype=np.int64)
         self.tiles, self.starts, self.ends = table.T
+        self.first, self.last = int(self.starts.min()), int(self.ends.max())
+        self.num_tiles = len(np.unique(self.tiles))
+
+    def is_within(self, start: int, end: int) -> bool:
+        """Whether columns [start, end) are all that is touched, or more."""
+        return start <= self.first and self.last <= end
 
     def overlapping(self, start: int, end: int) -> npt.NDArray[np.int64]:
         """Tiles that touch columns [start, end)."""
@@ -150,9 +156,12 @@ class Coverage:
         for own, start, end, is_write in wave.touched.by_tile[tile]:
             reads, writes = other.footprints(wave.buffer(own))
             for footprints in (writes, reads if is_write else None):
-                if footprints is not None:
-                    tiles = footprints.overlapping(start, end)
-                    np.maximum.at(needed, other.workers[tiles], other.positions[tiles] + 1)
+                if footprints is None:
+                    continue
+                if footprints.num_tiles == len(other.workers) and footprints.is_within(start, end):
+                    return other.ends
+                tiles = footprints.overlapping(start, end)
+                np.maximum.at(needed, other.workers[tiles], other.positions[tiles] + 1)
         return needed
 
     def _record(self, wave: Wave) -> None:
