@@ -58,7 +58,9 @@ class Work(msgspec.Struct, frozen=True):
     load_bytes: float
     compute_us: float
     prologue_us: float
-    """Once for a run of instructions that share the input."""
+    """Once for a run of instructions of one op: reading and preparing its input rows."""
+    refill_us: float = 0.0
+    """For another K-tile of the rows in such a run."""
 
 
 def work_of(
@@ -93,7 +95,8 @@ def work_of(
                 read = combined_columns(program, context_tokens)
             kept = rows * k * activation_bits(stored) / 8
             prologue_us = _cached_read_us(machine, rows * read * _FLOAT_BYTES + kept)
-            return Work(k * bits / 8, compute_us, prologue_us)
+            refill_us = _stream_us(machine, rows * k * _FLOAT_BYTES)
+            return Work(k * bits / 8, compute_us, prologue_us, refill_us)
 
 
 def grouped_rows(rows: int, machine: Machine) -> int:
@@ -141,7 +144,11 @@ def _attention_work(
 def _cached_read_us(machine: Machine, num_bytes: float) -> float:
     if not num_bytes:
         return 0.0
-    return machine.load_latency_us + num_bytes / (machine.worker_bandwidth_gb_s * 1e3 * _CACHE_SPEEDUP)
+    return machine.load_latency_us + _stream_us(machine, num_bytes)
+
+
+def _stream_us(machine: Machine, num_bytes: float) -> float:
+    return num_bytes / (machine.worker_bandwidth_gb_s * 1e3 * _CACHE_SPEEDUP)
 
 
 def bandwidth_bound_us(
@@ -240,14 +247,11 @@ class _Simulation:
         self.events: list[tuple[float, int, int, int]] = []
 
     def _duration_us(self, instruction: Instruction, before: Instruction | None, work: Work) -> float:
-        is_same_input = (
-            before is not None
-            and before.op == instruction.op
-            and before.opcode == instruction.opcode
-            and (before.k0, before.k1) == (instruction.k0, instruction.k1)
-        )
-        prologue_us = 0.0 if is_same_input else work.prologue_us
-        return self.machine.instruction_us + prologue_us + work.compute_us
+        fixed_us = self.machine.instruction_us + work.compute_us
+        if before is None or (before.op, before.opcode) != (instruction.op, instruction.opcode):
+            return fixed_us + work.prologue_us
+        is_same_input = (before.k0, before.k1) == (instruction.k0, instruction.k1)
+        return fixed_us + (0.0 if is_same_input else work.refill_us)
 
     def _waiters(self) -> list[dict[int, list[tuple[int, int]]]]:
         waiters: list[dict[int, list[tuple[int, int]]]] = [{} for _ in range(self.program.num_counters)]
@@ -407,18 +411,21 @@ def ends_by_op(program: Program, trace: Trace) -> dict[int, float]:
     return ends
 
 
-def extrapolated_us(program: Program, trace: Trace, num_layers: int) -> float:
-    """The makespan of a model of `num_layers`, from that of its first few (at least 2).
+def extrapolated_us(program: Program, trace: Trace, num_layers: int, vocab_size: int) -> float:
+    """The makespan of the whole model, from that of one cut to fewer layers and a smaller vocabulary.
 
-    A layer more costs what the last simulated one did, from its predecessor's end to its own. Exact once
-    that has become periodic, which decode's chain of ops is after the first layer.
+    A layer more costs what the last simulated one did, from its predecessor's end to its own; the head costs
+    in proportion to its columns. Within a percent once layers repeat, which decode's chain of ops does after
+    the first; exact where nothing was cut.
     """
     simulated = program.geometry.num_layers
-    assert simulated >= 2, "a period is the difference of two layers"
-    ends = ends_by_op(program, trace)
     layer_ends = [0.0] * simulated
-    for op in program.ops:
-        if op.layer >= 0:
-            layer_ends[op.layer] = max(layer_ends[op.layer], ends[op.index])
-    period = layer_ends[-1] - layer_ends[-2]
-    return trace.makespan_us + (num_layers - simulated) * period
+    for index, end in ends_by_op(program, trace).items():
+        layer = program.ops[index].layer
+        if layer >= 0:
+            layer_ends[layer] = max(layer_ends[layer], end)
+    more_layers = num_layers - simulated
+    assert more_layers == 0 or simulated >= 2, "a period is the difference of two layers"
+    layers_us = more_layers * (layer_ends[-1] - layer_ends[-2]) if more_layers else 0.0
+    head_us = trace.makespan_us - layer_ends[-1]
+    return trace.makespan_us + layers_us + head_us * (vocab_size / program.geometry.vocab_size - 1)

@@ -23,6 +23,7 @@ from megakernel.weight_formats import (
     format_of,
 )
 
+SPLIT_TOKENS = 128
 STATS_SPAN = 256
 SWIGLU_GROUP = 16
 COLUMN_GRANULE = 16
@@ -47,6 +48,8 @@ class RoleShape(msgspec.Struct, frozen=True, kw_only=True):
     input_bits: float
     count: int
     """Ops of the role in the model."""
+    num_splits: int = 0
+    """Of attention: KV splits of the longest context."""
 
 
 def geometry_of(shape: ModelShape) -> Geometry:
@@ -63,7 +66,9 @@ def geometry_of(shape: ModelShape) -> Geometry:
     )
 
 
-def role_shapes(shape: ModelShape, formats: Mapping[str, str] | None = None) -> dict[str, RoleShape]:
+def role_shapes(
+    shape: ModelShape, formats: Mapping[str, str] | None = None, *, split_tokens: int = SPLIT_TOKENS
+) -> dict[str, RoleShape]:
     """By role, in dependency order (`plan.ROLES`)."""
     q_columns = shape.num_heads * shape.head_dim
     kv_columns = shape.num_kv_heads * shape.head_dim
@@ -85,11 +90,14 @@ def role_shapes(shape: ModelShape, formats: Mapping[str, str] | None = None) -> 
     }
     bits = WEIGHT_BITS[format_of("embed", formats)]
     shapes["embed"] = _plain_role("embed", hidden, hidden, bits, 1)
-    shapes["attention"] = _plain_role("attention", shape.num_kv_heads, 1, 0.0, layers)
+    num_splits = -(-shape.max_context_tokens // split_tokens)
+    shapes["attention"] = _plain_role("attention", shape.num_kv_heads, 1, 0.0, layers, num_splits)
     return {role: shapes[role] for role in ROLES}
 
 
-def _plain_role(role: str, columns: int, granule: int, bits: float, count: int) -> RoleShape:
+def _plain_role(
+    role: str, columns: int, granule: int, bits: float, count: int, num_splits: int = 0
+) -> RoleShape:
     return RoleShape(
         role=role,
         in_features=0,
@@ -98,6 +106,7 @@ def _plain_role(role: str, columns: int, granule: int, bits: float, count: int) 
         weight_bits=bits,
         input_bits=FLOAT_ACTIVATION_BITS,
         count=count,
+        num_splits=num_splits,
     )
 
 
@@ -186,7 +195,7 @@ def _plan_role(
     if role.role == "embed":
         return OpPlan(tile_columns=role.columns)
     if role.role == "attention":
-        return OpPlan(tile_columns=1)
+        return with_workers(role, OpPlan(tile_columns=1), machine)
     choices = (fixed_k_tiles,) if fixed_k_tiles else k_tile_choices(role)
     for stages in (2, 1):
         for k_tiles in choices:
@@ -215,7 +224,12 @@ def with_workers(role: RoleShape, op_plan: OpPlan, machine: Machine) -> OpPlan:
     """The plan with each instruction's worker, longest processing time first."""
     columns = op_plan.tile_columns
     widths = [min(columns, role.columns - first) for first in range(0, role.columns, columns)]
-    costs = [float(width) for width in widths for _ in range(op_plan.num_k_tiles)]
+    if role.role == "attention":
+        # Part p has work wherever the context reaches its first split: the lower, the more often.
+        parts = min(machine.num_workers, role.num_splits)
+        costs = [width / (1 + part) for width in widths for part in range(parts)]
+    else:
+        costs = [float(width) for width in widths for _ in range(op_plan.num_k_tiles)]
     return msgspec.structs.replace(op_plan, tile_workers=balanced(costs, machine.num_workers))
 
 

@@ -25,7 +25,7 @@ from megakernel.memory import ScratchError
 from megakernel.model.shape import ModelShape
 from megakernel.plan import Plan
 from megakernel.program import Program
-from megakernel.schedule import list_schedule
+from megakernel.schedule import STATS_SPAN, list_schedule
 from megakernel.tilings import CONTIGUOUS, Tilings
 from megakernel.user_cache import cache_folder, read_if_there, write_atomically
 
@@ -33,13 +33,22 @@ _VERSION = 1
 """Of the search and the cost model: raised when their results change."""
 _SIMULATED_LAYERS = 3
 """The last two give the period of a layer."""
+_LARGE_VOCABULARY = 65_536
+_VOCABULARY_SHARE = 4
+"""One in so many columns of a large head are simulated while searching."""
 _MAX_PREFETCH = 4
 _NUM_FINALISTS = 4
-_NEIGHBOURHOOD = 6
+_NUM_COMPARED = 2
+"""Plans that are simulated in full beside the baseline."""
+_RESERVED_SHARE = 1.5
+"""Of what the baseline's full simulation took, kept for each of them."""
+_START_PREFETCH = 2
+_TRIES_AN_EVALUATION = 20
+_NEIGHBOURHOOD = 8
 """How far down a role's ranking a move may reach."""
 _START_TEMPERATURE = 0.03
 _END_TEMPERATURE = 0.001
-"""As shares of the best time: how much worse a plan may be and still be moved to, one time in e."""
+"""As shares of the current time: how much worse a plan may be and still be moved to, one time in e."""
 
 
 class CompileProgram(Protocol):
@@ -147,7 +156,7 @@ def search(
         return cached
     judge = _Judge(shape, fingerprint, machine, bucket, compile_program, formats, context_tokens)
     baseline = list_schedule(shape, machine, bucket, formats, num_k_tiles=num_k_tiles)
-    tilings = Tilings(shape, machine, bucket, formats, num_k_tiles)
+    tilings = Tilings(shape, machine, bucket, formats, num_k_tiles, (baseline, *starts))
     result = _Search(judge, tilings, baseline, starts, budget, seed, on_progress, clock).run()
     write_atomically(path, msgspec.json.encode(result))
     return result
@@ -172,6 +181,15 @@ def refine(plans: Sequence[Plan], measure: Callable[[Plan], float]) -> Refined:
     return Refined(plans[measured.index(min(measured))], tuple(measured))
 
 
+def truncated(shape: ModelShape) -> ModelShape:
+    """The model of few layers and tokens that stands for `shape` while searching."""
+    vocab_size = shape.vocab_size
+    if vocab_size > _LARGE_VOCABULARY:
+        vocab_size = -(-vocab_size // (_VOCABULARY_SHARE * STATS_SPAN)) * STATS_SPAN
+    num_layers = min(shape.num_layers, _SIMULATED_LAYERS)
+    return msgspec.structs.replace(shape, num_layers=num_layers, vocab_size=vocab_size)
+
+
 class _Judge:
     """Prices plans by compiling and simulating them."""
 
@@ -192,7 +210,7 @@ class _Judge:
         self._compile_program = compile_program
         self._formats = formats
         self._context_tokens = context_tokens
-        self._truncated = msgspec.structs.replace(shape, num_layers=min(shape.num_layers, _SIMULATED_LAYERS))
+        self._truncated = truncated(shape)
 
     def quick_us(self, plan: Plan) -> float:
         """Extrapolated from a few layers; infinite where the plan does not fit."""
@@ -201,9 +219,7 @@ class _Judge:
         except ScratchError:
             return math.inf
         trace = simulate(program, self.machine, self._formats, self._context_tokens)
-        if self._truncated == self.shape:
-            return trace.makespan_us
-        return extrapolated_us(program, trace, self.shape.num_layers)
+        return extrapolated_us(program, trace, self.shape.num_layers, self.shape.vocab_size)
 
     def full_us(self, plan: Plan) -> tuple[float, float]:
         """Makespan and bandwidth bound of the whole model."""
@@ -245,18 +261,18 @@ class _Search:
 
     def run(self) -> SearchResult:
         baseline_us, bound_us = self._judge.full_us(self._baseline)
-        self._reserved_s = self._clock() - self._begin_s
+        self._reserved_s = _RESERVED_SHARE * _NUM_COMPARED * (self._clock() - self._begin_s)
         quick_baseline_us = self._judge.quick_us(self._baseline)
         judged = [(self._judge.quick_us(plan), plan) for plan in self._starts]
-        self._anneal(min([quick_baseline_us, *(start_us for start_us, _ in judged)]), quick_baseline_us)
+        self._anneal(self._starting_points(), quick_baseline_us)
         judged += [(known_us, self._plan(point)) for point, known_us in self._known.items()]
         better = [pair for pair in judged if pair[0] < quick_baseline_us]
         best = [plan for _, plan in sorted(better, key=lambda pair: pair[0])]
         plan, predicted_us = self._baseline, baseline_us
-        if best:
-            full_us, full_bound_us = self._judge.full_us(best[0])
-            if full_us < baseline_us:
-                plan, predicted_us, bound_us = best[0], full_us, full_bound_us
+        for finalist in best[:_NUM_COMPARED]:
+            full_us, full_bound_us = self._judge.full_us(finalist)
+            if full_us < predicted_us:
+                plan, predicted_us, bound_us = finalist, full_us, full_bound_us
         return SearchResult(
             plan=plan,
             baseline=self._baseline,
@@ -268,30 +284,45 @@ class _Search:
             is_complete=len(self._known) >= self._budget.evaluations,
         )
 
-    def _anneal(self, best_us: float, baseline_us: float) -> None:
-        """From the best of each role's ranking; what is known is not evaluated again."""
+    def _starting_points(self) -> list[Point]:
+        """Known tilings and the top of each ranking, under list scheduling's and contiguous assignment."""
         num_roles = len(self._tilings.roles)
-        current = Point((0,) * num_roles, (0,) * num_roles, 1)
-        current_us = math.inf
-        candidate = current
-        tries = 0
-        while len(self._known) < self._budget.evaluations and tries < 20 * self._budget.evaluations:
-            tries += 1
-            if candidate not in self._known:
-                if not self._has_time():
-                    return
-                self._known[candidate] = self._judge.quick_us(self._plan(candidate))
-                best_us = min(best_us, self._known[candidate])
-                self._report(baseline_us, best_us)
-            candidate_us = self._known[candidate]
-            if self._is_accepted(candidate_us, current_us, best_us):
-                current, current_us = candidate, candidate_us
+        tilings = [(0,) * num_roles]
+        tilings += [self._tilings.ranks_of(plan) for plan in (self._baseline, *self._starts)]
+        return [
+            Point(ranks, (turn,) * num_roles, _START_PREFETCH)
+            for ranks in dict.fromkeys(tilings)
+            for turn in (0, CONTIGUOUS)
+        ]
+
+    def _anneal(self, starts: list[Point], baseline_us: float) -> None:
+        """From the best of the starting points; what is known is not evaluated again."""
+        for point in starts:
+            if len(self._known) < self._budget.evaluations and self._has_time():
+                self._evaluate(point, baseline_us)
+        if not self._known:
+            return
+        current = min(self._known, key=lambda point: self._known[point])
+        for _ in range(_TRIES_AN_EVALUATION * self._budget.evaluations):
             candidate = self._neighbour(current)
+            if candidate not in self._known:
+                if len(self._known) >= self._budget.evaluations or not self._has_time():
+                    return
+                self._evaluate(candidate, baseline_us)
+            if self._is_accepted(self._known[candidate], self._known[current]):
+                current = candidate
+
+    def _evaluate(self, point: Point, baseline_us: float) -> None:
+        self._known[point] = self._judge.quick_us(self._plan(point))
+        if self._on_progress is not None:
+            best_us = min(baseline_us, *self._known.values())
+            progress = Progress(len(self._known), self._budget.evaluations, baseline_us, best_us)
+            self._on_progress(progress)
 
     def _has_time(self) -> bool:
         return self._clock() - self._begin_s < self._budget.seconds - self._reserved_s
 
-    def _is_accepted(self, candidate_us: float, current_us: float, best_us: float) -> bool:
+    def _is_accepted(self, candidate_us: float, current_us: float) -> bool:
         """Metropolis, cooling by evaluations made."""
         if candidate_us <= current_us:
             return True
@@ -299,16 +330,16 @@ class _Search:
             return False
         cooled = len(self._known) / self._budget.evaluations
         share = _START_TEMPERATURE * (_END_TEMPERATURE / _START_TEMPERATURE) ** cooled
-        return self._random.random() < math.exp((current_us - candidate_us) / (share * best_us))
+        return self._random.random() < math.exp((current_us - candidate_us) / (share * current_us))
 
     def _neighbour(self, point: Point) -> Point:
         kind = self._random.random()
         role = self._random.randrange(len(self._tilings.roles))
-        if kind < 0.2:
+        if kind < 0.15:
             step = self._random.choice((-1, 1))
             ahead = min(max(point.prefetch_instructions + step, 0), _MAX_PREFETCH)
             return msgspec.structs.replace(point, prefetch_instructions=ahead)
-        if kind < 0.45:
+        if kind < 0.3:
             turn = self._random.choice((CONTIGUOUS, self._random.randrange(self._judge.machine.num_workers)))
             return msgspec.structs.replace(point, turns=_with(point.turns, role, turn))
         reach = min(_NEIGHBOURHOOD, len(self._tilings.ranked[role]))
@@ -317,10 +348,6 @@ class _Search:
 
     def _plan(self, point: Point) -> Plan:
         return self._tilings.plan(point.ranks, point.turns, point.prefetch_instructions)
-
-    def _report(self, baseline_us: float, best_us: float) -> None:
-        if self._on_progress is not None:
-            self._on_progress(Progress(len(self._known), self._budget.evaluations, baseline_us, best_us))
 
 
 def _with(values: tuple[int, ...], index: int, value: int) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """The search space: each role's tilings that fit, ranked by a closed estimate of the op's time."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -26,6 +26,7 @@ CONTIGUOUS = -1
 _MAX_RANKED = 24
 _WIDTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
 """Tile widths that are tried, in granules."""
+_FLOAT_BYTES = 4
 _PARTIAL_BYTES = 8
 """A K-tile's sum is written once and read once."""
 
@@ -40,11 +41,13 @@ class Tilings:
         bucket: int,
         formats: Mapping[str, str] | None = None,
         num_k_tiles: Mapping[str, int] | None = None,
+        known: Sequence[Plan] = (),
     ) -> None:
         self._machine = machine
         self._bucket = bucket
         self._geometry = geometry_of(shape)
         self._fixed = num_k_tiles or {}
+        self._known = known
         self.roles = tuple(role_shapes(shape, formats).values())
         self.ranked = tuple(self._rank(role) for role in self.roles)
 
@@ -55,6 +58,13 @@ class Tilings:
             ops[role.role] = self._turned(ranked[rank], turn)
         return Plan(ops=ops, prefetch_instructions=prefetch_instructions)
 
+    def ranks_of(self, plan: Plan) -> tuple[int, ...]:
+        """Where a known plan's tilings stand, whatever its stages and workers."""
+        return tuple(
+            [_sizes(op_plan) for op_plan in ranked].index(_sizes(plan.ops[role.role]))
+            for role, ranked in zip(self.roles, self.ranked, strict=True)
+        )
+
     def _turned(self, op_plan: OpPlan, turn: int) -> OpPlan:
         if op_plan.tile_workers is None:
             return op_plan
@@ -64,9 +74,10 @@ class Tilings:
         return msgspec.structs.replace(op_plan, tile_workers=workers)
 
     def _rank(self, role: RoleShape) -> tuple[OpPlan, ...]:
+        known = {_sizes(plan.ops[role.role]) for plan in self._known}
         if role.role == "embed":
-            return (OpPlan(tile_columns=role.columns),)
-        fitting = [op_plan for op_plan in self._candidates(role) if op_plan.stages >= 1]
+            return tuple(OpPlan(tile_columns=columns) for columns, _ in sorted(known | {(role.columns, 1)}))
+        fitting = [op_plan for op_plan in self._candidates(role, known) if op_plan.stages >= 1]
         if not fitting:
             raise ScratchError(
                 f"{role.role}: no tile of {self._bucket} rows fits the {self._machine.scratch_bytes} bytes "
@@ -75,17 +86,19 @@ class Tilings:
         if role.role == "attention":
             return tuple(fitting)
         fitting.sort(key=lambda op_plan: (self.estimate_us(role, op_plan), op_plan.num_k_tiles))
-        return tuple(with_workers(role, op_plan, self._machine) for op_plan in fitting[:_MAX_RANKED])
+        chosen = fitting[:_MAX_RANKED]
+        chosen += [op_plan for op_plan in fitting[_MAX_RANKED:] if _sizes(op_plan) in known]
+        return tuple(with_workers(role, op_plan, self._machine) for op_plan in chosen)
 
-    def _candidates(self, role: RoleShape) -> list[OpPlan]:
+    def _candidates(self, role: RoleShape, known: set[tuple[int, int]]) -> list[OpPlan]:
         fixed = self._fixed.get(role.role)
         choices = (fixed,) if fixed else k_tile_choices(role)
         granules = -(-role.columns // role.granule)
         widths = [width for width in _WIDTHS if width <= granules] or [1]
+        sizes = {(width * role.granule, k_tiles) for width in widths for k_tiles in choices} | known
         return [
-            self._staged(role, OpPlan(tile_columns=width * role.granule, num_k_tiles=k_tiles))
-            for width in widths
-            for k_tiles in choices
+            self._staged(role, OpPlan(tile_columns=columns, num_k_tiles=k_tiles))
+            for columns, k_tiles in sorted(sizes)
         ]
 
     def _staged(self, role: RoleShape, op_plan: OpPlan) -> OpPlan:
@@ -104,10 +117,15 @@ class Tilings:
         weights = largest_k_tile(role, op_plan.num_k_tiles) * min(op_plan.tile_columns, role.columns)
         load_us = weights * role.weight_bits / 8 / (rate_gb_s * 1e3)
         compute_us = weights * grouped_rows(self._bucket, machine) / macs_per_us(machine, "Q4_1")
+        if op_plan.num_k_tiles > 1:
+            compute_us += self._refill_us(largest_k_tile(role, op_plan.num_k_tiles))
         each_us = max(load_us, compute_us + machine.instruction_us)
         if op_plan.stages < 2 and not machine.computes_while_loading:
             each_us = load_us + compute_us + machine.instruction_us
         return waves * each_us + self._reduce_us(op_plan, tiles)
+
+    def _refill_us(self, k: int) -> float:
+        return self._bucket * k * _FLOAT_BYTES / (self._machine.worker_bandwidth_gb_s * 1e3)
 
     def _reduce_us(self, op_plan: OpPlan, tiles: int) -> float:
         if op_plan.num_k_tiles == 1:
@@ -117,3 +135,7 @@ class Tilings:
         sums = op_plan.num_k_tiles * op_plan.tile_columns * self._bucket * _PARTIAL_BYTES
         read_us = sums / (machine.worker_bandwidth_gb_s * 1e3)
         return machine.sync_us + waves * (machine.instruction_us + machine.load_latency_us + read_us)
+
+
+def _sizes(op_plan: OpPlan) -> tuple[int, int]:
+    return op_plan.tile_columns, op_plan.num_k_tiles
