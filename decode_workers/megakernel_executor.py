@@ -24,8 +24,8 @@ _MEASURED_REPEATS = 5
 class MegaKernelExecutor:
     """`StepExecutor` over one compiled model and its KV pool.
 
-    `programs` ascend by bucket, all for one model and machine. `block_size_tokens` is a multiple of 16. Blocks
-    past `num_blocks`, for `measure`, are its own. The constructor compiles, unless the library is cached, and
+    `programs` ascend by bucket, all for one model and machine. `block_size_tokens` is a multiple of 16.
+    Blocks past `num_blocks`, for `measure`, are its own. The constructor compiles, unless cached, and
     packs the weights: it raises BuildError without a compiler, CodegenError for a model no kernel takes.
     """
 

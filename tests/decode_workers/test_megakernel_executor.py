@@ -1,0 +1,142 @@
+import numpy as np
+import pytest
+
+from decode_workers.executor import StepExecutor
+from decode_workers.megakernel_executor import MegaKernelExecutor
+from decode_workers.step_batch import NO_PARENT, StepBatch
+from decode_workers.torch_executor import TorchExecutor
+from megakernel.build import BuildError, find_compiler
+from megakernel.machine import Machine
+from megakernel.pipeline import compile_program
+from megakernel.reference import reference_generate, reference_logits
+from tests.tiny_model import tiny_weights
+
+BLOCK = 16
+NUM_BLOCKS = 12
+BUCKETS = (1, 8, 64)
+TWO_CORES = Machine(
+    name="two cores",
+    kind="cpu",
+    num_workers=2,
+    scratch_bytes=1 << 20,
+    page_bytes=4096,
+    bandwidth_gb_s=20.0,
+    worker_bandwidth_gb_s=12.0,
+    load_latency_us=0.2,
+    sync_us=0.5,
+    macs_per_us={"F32": 10_000.0},
+    instruction_us=0.1,
+)
+
+try:
+    find_compiler()
+except BuildError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def executor(tmp_path_factory):
+    weights = tiny_weights(1)
+    programs = [
+        compile_program(weights.shape, "model", TWO_CORES, bucket, formats=weights.formats)
+        for bucket in BUCKETS
+    ]
+    folder = tmp_path_factory.mktemp("libraries")
+    made = MegaKernelExecutor(
+        programs, weights, "model", NUM_BLOCKS, BLOCK, dtype="float32", library_folder=folder
+    )
+    yield made
+    made.close()
+
+
+def step(tokens, parents, context, table, needs_logits=None) -> StepBatch:
+    """One sequence's rows, row i in the slot of position context + i."""
+    positions: list[int] = []
+    for parent in parents:
+        positions.append(context if parent == NO_PARENT else positions[parent] + 1)
+    slots = [table[at // BLOCK] * BLOCK + at % BLOCK for at in range(context, context + len(tokens))]
+    return StepBatch(
+        token_ids=np.array(tokens, dtype=np.int32),
+        positions=np.array(positions, dtype=np.int32),
+        slots=np.array(slots, dtype=np.int32),
+        parents=np.array(parents, dtype=np.int32),
+        sequence_starts=np.array([0, len(tokens)], dtype=np.int32),
+        context_lengths=np.array([context], dtype=np.int32),
+        block_tables=np.array([table], dtype=np.int32),
+        needs_logits=np.array(needs_logits or [True] * len(tokens), dtype=np.bool_),
+    )
+
+
+def chain(count: int) -> list[int]:
+    return [NO_PARENT, *range(count - 1)]
+
+
+def random_tokens(count: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, 160, count).tolist()
+
+
+def test_is_a_step_executor(executor):
+    typed: StepExecutor = executor
+    assert typed.num_blocks == NUM_BLOCKS
+    assert typed.vocab_size == 160
+    assert list(typed.buckets) == list(BUCKETS)
+    assert typed.layout.dtype == "float32"
+    assert typed.layout.bytes_per_token == 2 * 2 * 2 * 16 * 4
+
+
+def test_chain_rows_give_the_reference_logits(executor):
+    tokens = random_tokens(30)
+    result = executor.run(step(tokens, chain(30), 0, [9, 2]))
+    assert result.rows.tolist() == list(range(30))
+    assert result.rows.dtype == np.int32
+    np.testing.assert_allclose(result.logits, reference_logits(tiny_weights(1), tokens), atol=2e-4)
+
+
+def test_only_rows_that_need_logits_have_them(executor):
+    tokens = random_tokens(10)
+    every = executor.run(step(tokens, chain(10), 0, [0, 1]))
+    some = executor.run(step(tokens, chain(10), 0, [0, 1], [False] * 8 + [True, True]))
+    assert some.rows.tolist() == [8, 9]
+    assert np.array_equal(some.logits, every.logits[8:])
+
+
+def test_greedy_decode_is_the_references(executor):
+    prompt, table = random_tokens(20, seed=3), [4, 1, 7]
+    generated: list[int] = []
+    pending, context = prompt, 0
+    while len(generated) < 12:
+        logits = executor.run(step(pending, chain(len(pending)), context, table)).logits
+        context += len(pending)
+        pending = [int(logits[-1].argmax())]
+        generated += pending
+    assert generated == reference_generate(tiny_weights(1), prompt, 12)
+
+
+def test_kv_from_another_executor_continues_its_sequence(executor):
+    """As a prefill worker hands it over: float32 on both ends, in wire order."""
+    tokens, table = random_tokens(21, seed=4), [3, 8]
+    other = TorchExecutor(tiny_weights(1), "model", NUM_BLOCKS, BLOCK, num_threads=1)
+    other.run(step(tokens[:20], chain(20), 0, table))
+    slots = np.array([table[at // BLOCK] * BLOCK + at % BLOCK for at in range(20)], dtype=np.int32)
+    assert executor.layout.fingerprint == other.layout.fingerprint
+    for layer in range(executor.layout.num_layers):
+        cache = other._kv
+        keys, values = (pool[layer][:, slots.tolist()].transpose(0, 1) for pool in (cache.keys, cache.values))
+        wire = np.concatenate([keys.numpy().reshape(-1), values.numpy().reshape(-1)]).tobytes()
+        executor.write_kv(layer, slots, memoryview(wire))
+    logits = executor.run(step(tokens[20:], [NO_PARENT], 20, table)).logits
+    np.testing.assert_allclose(logits[0], reference_logits(tiny_weights(1), tokens)[-1], atol=2e-4)
+
+
+def test_measure_touches_nobodys_blocks(executor):
+    table = list(range(NUM_BLOCKS))
+    tokens = random_tokens(NUM_BLOCKS * BLOCK - 1)
+    for start in range(0, len(tokens), 64):
+        part = tokens[start : start + 64]
+        executor.run(step(part, chain(len(part)), start, table, [False] * len(part)))
+    probe = step([3], [NO_PARENT], len(tokens), table)
+    before = executor.run(probe).logits
+    costs = executor.measure()
+    assert [cost.rows for cost in costs] == list(BUCKETS)
+    assert all(cost.ms > 0 for cost in costs)
+    assert np.array_equal(executor.run(probe).logits, before)
