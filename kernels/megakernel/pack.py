@@ -111,13 +111,11 @@ def group_bytes(format: str, in_features: int) -> int:
 
 def _check(tensors: Sequence[RawTensor]) -> tuple[str, int]:
     formats = [tensor.format for tensor in tensors]
-    if not tensors or len(set(formats)) > 1:
-        raise PackError(
-            f"formats {', '.join(formats)} in one op: give all as one, such as float_tensor(dense)"
-        )
+    if len(set(formats)) != 1:
+        raise PackError(f"formats {formats} in one op: exactly one is wanted (see float_tensor)")
     if formats[0] not in PACKED_FORMATS:
         raise PackError(
-            f"format {formats[0]}: kernels read {', '.join(PACKED_FORMATS)}; float_tensor(dense) converts"
+            f"format {formats[0]}: one of {', '.join(PACKED_FORMATS)} is wanted (see float_tensor)"
         )
     shapes = [tensor.shape for tensor in tensors]
     if any(len(shape) != 2 or shape[1] != shapes[0][-1] for shape in shapes):

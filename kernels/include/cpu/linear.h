@@ -17,7 +17,7 @@ template <Format F>
 using Input = std::conditional_t<is_quantized(F), const Q8Block*, FloatRows>;
 
 // How far ahead of its use a weight is fetched while one group of rows streams through.
-inline constexpr int64_t kPrefetchBytes = 3072;
+inline constexpr int64_t kPrefetchBytes = 6144;
 
 namespace detail {
 
