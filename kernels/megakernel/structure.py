@@ -1,4 +1,4 @@
-"""Whether a program is well formed: ops fit their buffers, instructions fit their ops, pages fit the scratch.
+"""Whether a program is well formed: ops fit their buffers, instructions fit their ops, workers the machine.
 
 Order and coverage are not looked at here; both need every index and range to make sense.
 """
@@ -39,39 +39,6 @@ def check_structure(program: Program) -> None:
     _check_k_tiles(program)
 
 
-def check_pages(program: Program) -> int:
-    """No page is held twice at a time. Returns the most pages any worker holds at once."""
-    peak = 0
-    for worker, sequence in enumerate(program.workers):
-        held_until: dict[int, int] = {}
-        uses = sorted(
-            ((use.live_from, index, use) for index, i in enumerate(sequence) for use in i.pages),
-            key=lambda entry: entry[:2],
-        )
-        for live_from, index, use in uses:
-            name = f"{instruction_name(program, worker, index)}: {use.role} pages"
-            last = use.first + use.count
-            if use.first < 0 or use.count < 1 or last > program.num_pages:
-                raise ScheduleError(
-                    Hazard.SCRATCH, f"{name} [{use.first}, {last}), of {program.num_pages} there are"
-                )
-            if not 0 <= live_from <= index:
-                raise ScheduleError(
-                    Hazard.SCRATCH, f"{name} held from instruction {live_from}, after its own or before all"
-                )
-            for page in range(use.first, last):
-                other = held_until.get(page, -1)
-                if other >= live_from:
-                    raise ScheduleError(
-                        Hazard.SCRATCH,
-                        f"{name} [{use.first}, {last}) from instruction {live_from} on: page {page} is held"
-                        f" by {instruction_name(program, worker, other)}",
-                    )
-                held_until[page] = index
-            peak = max(peak, sum(until >= live_from for until in held_until.values()))
-    return peak
-
-
 def check_machine(program: Program, machine: Machine) -> None:
     _require(
         program.machine == machine.name, f"compiled for machine {program.machine!r}, not {machine.name!r}"
@@ -80,13 +47,6 @@ def check_machine(program: Program, machine: Machine) -> None:
         len(program.workers) <= machine.num_workers,
         f"{len(program.workers)} workers, where {machine.name} has {machine.num_workers}",
     )
-    scratch = program.num_pages * program.page_bytes
-    if scratch > machine.scratch_bytes:
-        raise ScheduleError(
-            Hazard.SCRATCH,
-            f"{program.num_pages} pages of {program.page_bytes} bytes, where a worker of {machine.name} has"
-            f" {machine.scratch_bytes} bytes",
-        )
 
 
 def _require(condition: bool, otherwise: str) -> None:

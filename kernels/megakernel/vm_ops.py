@@ -33,7 +33,7 @@ def execute(state: VmState, instruction: Instruction) -> None:
 def _embed(state: VmState, op: Op, instruction: Instruction, row: int) -> None:
     token = int(state.buffers[op.input][row, 0])
     columns = slice(instruction.n0, instruction.n1)
-    state.buffers[op.output][row, columns] = state.weights.vector(op.weights[0])[token, columns]
+    state.buffers[op.output][row, columns] = state.weights.vector("embed")[token, columns]
 
 
 def _product(state: VmState, op: Op, instruction: Instruction, row: int, k0: int, k1: int) -> Float32Array:
