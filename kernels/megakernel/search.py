@@ -190,6 +190,16 @@ def truncated(shape: ModelShape) -> ModelShape:
     return msgspec.structs.replace(shape, num_layers=num_layers, vocab_size=vocab_size)
 
 
+def with_head_for(plan: Plan, vocab_size: int) -> Plan:
+    """The plan for a smaller vocabulary: its head's first tiles, on the workers that have them."""
+    head = plan.ops["head"]
+    if head.tile_workers is None:
+        return plan
+    num_instructions = -(-vocab_size // head.tile_columns) * head.num_k_tiles
+    shorter = msgspec.structs.replace(head, tile_workers=head.tile_workers[:num_instructions])
+    return msgspec.structs.replace(plan, ops=plan.ops | {"head": shorter})
+
+
 class _Judge:
     """Prices plans by compiling and simulating them."""
 
@@ -215,7 +225,7 @@ class _Judge:
     def quick_us(self, plan: Plan) -> float:
         """Extrapolated from a few layers; infinite where the plan does not fit."""
         try:
-            program = self._program(self._truncated, plan)
+            program = self._program(self._truncated, with_head_for(plan, self._truncated.vocab_size))
         except ScratchError:
             return math.inf
         trace = simulate(program, self.machine, self._formats, self._context_tokens)
