@@ -73,7 +73,7 @@ def compile_command(arguments: argparse.Namespace) -> None:
             split_tokens=arguments.split_tokens,
             formats=model.formats,
         )
-        emit(f"{module}\n".encode(), arguments.out)
+        emit(f"{module!s}\n".encode(), arguments.out)
         return
     program = compile_program(
         model.shape,

@@ -82,7 +82,7 @@ def erase_unused(rewriter: PatternRewriter, ops: Sequence[Operation | None]) -> 
     """Erases those, in this order, that nothing uses any more."""
     for op in ops:
         if op is not None and not any(result.uses for result in op.results):
-            rewriter.erase_op(op)
+            rewriter.erase(op)
 
 
 def rope_of(value: SSAValue) -> RopeOp | None:
@@ -119,7 +119,7 @@ class FuseQkv(RewritePattern):
         )
         assert fused.kv_result is not None
         normed = query.rows.owner
-        rewriter.insert_op(fused)
+        rewriter.insert(fused)
         op.operands[0], op.operands[1] = fused.result, fused.kv_result
         rewriter.notify_op_modified(op)
         behind = (append, q_rope, k_rope, q_norm, k_norm, *projections)
@@ -142,7 +142,7 @@ class FuseSwiglu(RewritePattern):
             Epilogue.SWIGLU,
             result=op.result.type,
         )
-        rewriter.replace_op(op, fused, [fused.result])
+        rewriter.replace(op, fused, [fused.result])
         erase_unused(rewriter, [gate, up, _prologue_of(source)])
 
 
@@ -163,7 +163,7 @@ class FuseResidual(RewritePattern):
             result=op.result.type,
             residual=op.hidden,
         )
-        rewriter.replace_op(op, fused, [fused.result])
+        rewriter.replace(op, fused, [fused.result])
         erase_unused(rewriter, [update, _prologue_of(source)])
 
 
@@ -185,8 +185,8 @@ class FuseHead(RewritePattern):
             stats=op.stats.type,
         )
         assert fused.stats is not None
-        rewriter.replace_op(op, fused, [fused.stats])
-        rewriter.replace_op(head, [], [fused.result])
+        rewriter.replace(op, fused, [fused.stats])
+        rewriter.replace(head, [], [fused.result])
         erase_unused(rewriter, [_prologue_of(source)])
 
 

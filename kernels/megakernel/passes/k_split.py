@@ -55,7 +55,7 @@ class SplitK(RewritePattern):
             return
         partial = partial_of(op)
         reduce = reduce_of(op, partial)
-        rewriter.replace_op(op, [partial, reduce], list(reduce.results))
+        rewriter.replace(op, [partial, reduce], list(reduce.results))
 
 
 def k_split(module: ModuleOp, context: PassContext) -> None:

@@ -1,0 +1,46 @@
+"""Models, machines and plans that the compiler's tests share: small enough to read what comes out."""
+
+import msgspec
+
+from megakernel.machine import Machine, load_machine
+from megakernel.model.shape import ModelShape
+from megakernel.plan import OpPlan, Plan
+
+
+def small_shape(**changes: object) -> ModelShape:
+    """A Qwen3 layer with biases on top: every optional part of the family at once."""
+    shape = ModelShape(
+        architecture="qwen3",
+        num_layers=1,
+        hidden_size=64,
+        intermediate_size=96,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        vocab_size=700,
+        max_context_tokens=256,
+        rope_theta=1e5,
+        rope_scaling=None,
+        rms_norm_eps=1e-5,
+        has_qkv_bias=True,
+        has_qk_norm=True,
+        has_tied_head=True,
+    )
+    return msgspec.structs.replace(shape, **changes)
+
+
+def small_machine(num_workers: int = 3) -> Machine:
+    return msgspec.structs.replace(load_machine("l4"), num_workers=num_workers, name="small")
+
+
+def small_plan(**changes: OpPlan) -> Plan:
+    ops = {
+        "embed": OpPlan(tile_columns=32),
+        "qkv": OpPlan(tile_columns=48),
+        "attention": OpPlan(tile_columns=1),
+        "o": OpPlan(tile_columns=32),
+        "gate_up": OpPlan(tile_columns=64),
+        "down": OpPlan(tile_columns=32, num_k_tiles=2),
+        "head": OpPlan(tile_columns=256),
+    }
+    return Plan(ops=ops | changes)
