@@ -223,11 +223,13 @@ def test_quantizing_is_exactly_the_definition(kernels):
         assert np.array_equal(got_scaled, d * sums.astype(np.float32))
 
 
-def test_what_is_not_finite_stays_in_its_row(kernels):
-    packed = pack_linear([random_tensor("Q8_0", 16, 96, 12)])
+@pytest.mark.parametrize("format", PACKED_FORMATS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_shows_and_stays_in_its_row(kernels, format, bad):
+    packed = pack_linear([random_tensor(format, 16, 96, 12)])
     x = activations(4, 96, 13)
     clean = kernels.linear(packed, x)
-    x[2, 5] = np.inf
+    x[2, 45] = bad
     dirty = kernels.linear(packed, x)
     assert not np.isfinite(dirty[2]).any()
     assert np.array_equal(dirty[[0, 1, 3]], clean[[0, 1, 3]])

@@ -33,6 +33,12 @@ MK_INLINE int32_t load_quad(const int8_t* x) {
   return quad;
 }
 
+MK_INLINE float float_of_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 // One cache line at `address` towards L1; any address is allowed.
 MK_INLINE void prefetch_line(const void* address) { __builtin_prefetch(address, 0, 3); }
 

@@ -100,15 +100,18 @@ struct Dot8 {
 
 #endif
 
-// Largest magnitude of 32 floats.
+// Largest magnitude of 32 floats, NaN above all: without their signs, floats are ordered as their bits are.
 MK_INLINE float block_amax(const float* x) {
-  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
-  __m256 most = _mm256_and_ps(_mm256_loadu_ps(x), magnitude);
-  for (int i = 8; i < kBlock; i += 8)
-    most = _mm256_max_ps(most, _mm256_and_ps(_mm256_loadu_ps(x + i), magnitude));
-  __m128 half = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps(most, 1));
-  half = _mm_max_ps(half, _mm_movehl_ps(half, half));
-  return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+  __m256i most = _mm256_setzero_si256();
+  for (int i = 0; i < kBlock; i += 8) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i));
+    most = _mm256_max_epi32(most, _mm256_and_si256(bits, magnitude));
+  }
+  __m128i half = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+  half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+  half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0xb1));
+  return float_of_bits(static_cast<uint32_t>(_mm_cvtsi128_si32(half)));
 }
 
 // Rounded half to even; clamped, as beside a NaN anything may come.

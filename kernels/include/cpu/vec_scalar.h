@@ -12,12 +12,6 @@ inline constexpr const char* kBackend = "scalar";
 inline constexpr int kLanes = 16;
 inline constexpr int kRowGroup = 4;
 
-MK_INLINE float float_of_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
 // IEEE half to single, exact; subnormals through a power-of-two product.
 MK_INLINE float float_of_f16(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16, rest = half & 0x7fffu;
@@ -118,14 +112,16 @@ struct Dot8 : Dot {
   static MK_INLINE Dot8 start(int32_t minus_sum) { return {start_at(128 * minus_sum)}; }
 };
 
-// Largest magnitude of 32 floats.
+// Largest magnitude of 32 floats, NaN above all: without their signs, floats are ordered as their bits are.
 MK_INLINE float block_amax(const float* x) {
-  float most = 0.0f;
+  uint32_t most = 0;
   for (int i = 0; i < kBlock; ++i) {
-    const float magnitude = __builtin_fabsf(x[i]);
-    most = magnitude > most ? magnitude : most;
+    uint32_t bits;
+    std::memcpy(&bits, x + i, sizeof bits);
+    bits &= 0x7fffffffu;
+    most = bits > most ? bits : most;
   }
-  return most;
+  return float_of_bits(most);
 }
 
 // q = round-half-even(x * inverse) of 32 floats; returns the sum of q.
