@@ -26,6 +26,8 @@ CONTIGUOUS = -1
 _MAX_RANKED = 24
 _WIDTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
 """Tile widths that are tried, in granules."""
+_IN_FLIGHT = 3
+"""Tiles that a worker loads or computes at once, where its stages allow."""
 _FLOAT_BYTES = 4
 _PARTIAL_BYTES = 8
 """A K-tile's sum is written once and read once."""
@@ -83,9 +85,8 @@ class Tilings:
                 f"{role.role}: no tile of {self._bucket} rows fits the {self._machine.scratch_bytes} bytes "
                 f"of a worker of {self._machine.name}"
             )
-        if role.role == "attention":
-            return tuple(fitting)
-        fitting.sort(key=lambda op_plan: (self.estimate_us(role, op_plan), op_plan.num_k_tiles))
+        if role.in_features:
+            fitting.sort(key=lambda op_plan: (self.estimate_us(role, op_plan), op_plan.num_k_tiles))
         chosen = fitting[:_MAX_RANKED]
         chosen += [op_plan for op_plan in fitting[_MAX_RANKED:] if _sizes(op_plan) in known]
         return tuple(with_workers(role, op_plan, self._machine) for op_plan in chosen)
@@ -119,9 +120,10 @@ class Tilings:
         compute_us = weights * grouped_rows(self._bucket, machine) / macs_per_us(machine, "Q4_1")
         if op_plan.num_k_tiles > 1:
             compute_us += self._refill_us(largest_k_tile(role, op_plan.num_k_tiles))
-        each_us = max(load_us, compute_us + machine.instruction_us)
-        if op_plan.stages < 2 and not machine.computes_while_loading:
-            each_us = load_us + compute_us + machine.instruction_us
+        busy_us = compute_us + machine.instruction_us
+        through_us = load_us + machine.load_latency_us + busy_us
+        in_flight = min(op_plan.stages, _IN_FLIGHT) + machine.computes_while_loading
+        each_us = max(load_us, busy_us, through_us / in_flight)
         return waves * each_us + self._reduce_us(op_plan, tiles)
 
     def _refill_us(self, k: int) -> float:
