@@ -65,7 +65,7 @@ def execution_order(stream: Stream) -> list[int]:
     """One order in which everything runs. Raises ScheduleError where there is none."""
     program = stream.program
     arrivals = [0] * program.num_counters
-    waiting: dict[int, list[int]] = {}
+    waiting: dict[tuple[int, int], list[int]] = {}
     next_index = [0] * len(program.workers)
     runnable = list(range(len(program.workers)))
     order: list[int] = []
@@ -76,13 +76,14 @@ def execution_order(stream: Stream) -> list[int]:
             instruction = sequence[next_index[worker]]
             unmet = next((w for w in instruction.waits if arrivals[w.counter] < w.target), None)
             if unmet is not None:
-                waiting.setdefault(unmet.counter, []).append(worker)
+                waiting.setdefault((unmet.counter, unmet.target), []).append(worker)
                 break
             order.append(stream.starts[worker] + next_index[worker])
             next_index[worker] += 1
             if instruction.signal >= 0:
-                arrivals[instruction.signal] += 1
-                runnable.extend(waiting.pop(instruction.signal, ()))
+                counter = instruction.signal
+                arrivals[counter] += 1
+                runnable.extend(waiting.pop((counter, arrivals[counter]), ()))
     if len(order) < len(stream.instructions):
         raise ScheduleError(Hazard.DEADLOCK, _stuck(stream, next_index, arrivals))
     return order

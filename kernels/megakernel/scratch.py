@@ -1,10 +1,11 @@
 """Scratch pages of a program: held by one use at a time, within what there is, and enough for each tile."""
 
 from collections.abc import Mapping
+from itertools import accumulate
 
 from megakernel.machine import Machine
 from megakernel.memory import footprint, page_needs
-from megakernel.program import PageRole, Program
+from megakernel.program import PageRole, PageUse, Program
 from megakernel.schedule_error import Hazard, ScheduleError, instruction_name
 
 
@@ -12,33 +13,43 @@ def check_pages(program: Program) -> int:
     """No page is held twice at a time, and all exist. Returns the most pages any worker holds at once."""
     peak = 0
     for worker, sequence in enumerate(program.workers):
+        uses = [(use, index) for index, instruction in enumerate(sequence) for use in instruction.pages]
+        change = [0] * (len(sequence) + 1)
         held_until: dict[int, int] = {}
-        uses = sorted(
-            ((use.live_from, index, use) for index, i in enumerate(sequence) for use in i.pages),
-            key=lambda entry: entry[:2],
-        )
-        for live_from, index, use in uses:
-            name = f"{instruction_name(program, worker, index)}: {use.role} pages"
-            last = use.first + use.count
-            if use.first < 0 or use.count < 1 or last > program.num_pages:
-                raise ScheduleError(
-                    Hazard.SCRATCH, f"{name} [{use.first}, {last}), of {program.num_pages} there are"
-                )
-            if not 0 <= live_from <= index:
-                raise ScheduleError(
-                    Hazard.SCRATCH, f"{name} held from instruction {live_from}, after its own or before all"
-                )
-            for page in range(use.first, last):
+        for use, index in sorted(uses, key=lambda entry: (entry[0].live_from, entry[1])):
+            _check_use(program, worker, use, index)
+            for page in range(use.first, use.first + use.count):
                 other = held_until.get(page, -1)
-                if other >= live_from:
+                if other >= use.live_from:
                     raise ScheduleError(
                         Hazard.SCRATCH,
-                        f"{name} [{use.first}, {last}) from instruction {live_from} on: page {page} is held"
-                        f" by {instruction_name(program, worker, other)}",
+                        f"{_shown(program, worker, use, index)}: page {page} is held by"
+                        f" {instruction_name(program, worker, other)}",
                     )
                 held_until[page] = index
-            peak = max(peak, sum(until >= live_from for until in held_until.values()))
+            change[use.live_from] += use.count
+            change[index + 1] -= use.count
+        peak = max(peak, max(accumulate(change), default=0))
     return peak
+
+
+def _check_use(program: Program, worker: int, use: PageUse, index: int) -> None:
+    last = use.first + use.count
+    if use.first < 0 or use.count < 1 or last > program.num_pages:
+        raise ScheduleError(
+            Hazard.SCRATCH, f"{_shown(program, worker, use, index)}, of {program.num_pages} there are"
+        )
+    if not 0 <= use.live_from <= index:
+        raise ScheduleError(
+            Hazard.SCRATCH, f"{_shown(program, worker, use, index)}, which is after its own or before all"
+        )
+
+
+def _shown(program: Program, worker: int, use: PageUse, index: int) -> str:
+    return (
+        f"{instruction_name(program, worker, index)}: {use.role} pages [{use.first},"
+        f" {use.first + use.count}) from instruction {use.live_from} on"
+    )
 
 
 def check_page_counts(program: Program, formats: Mapping[str, str]) -> None:

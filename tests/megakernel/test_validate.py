@@ -229,7 +229,7 @@ def test_pages_held_twice_or_beyond_the_scratch_are_named(program):
     assert f"page {source.first} is held by layers.0.o LINEAR" in message
     beyond = msgspec.structs.replace(output, count=9)
     message = refused(change(program, worker, index, pages=(beyond,)), Hazard.SCRATCH)
-    assert f"output pages [5, 14), of {program.num_pages} there are" in message
+    assert f"output pages [5, 14) from instruction {index} on, of {program.num_pages} there" in message
     late = msgspec.structs.replace(output, live_from=index + 1)
     assert "after its own" in refused(change(program, worker, index, pages=(late,)), Hazard.SCRATCH)
 
