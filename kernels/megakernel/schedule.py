@@ -89,7 +89,7 @@ def role_shapes(
         role: _linear_role(role, *linear[role], 1 if role == "head" else layers, formats) for role in linear
     }
     bits = WEIGHT_BITS[format_of("embed", formats)]
-    shapes["embed"] = _plain_role("embed", hidden, hidden, bits, 1)
+    shapes["embed"] = _plain_role("embed", hidden, COLUMN_GRANULE, bits, 1)
     num_splits = -(-shape.max_context_tokens // split_tokens)
     shapes["attention"] = _plain_role("attention", shape.num_kv_heads, 1, 0.0, layers, num_splits)
     return {role: shapes[role] for role in ROLES}
