@@ -5,20 +5,21 @@ import hashlib
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
-from xdsl.utils.exceptions import VerifyException
 
-from megakernel.graph import DEFAULT_SPLIT_TOKENS, GraphError, usual_formats
-from megakernel.machine import Machine, MachineError, load_machine, machine_names
-from megakernel.memory import ScratchError
+from megakernel.default_plan import default_plan
+from megakernel.graph import DEFAULT_SPLIT_TOKENS, usual_formats
+from megakernel.machine import Machine, load_machine, machine_names
 from megakernel.model.load import open_model
 from megakernel.model.shape import ModelShape
 from megakernel.model.weights import ModelFormatError
-from megakernel.passes.context import PlanError
 from megakernel.pipeline import STAGE_NAMES, compile_program, encode_program, ir_after
 from megakernel.program import Opcode, Program
+from megakernel.report import compile_report
+from megakernel.search import Progress, SearchResult, search
 from megakernel.shapes import SHAPES
 
 
@@ -61,15 +62,44 @@ def summary(program: Program, machine: Machine) -> str:
     return "\n".join(f"{name:14}{value}" for name, value in lines.items())
 
 
+def searched(model: CompiledModel, machine: Machine, arguments: argparse.Namespace) -> SearchResult:
+    """The plan of a schedule search, which shows on standard error how far it is."""
+
+    def show(progress: Progress) -> None:
+        print(
+            f"\r{progress.evaluations} of {progress.of} plans, {progress.baseline_us:.0f} us before, "
+            f"{progress.best_us:.0f} us now ",
+            end="",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    found = search(
+        model.shape,
+        model.fingerprint,
+        machine,
+        arguments.bucket,
+        partial(compile_program, split_tokens=arguments.split_tokens),
+        formats=model.formats,
+        seed=arguments.seed,
+        on_progress=show,
+    )
+    print(file=sys.stderr)
+    return found
+
+
 def compile_command(arguments: argparse.Namespace) -> None:
     model = model_named(arguments.model)
     machine = load_machine(arguments.machine)
+    found = searched(model, machine, arguments) if arguments.search else None
+    plan = found.plan if found else default_plan(model.shape, machine, arguments.bucket, model.formats)
     if arguments.stop_after is not None:
         module = ir_after(
             model.shape,
             machine,
             arguments.bucket,
             arguments.stop_after,
+            plan,
             split_tokens=arguments.split_tokens,
             formats=model.formats,
         )
@@ -80,12 +110,19 @@ def compile_command(arguments: argparse.Namespace) -> None:
         model.fingerprint,
         machine,
         arguments.bucket,
+        plan,
         split_tokens=arguments.split_tokens,
         formats=model.formats,
     )
     if arguments.out is not None:
         emit(encode_program(program), arguments.out)
     print(summary(program, machine))
+    if arguments.report:
+        baseline_us = found.baseline_us if found else None
+        report = compile_report(
+            model.shape, machine, program, plan, formats=model.formats, baseline_us=baseline_us
+        )
+        print(f"\n{report}", end="")
 
 
 def emit(data: bytes, out: Path | None) -> None:
@@ -108,6 +145,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--bucket", type=int, default=1, help="rows of a step")
     command.add_argument("--split-tokens", type=int, default=DEFAULT_SPLIT_TOKENS)
     command.add_argument("--stop-after", metavar="PASS", help=f"print the IR after {', '.join(STAGE_NAMES)}")
+    command.add_argument("--search", action="store_true", help="search for a better schedule, up to a minute")
+    command.add_argument("--seed", type=int, default=0, help="of the search")
+    command.add_argument("--report", action="store_true", help="scratch memory and predicted time as well")
     command.add_argument("--out", type=Path, help="where the program (msgpack) or the IR is written")
     command.set_defaults(run=compile_command)
     return top
@@ -117,17 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser().parse_args(arguments)
     try:
         parsed.run(parsed)
-    except VerifyException:
-        raise  # a pass left invalid IR: a fault of the compiler, not of its input
-    except (
-        GraphError,
-        MachineError,
-        ModelFormatError,
-        PlanError,
-        ScratchError,
-        OSError,
-        ValueError,
-    ) as error:
+    except (OSError, ValueError) as error:  # the compiler's own errors about its input are ValueErrors
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

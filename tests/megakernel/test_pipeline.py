@@ -215,6 +215,13 @@ def test_the_command_prints_a_summary_and_writes_the_program(
     assert f"counters      {program.num_counters}" in printed
 
 
+def test_the_command_reports_scratch_memory_and_time(capsys: pytest.CaptureFixture[str]):
+    assert main(["compile", "smollm2-135m", "--machine", "l20", "--report"]) == 0
+    printed = capsys.readouterr().out
+    assert "gate_up" in printed
+    assert "stages" in printed
+
+
 def test_the_command_prints_the_ir_of_a_pass(capsys: pytest.CaptureFixture[str]):
     assert main(["compile", "smollm2-135m", "--machine", "l4", "--stop-after", "tile"]) == 0
     assert "tile_columns" in str(parse(capsys.readouterr().out))
