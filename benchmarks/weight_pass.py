@@ -98,7 +98,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         library = build(ops, Path(folder), arguments.compiler, arguments.flags.split())
     matrices = (Matrix * len(ops))(
-        *((FORMATS.index(op.format), op.in_features, op.out_features, op.data.ctypes.data) for op in ops)
+        *(
+            Matrix(FORMATS.index(op.format), op.in_features, op.out_features, op.data.ctypes.data)
+            for op in ops
+        )
     )
     sizes = (ctypes.c_int64 * len(ops))(*(op.data.nbytes for op in ops))
     times = (ctypes.c_double * arguments.repeats)()
