@@ -23,6 +23,13 @@ def check_structure(program: Program) -> None:
     _require(program.bucket > 0, f"a bucket of {program.bucket} rows")
     sizes = (program.split_tokens, program.swiglu_group, program.stats_span)
     _require(min(sizes) > 0, f"split_tokens, swiglu_group and stats_span are {sizes}, not all positive")
+    geometry = program.geometry
+    for name in ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "max_context_tokens"):
+        _require(getattr(geometry, name) > 0, f"geometry: {name} is {getattr(geometry, name)}")
+    _require(
+        geometry.num_heads % geometry.num_kv_heads == 0,
+        f"{geometry.num_heads} heads cannot share {geometry.num_kv_heads} KV heads equally",
+    )
     for index, buffer in enumerate(program.buffers):
         _require(buffer.index == index, f"buffer {buffer.name} is number {index} but says {buffer.index}")
         _require(buffer.columns > 0, f"buffer {buffer.name} has {buffer.columns} columns")

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megakernel.happens_before import execution_order, stream_of, vector_clocks
-from megakernel.hazards import runnable_without
+from megakernel.hazards import find_hazard, runnable_without
 from megakernel.machine import Machine
 from megakernel.model.shape import ModelShape
-from megakernel.program import Opcode, Program, Wait
+from megakernel.program import Epilogue, Opcode, OpKind, Program, Prologue, Wait
 from megakernel.schedule_error import Hazard, ScheduleError
 from megakernel.validate import validate
 from tests.megakernel.mutations import MUTATIONS, NUM_BARRIER_MUTATIONS
@@ -274,3 +274,52 @@ def test_a_program_fits_its_machine(program):
     ):
         with pytest.raises(ScheduleError, match=message):
             validate(program, msgspec.structs.replace(machine, **fields))
+
+
+NUMBERS = st.sampled_from([-2, -1, 0, 1, 2, 3, 5, 16, 48, 96, 1000])
+OP_FIELDS = ("index", "input", "output", "kv", "stats", "in_features", "out_features")
+GEOMETRY_FIELDS = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "max_context_tokens")
+PROGRAM_FIELDS = ("bucket", "split_tokens", "swiglu_group", "stats_span", "num_counters", "num_pages")
+
+
+@given(data=st.data(), k_tiles=st.sampled_from([{}, {"o": 2}]))
+@settings(max_examples=150, deadline=None)
+def test_any_wrong_number_is_refused_and_nothing_crashes(data, k_tiles):
+    """A change that is accepted has left the program as good as it was."""
+    program = build_program(SHAPE, Recipe(workers=2, k_tiles=k_tiles))
+    part = data.draw(st.sampled_from(["op", "kinds", "buffer", "geometry", "program", "partial"]))
+    value = data.draw(NUMBERS)
+    if part in ("op", "kinds"):
+        index = data.draw(st.integers(0, len(program.ops) - 1))
+        fields = {data.draw(st.sampled_from(OP_FIELDS)): value}
+        if part == "kinds":
+            fields = data.draw(
+                st.one_of(
+                    st.fixed_dictionaries({"kind": st.sampled_from(OpKind)}),
+                    st.fixed_dictionaries({"prologue": st.sampled_from(Prologue)}),
+                    st.fixed_dictionaries({"epilogue": st.sampled_from(Epilogue)}),
+                )
+            )
+        ops = list(program.ops)
+        ops[index] = msgspec.structs.replace(ops[index], **fields)
+        changed = msgspec.structs.replace(program, ops=tuple(ops))
+    elif part == "buffer":
+        index = data.draw(st.integers(0, len(program.buffers) - 1))
+        buffers = list(program.buffers)
+        buffers[index] = msgspec.structs.replace(buffers[index], columns=value)
+        changed = msgspec.structs.replace(program, buffers=tuple(buffers))
+    elif part == "geometry":
+        fields = {data.draw(st.sampled_from(GEOMETRY_FIELDS)): value}
+        geometry = msgspec.structs.replace(program.geometry, **fields)
+        changed = msgspec.structs.replace(program, geometry=geometry)
+    elif part == "program":
+        changed = msgspec.structs.replace(program, **{data.draw(st.sampled_from(PROGRAM_FIELDS)): value})
+    else:
+        index = data.draw(st.integers(0, len(program.ops) - 1))
+        partials = [*program.partial_buffers[:index], value, *program.partial_buffers[index + 1 :]]
+        changed = msgspec.structs.replace(program, partial_buffers=tuple(partials))
+    try:
+        validate(changed)
+    except ScheduleError:
+        return
+    assert find_hazard(changed) is None
