@@ -63,18 +63,20 @@ def summary(program: Program, machine: Machine) -> str:
 
 
 def searched(model: CompiledModel, machine: Machine, arguments: argparse.Namespace) -> SearchResult:
-    """The plan of a schedule search, which shows on standard error how far it is."""
+    """The plan of a schedule search, which shows a person at a terminal how far it is."""
+    is_watched = sys.stderr.isatty()
 
     def show(progress: Progress) -> None:
+        is_last = progress.evaluations == progress.of
         print(
             f"\r{progress.evaluations} of {progress.of} plans, {progress.baseline_us:.0f} us before, "
             f"{progress.best_us:.0f} us now ",
-            end="",
+            end="\n" if is_last else "",
             file=sys.stderr,
             flush=True,
         )
 
-    found = search(
+    return search(
         model.shape,
         model.fingerprint,
         machine,
@@ -82,10 +84,8 @@ def searched(model: CompiledModel, machine: Machine, arguments: argparse.Namespa
         partial(compile_program, split_tokens=arguments.split_tokens),
         formats=model.formats,
         seed=arguments.seed,
-        on_progress=show,
+        on_progress=show if is_watched else None,
     )
-    print(file=sys.stderr)
-    return found
 
 
 def compile_command(arguments: argparse.Namespace) -> None:

@@ -1,7 +1,6 @@
 """Ops of the graph as a model defines it, before fusion. All work on every row of the step."""
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 from xdsl.dialects.builtin import FloatAttr, IntegerAttr, StringAttr, f64, i64
 from xdsl.ir import Operation, SSAValue
@@ -311,7 +310,6 @@ class OutputOp(IRDLOperation):
     """What the step gives back."""
 
     name = "mk.output"
-    OUTPUTS: ClassVar[tuple[str, ...]] = ("logits", "head_stats")
     values = var_operand_def()
 
     def __init__(self, values: Sequence[SSAValue]) -> None:
