@@ -4,13 +4,14 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
-from megakernel.cost import DEFAULT_CONTEXT_TOKENS, Trace, bandwidth_bound_us, simulate, work_of
+from megakernel.cost import Trace, bandwidth_bound_us, simulate
 from megakernel.machine import Machine
 from megakernel.memory import Footprint, max_stages, role_of
 from megakernel.model.shape import ModelShape
 from megakernel.plan import ROLES, OpPlan, Plan
 from megakernel.program import Program
 from megakernel.schedule import RoleShape, geometry_of, k_tile_choices, role_shapes, tile_footprint
+from megakernel.work import DEFAULT_CONTEXT_TOKENS, work_of
 
 DOUBLE_BUFFERED = 2
 """Stages at which peaks are compared: one tile is computed while the next is loaded."""

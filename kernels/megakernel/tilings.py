@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from megakernel.cost import grouped_rows, macs_per_us
 from megakernel.machine import Machine
 from megakernel.memory import ScratchError, max_stages
 from megakernel.model.shape import ModelShape
@@ -20,6 +19,7 @@ from megakernel.schedule import (
     tile_footprint,
     with_workers,
 )
+from megakernel.work import grouped_rows, macs_per_us
 
 CONTIGUOUS = -1
 """The turn that stands for equal runs of adjacent tiles; others turn the list schedule's assignment."""

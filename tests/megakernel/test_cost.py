@@ -10,9 +10,7 @@ from megakernel.cost import (
     bandwidth_bound_us,
     ends_by_op,
     extrapolated_us,
-    grouped_rows,
     simulate,
-    work_of,
 )
 from megakernel.machine import Machine, MachineError, load_machine
 from megakernel.memory import plan_pages
@@ -31,6 +29,7 @@ from megakernel.program import (
     Wait,
 )
 from megakernel.shapes import SHAPES
+from megakernel.work import grouped_rows, work_of
 from tests.megakernel.model.model_files import tiny_shape
 from tests.megakernel.programs import Recipe, build_program
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from megakernel.cost import simulate
 from megakernel.default_plan import default_plan
+from megakernel.judge import truncated, with_head_for
 from megakernel.machine import Machine, load_machine
 from megakernel.memory import ScratchError, max_stages
 from megakernel.model.shape import ModelShape
@@ -26,7 +27,7 @@ from megakernel.schedule import (
     role_shapes,
     tile_footprint,
 )
-from megakernel.search import Budget, Progress, SearchResult, refine, search, truncated, with_head_for
+from megakernel.search import Budget, Progress, SearchResult, refine, search
 from megakernel.shapes import SHAPES
 from megakernel.tilings import CONTIGUOUS, Tilings
 from megakernel.validate import validate

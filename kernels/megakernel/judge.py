@@ -1,0 +1,100 @@
+"""Prices plans: the program a plan compiles to, cut to a few layers while searching, is simulated."""
+
+import math
+from collections.abc import Mapping
+from typing import Protocol
+
+import msgspec
+
+from megakernel.cost import bandwidth_bound_us, extrapolated_us, simulate
+from megakernel.machine import Machine
+from megakernel.memory import ScratchError
+from megakernel.model.shape import ModelShape
+from megakernel.plan import Plan
+from megakernel.program import Program
+from megakernel.schedule import STATS_SPAN
+
+_SIMULATED_LAYERS = 3
+"""The last two give the period of a layer."""
+_LARGE_VOCABULARY = 65_536
+_VOCABULARY_SHARE = 4
+"""One in so many columns of a large head are simulated while searching."""
+
+
+class CompileProgram(Protocol):
+    """`pipeline.compile_program`, passed in so that the pipeline may use the search."""
+
+    def __call__(
+        self,
+        shape: ModelShape,
+        fingerprint: str,
+        machine: Machine,
+        bucket: int,
+        plan: Plan,
+        *,
+        formats: Mapping[str, str] | None,
+    ) -> Program: ...
+
+
+def truncated(shape: ModelShape) -> ModelShape:
+    """The model of few layers and tokens that stands for `shape` while searching."""
+    vocab_size = shape.vocab_size
+    if vocab_size > _LARGE_VOCABULARY:
+        vocab_size = -(-vocab_size // (_VOCABULARY_SHARE * STATS_SPAN)) * STATS_SPAN
+    num_layers = min(shape.num_layers, _SIMULATED_LAYERS)
+    return msgspec.structs.replace(shape, num_layers=num_layers, vocab_size=vocab_size)
+
+
+def with_head_for(plan: Plan, vocab_size: int) -> Plan:
+    """The plan for a smaller vocabulary: its head's first tiles, on the workers that have them."""
+    head = plan.ops["head"]
+    if head.tile_workers is None:
+        return plan
+    num_instructions = -(-vocab_size // head.tile_columns) * head.num_k_tiles
+    shorter = msgspec.structs.replace(head, tile_workers=head.tile_workers[:num_instructions])
+    return msgspec.structs.replace(plan, ops=plan.ops | {"head": shorter})
+
+
+class Judge:
+    """Prices plans by compiling and simulating them."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        fingerprint: str,
+        machine: Machine,
+        bucket: int,
+        compile_program: CompileProgram,
+        formats: Mapping[str, str] | None,
+        context_tokens: int,
+    ) -> None:
+        self.shape = shape
+        self.machine = machine
+        self._fingerprint = fingerprint
+        self._bucket = bucket
+        self._compile_program = compile_program
+        self._formats = formats
+        self._context_tokens = context_tokens
+        self._truncated = truncated(shape)
+
+    def quick_us(self, plan: Plan) -> float:
+        """Extrapolated from a few layers; infinite where the plan does not fit."""
+        try:
+            program = self._program(self._truncated, with_head_for(plan, self._truncated.vocab_size))
+        except ScratchError:
+            return math.inf
+        trace = simulate(program, self.machine, self._formats, self._context_tokens)
+        return extrapolated_us(program, trace, self.shape.num_layers, self.shape.vocab_size)
+
+    def full_us(self, plan: Plan) -> tuple[float, float]:
+        """Makespan and bandwidth bound of the whole model."""
+        program = self._program(self.shape, plan)
+        trace = simulate(program, self.machine, self._formats, self._context_tokens)
+        return trace.makespan_us, bandwidth_bound_us(
+            program, self.machine, self._formats, self._context_tokens
+        )
+
+    def _program(self, shape: ModelShape, plan: Plan) -> Program:
+        return self._compile_program(
+            shape, self._fingerprint, self.machine, self._bucket, plan, formats=self._formats
+        )

@@ -1,0 +1,152 @@
+"""What an instruction costs wherever it is placed: bytes to load, microseconds to compute."""
+
+from collections.abc import Mapping
+
+import msgspec
+
+from megakernel.machine import Machine, MachineError
+from megakernel.memory import num_k
+from megakernel.program import Instruction, Op, Opcode, Program, Prologue
+from megakernel.weight_formats import activation_bits, column_bits, op_formats
+
+DEFAULT_CONTEXT_TOKENS = 512
+_KV_ELEMENT_BYTES = 2
+_FLOAT_BYTES = 4
+_CACHE_SPEEDUP = 4.0
+"""Activations come from a shared cache: so much faster than a worker reads memory."""
+_UNKNOWN_RATE_FORMAT = "BF16"
+
+
+class Work(msgspec.Struct, frozen=True):
+    """What an instruction costs wherever it is placed."""
+
+    load_bytes: float
+    compute_us: float
+    prologue_us: float
+    """Once for a run of instructions of one op: reading and preparing its input rows."""
+    refill_us: float = 0.0
+    """For another K-tile of the rows in such a run."""
+
+
+def work_of(
+    program: Program,
+    machine: Machine,
+    instruction: Instruction,
+    formats: Mapping[str, str] | None = None,
+    context_tokens: int = DEFAULT_CONTEXT_TOKENS,
+) -> Work:
+    """Bytes and times of one instruction; every row attends to `context_tokens` positions."""
+    op = program.ops[instruction.op]
+    stored = op_formats(op, formats)
+    rows = instruction.r1 - instruction.r0
+    columns = instruction.n1 - instruction.n0
+    match instruction.opcode:
+        case Opcode.EMBED:
+            bits = column_bits(op, program.geometry, stored, instruction.n0, instruction.n1)
+            return Work(rows * bits / 8, 0.0, 0.0)
+        case Opcode.REDUCE:
+            sums = instruction.num_parts * rows * columns * _FLOAT_BYTES
+            return Work(0.0, _cached_read_us(machine, sums), 0.0)
+        case Opcode.ATTENTION:
+            return _attention_work(program, machine, instruction, context_tokens)
+        case _:
+            k = num_k(op, instruction)
+            bits = column_bits(op, program.geometry, stored, instruction.n0, instruction.n1)
+            compute_us = max(
+                k * columns * grouped_rows(rows, machine) / macs_per_us(machine, name) for name in stored
+            )
+            read = k if op.prologue is Prologue.NONE else program.buffers[op.input].columns
+            if op.prologue is Prologue.COMBINE:
+                read = combined_columns(program, context_tokens)
+            kept = rows * k * activation_bits(stored) / 8
+            prologue_us = _cached_read_us(machine, rows * read * _FLOAT_BYTES + kept)
+            refill_us = _stream_us(machine, rows * k * _FLOAT_BYTES)
+            return Work(k * bits / 8, compute_us, prologue_us, refill_us)
+
+
+def grouped_rows(rows: int, machine: Machine) -> int:
+    """Rows as they are paid for: whole groups."""
+    return -(-rows // machine.row_group) * machine.row_group
+
+
+def macs_per_us(machine: Machine, weight_format: str) -> float:
+    """A worker's rate for a format, that of BF16 where the machine does not state it. Raises MachineError."""
+    rate = machine.macs_per_us.get(weight_format) or machine.macs_per_us.get(_UNKNOWN_RATE_FORMAT)
+    if rate is None:
+        raise MachineError(
+            f"machine {machine.name!r} states no rate for {weight_format} nor {_UNKNOWN_RATE_FORMAT}"
+        )
+    return rate
+
+
+def combined_columns(program: Program, context_tokens: int) -> int:
+    """Columns of attention's output that hold something at this context."""
+    geometry = program.geometry
+    return num_splits(program, context_tokens) * geometry.num_heads * (geometry.head_dim + 2)
+
+
+def num_splits(program: Program, context_tokens: int) -> int:
+    tokens = min(context_tokens, program.geometry.max_context_tokens)
+    return max(1, -(-tokens // program.split_tokens))
+
+
+def _attention_work(
+    program: Program, machine: Machine, instruction: Instruction, context_tokens: int
+) -> Work:
+    """Its splits' share of the context; rows of one step share the committed context they read."""
+    geometry = program.geometry
+    rows = instruction.r1 - instruction.r0
+    splits = range(instruction.part, num_splits(program, context_tokens), instruction.num_parts)
+    tokens = sum(min(program.split_tokens, context_tokens - split * program.split_tokens) for split in splits)
+    kv_heads = instruction.n1 - instruction.n0
+    elements = 2 * tokens * kv_heads * geometry.head_dim
+    group = geometry.num_heads // geometry.num_kv_heads
+    compute_us = elements * group * rows / macs_per_us(machine, "F16")
+    queries = rows * kv_heads * group * geometry.head_dim * _FLOAT_BYTES
+    return Work(elements * _KV_ELEMENT_BYTES, compute_us, _cached_read_us(machine, queries))
+
+
+def _cached_read_us(machine: Machine, num_bytes: float) -> float:
+    if not num_bytes:
+        return 0.0
+    return machine.load_latency_us + _stream_us(machine, num_bytes)
+
+
+def _stream_us(machine: Machine, num_bytes: float) -> float:
+    return num_bytes / (machine.worker_bandwidth_gb_s * 1e3 * _CACHE_SPEEDUP)
+
+
+class WorkTable:
+    """Work by instruction, computed once for tiles that are alike in all layers."""
+
+    def __init__(
+        self, program: Program, machine: Machine, formats: Mapping[str, str] | None, context_tokens: int
+    ) -> None:
+        self._program = program
+        self._machine = machine
+        self._formats = formats
+        self._context_tokens = context_tokens
+        self._alike = [_alike(op, formats) for op in program.ops]
+        self._known: dict[tuple[object, ...], Work] = {}
+
+    def __call__(self, instruction: Instruction) -> Work:
+        key = (
+            self._alike[instruction.op],
+            instruction.opcode,
+            instruction.n0,
+            instruction.n1,
+            instruction.k1 - instruction.k0,
+            instruction.part if instruction.opcode is Opcode.ATTENTION else 0,
+            instruction.num_parts,
+            instruction.r1 - instruction.r0,
+        )
+        work = self._known.get(key)
+        if work is None:
+            work = self._known[key] = work_of(
+                self._program, self._machine, instruction, self._formats, self._context_tokens
+            )
+        return work
+
+
+def _alike(op: Op, formats: Mapping[str, str] | None) -> tuple[object, ...]:
+    return (op.kind, op.prologue, op.epilogue, op.in_features, op.out_features, op_formats(op, formats))
