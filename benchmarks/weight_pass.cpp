@@ -67,6 +67,8 @@ float run_matrix(const Matrix& matrix, int rows, int worker, int workers, Q8Bloc
   std::abort();
 }
 
+using Line = uint64_t __attribute__((vector_size(64)));
+
 double now_ms() {
   return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
@@ -121,18 +123,18 @@ uint64_t read_pass(const Matrix* matrices, int num_matrices, const int64_t* num_
   std::vector<uint64_t> sums(workers);
   for (int i = 0; i < repeats; ++i)
     out_ms[i] = timed(workers, [&](int worker) {
-      uint64_t lanes[8] = {};
+      Line total = {};
       for (int m = 0; m < num_matrices; ++m) {
         const int64_t lines = num_bytes[m] / 64;
         const uint8_t* data = matrices[m].data;
         for (int64_t line = lines * worker / workers; line < lines * (worker + 1) / workers; ++line) {
-          uint64_t words[8];
+          Line words;
           prefetch_line(data + line * 64 + 4096);
-          std::memcpy(words, data + line * 64, 64);
-          for (int w = 0; w < 8; ++w) lanes[w] += words[w];
+          std::memcpy(&words, data + line * 64, sizeof words);
+          total += words;
         }
       }
-      for (const uint64_t lane : lanes) sums[worker] += lane;
+      for (int i = 0; i < 8; ++i) sums[worker] += total[i];
     });
   uint64_t total = 0;
   for (const uint64_t sum : sums) total += sum;
