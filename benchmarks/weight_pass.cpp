@@ -67,7 +67,8 @@ float run_matrix(const Matrix& matrix, int rows, int worker, int workers, Q8Bloc
   std::abort();
 }
 
-using Line = uint64_t __attribute__((vector_size(64)));
+using Words = uint64_t __attribute__((vector_size(4 * kLanes)));  // a register
+constexpr int kParts = 64 / sizeof(Words);
 
 double now_ms() {
   return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -123,18 +124,21 @@ uint64_t read_pass(const Matrix* matrices, int num_matrices, const int64_t* num_
   std::vector<uint64_t> sums(workers);
   for (int i = 0; i < repeats; ++i)
     out_ms[i] = timed(workers, [&](int worker) {
-      Line total = {};
+      Words totals[kParts] = {};
       for (int m = 0; m < num_matrices; ++m) {
         const int64_t lines = num_bytes[m] / 64;
         const uint8_t* data = matrices[m].data;
         for (int64_t line = lines * worker / workers; line < lines * (worker + 1) / workers; ++line) {
-          Line words;
           prefetch_line(data + line * 64 + 4096);
-          std::memcpy(&words, data + line * 64, sizeof words);
-          total += words;
+          for (int part = 0; part < kParts; ++part) {
+            Words words;
+            std::memcpy(&words, data + line * 64 + part * sizeof words, sizeof words);
+            totals[part] += words;
+          }
         }
       }
-      for (int i = 0; i < 8; ++i) sums[worker] += total[i];
+      for (const Words& total : totals)
+        for (size_t i = 0; i < sizeof(Words) / 8; ++i) sums[worker] += total[i];
     });
   uint64_t total = 0;
   for (const uint64_t sum : sums) total += sum;
