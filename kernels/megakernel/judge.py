@@ -77,6 +77,12 @@ class Judge:
         self._context_tokens = context_tokens
         self._truncated = truncated(shape)
 
+    def split_tokens(self, plan: Plan) -> int:
+        """What `compile_program` splits attention by: assignments of its parts depend on it."""
+        unassigned = {role: msgspec.structs.replace(op, tile_workers=None) for role, op in plan.ops.items()}
+        shape = msgspec.structs.replace(self._truncated, num_layers=1)
+        return self._program(shape, msgspec.structs.replace(plan, ops=unassigned)).split_tokens
+
     def quick_us(self, plan: Plan) -> float:
         """Extrapolated from a few layers; infinite where the plan does not fit."""
         try:

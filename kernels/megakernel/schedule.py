@@ -176,15 +176,17 @@ def list_schedule(
     formats: Mapping[str, str] | None = None,
     *,
     num_k_tiles: Mapping[str, int] | None = None,
+    split_tokens: int = SPLIT_TOKENS,
 ) -> Plan:
-    """The baseline plan. `num_k_tiles` fixes K-splits by role: programs of one artifact share them.
+    """The baseline plan, for programs of `split_tokens`.
 
+    `num_k_tiles` fixes K-splits by role: programs of one artifact share them.
     Raises ScratchError where even the smallest tile does not fit.
     """
     geometry = geometry_of(shape)
     ops = {
         role.role: _plan_role(role, geometry, machine, bucket, (num_k_tiles or {}).get(role.role))
-        for role in role_shapes(shape, formats).values()
+        for role in role_shapes(shape, formats, split_tokens=split_tokens).values()
     }
     return Plan(ops=ops, prefetch_instructions=1)
 

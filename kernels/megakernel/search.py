@@ -119,6 +119,9 @@ def search(
     ScratchError where no tile fits.
     """
     budget = budget or Budget()
+    judge = Judge(shape, fingerprint, machine, bucket, compile_program, formats, context_tokens)
+    baseline = list_schedule(shape, machine, bucket, formats, num_k_tiles=num_k_tiles)
+    split_tokens = judge.split_tokens(baseline)
     question = (
         _VERSION,
         shape,
@@ -128,14 +131,16 @@ def search(
         context_tokens,
         _sorted(num_k_tiles),
         starts,
+        split_tokens,
     )
     path = _path(folder, (*question, budget, seed))
     cached = _cached(path)
     if cached is not None:
         return cached
-    judge = Judge(shape, fingerprint, machine, bucket, compile_program, formats, context_tokens)
-    baseline = list_schedule(shape, machine, bucket, formats, num_k_tiles=num_k_tiles)
-    tilings = Tilings(shape, machine, bucket, formats, num_k_tiles, (baseline, *starts))
+    baseline = list_schedule(
+        shape, machine, bucket, formats, num_k_tiles=num_k_tiles, split_tokens=split_tokens
+    )
+    tilings = Tilings(shape, machine, bucket, formats, num_k_tiles, (baseline, *starts), split_tokens)
     result = _Search(judge, tilings, baseline, starts, budget, seed, on_progress, clock).run()
     write_atomically(path, msgspec.json.encode(result))
     return result

@@ -10,6 +10,7 @@ from megakernel.model.shape import ModelShape
 from megakernel.plan import OpPlan, Plan
 from megakernel.schedule import (
     MAX_STAGES,
+    SPLIT_TOKENS,
     RoleShape,
     geometry_of,
     k_tile_choices,
@@ -44,13 +45,14 @@ class Tilings:
         formats: Mapping[str, str] | None = None,
         num_k_tiles: Mapping[str, int] | None = None,
         known: Sequence[Plan] = (),
+        split_tokens: int = SPLIT_TOKENS,
     ) -> None:
         self._machine = machine
         self._bucket = bucket
         self._geometry = geometry_of(shape)
         self._fixed = num_k_tiles or {}
         self._known = known
-        self.roles = tuple(role_shapes(shape, formats).values())
+        self.roles = tuple(role_shapes(shape, formats, split_tokens=split_tokens).values())
         self.ranked = tuple(self._rank(role) for role in self.roles)
 
     def plan(self, ranks: tuple[int, ...], turns: tuple[int, ...], prefetch_instructions: int) -> Plan:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -197,6 +198,15 @@ def test_equal_questions_are_answered_from_the_cache(tmp_path):
             SHAPE, "f", EIGHT, 1, compile_counted, folder=tmp_path, seed=seed, budget=Budget(evaluations=4)
         )
     assert 1.3 * calls < compile_counted.calls < 1.7 * calls
+
+
+def test_attention_is_assigned_for_the_splits_that_programs_have(tmp_path):
+    shape = msgspec.structs.replace(SHAPE, max_context_tokens=512)
+    compile_split = partial(compile_program, split_tokens=96)
+    result = search(shape, "f", EIGHT, 1, compile_split, folder=tmp_path, budget=Budget(evaluations=3))
+    program = compile_split(shape, "f", EIGHT, 1, result.plan)
+    assert program.split_tokens == 96
+    assert {len(plan.ops["attention"].tile_workers or ()) % 6 for plan in result.finalists} == {0}
 
 
 def test_time_ends_a_search_and_the_result_says_so(tmp_path):
