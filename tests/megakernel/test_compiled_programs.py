@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from megakernel.hazards import find_hazard
 from megakernel.machine import Machine, load_machine
+from megakernel.model.load import PACKAGED_MODEL, open_model
 from megakernel.pipeline import compile_program
 from megakernel.plan import OpPlan, Plan
 from megakernel.program import PageRole, Program
@@ -177,3 +178,27 @@ def test_full_size_programs_are_proved(shape, machine):
     target = load_machine(machine)
     program = compile_program(SHAPES[shape], "test", target, 4)
     assert validate(program, target).num_instructions > target.num_workers
+
+
+class FloatActivations:
+    """A model's weights as they are, said to be float32: activations are then not quantized."""
+
+    def __init__(self, weights) -> None:
+        self.shape, self.names, self.dense = weights.shape, weights.names, weights.dense
+        self.formats = dict.fromkeys(weights.names, "F32")
+
+
+@pytest.mark.slow
+def test_the_packaged_model_compiled_agrees_with_the_oracle():
+    """Within float32 rounding on float activations; quantized ones keep the token and the shape of logits."""
+    opened = open_model(PACKAGED_MODEL)
+    weights, tokens = opened.weights, [504, 3575, 314, 260, 7]
+    machine = msgspec.structs.replace(MACHINE, num_workers=2, macs_per_us={"Q4_1": 9e4, "Q8_0": 9e4})
+    program = compile_program(weights.shape, opened.fingerprint, machine, 4, formats=weights.formats)
+    validate(program, machine, weights.formats)
+    expected = reference_logits(weights, tokens)
+    exact = logits_of(program, FloatActivations(weights), tokens, 4)
+    np.testing.assert_allclose(exact, expected, rtol=1e-3, atol=1e-3)
+    quantized = logits_of(program, weights, tokens, 4)
+    assert quantized[-1].argmax() == expected[-1].argmax()
+    assert np.corrcoef(quantized[-1], expected[-1])[0, 1] > 0.995
