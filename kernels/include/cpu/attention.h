@@ -25,9 +25,19 @@ struct AttentionShape {
     static_assert(kHeads % kKvHeads == 0 && kDim % kLanes == 0 && kSplitTokens % kTokensABlock == 0);
 };
 
-// scores[q][16 * block + t] of `count` small blocks; `queries` are kDim apart, `scores` kSplitTokens apart.
+// One of the 16 parts of a small block towards the cache.
+template <class Shape>
+inline void fetch_part(const typename Shape::Kv* block, int part) {
+    constexpr int kPartBytes = Shape::kDim * sizeof(typename Shape::Kv);
+    const char* from = reinterpret_cast<const char*>(block) + part * kPartBytes;
+    for (int at = 0; at < kPartBytes; at += 64) __builtin_prefetch(from + at, 0, 3);
+}
+
+// scores[q][16 * block + t] of `count` small blocks; `scores` of two queries are kSplitTokens apart. Meanwhile
+// as many small blocks from `next` on, the V to come, are fetched.
 template <class Shape, int kQueries>
-inline void score_blocks(const float* const* queries, const typename Shape::Kv* const* blocks, int count, float* scores) {
+inline void score_blocks(const float* const* queries, const typename Shape::Kv* const* blocks,
+                         const typename Shape::Kv* const* next, int count, float* scores) {
     // Two chains a query at least, or the multiply-adds wait for each other.
     constexpr int kTogether = kQueries >= 8 ? 1 : kQueries >= 4 ? 2 : 4;
     int block = 0;
@@ -39,6 +49,9 @@ inline void score_blocks(const float* const* queries, const typename Shape::Kv* 
         for (int d = 0; d < Shape::kDim; d++) {
             Lanes keys[kBlocks];
             for (int b = 0; b < kBlocks; b++) keys[b] = load(blocks[block + b] + d * kTokensABlock);
+            if (d % (Shape::kDim / kTokensABlock) == 0)
+                for (int b = 0; b < kBlocks; b++)
+                    fetch_part<Shape>(next[block + b], d / (Shape::kDim / kTokensABlock));
             for (int q = 0; q < kQueries; q++) {
                 const Lanes query = splat(queries[q][d]);
                 for (int b = 0; b < kBlocks; b++) sums[b][q] = fma(query, keys[b], sums[b][q]);
@@ -53,9 +66,11 @@ inline void score_blocks(const float* const* queries, const typename Shape::Kv* 
     while (block < count) some(std::integral_constant<int, 1>{});
 }
 
-// values[q] += the sum over `tokens` of weight times V, token by token ascending.
+// values[q] += the sum over `tokens` of weight times V, token by token ascending. Meanwhile the first
+// `num_next` small blocks of `next`, the K to come, are fetched, one for each that is added.
 template <class Shape, int kQueries>
-inline void add_values(const float* weights, const typename Shape::Kv* const* blocks, int tokens, float* const* values) {
+inline void add_values(const float* weights, const typename Shape::Kv* const* blocks, int tokens,
+                       const typename Shape::Kv* const* next, int num_next, float* const* values) {
     constexpr int kVectors = Shape::kDim / kLanes;
     constexpr int kWanted = kQueries >= 8 ? 1 : kQueries >= 4 ? 2 : 4;
     constexpr int kTogether = kVectors % kWanted == 0 ? kWanted : 1;
@@ -64,6 +79,8 @@ inline void add_values(const float* weights, const typename Shape::Kv* const* bl
         for (int v = 0; v < kTogether; v++)
             for (int q = 0; q < kQueries; q++) sums[v][q] = load(values[q] + (vector + v) * kLanes);
         for (int token = 0; token < tokens; token++) {
+            if (vector == 0 && token / kTokensABlock < num_next)
+                fetch_part<Shape>(next[token / kTokensABlock], token % kTokensABlock);
             const typename Shape::Kv* from =
                 blocks[token / kTokensABlock] + token % kTokensABlock * Shape::kDim + vector * kLanes;
             Lanes loaded[kTogether];
@@ -141,6 +158,12 @@ class RowKv {
         }
     }
 
+    // How many small blocks there are from `first` on, at most `limit`.
+    int blocks_from(int first, int limit) const {
+        const int all = (row_.num_tokens() + kTokensABlock - 1) / kTokensABlock;
+        return std::clamp(all - first, 0, limit);
+    }
+
    private:
     void gather(int position) {
         const int at = position - row_.tail_start;
@@ -161,10 +184,11 @@ class RowKv {
 };
 
 // One split of kRows rows (of one sequence, where there are several) for one KV head.
-// `shared_tokens` positions of the split, whole small blocks, are the same for all of them.
+// `shared_tokens` positions of the split, whole small blocks, are the same for all of them. The split that is
+// done after this one is `stride` further.
 template <class Shape, int kRows>
 inline void attend_split(const float* queries, int64_t query_stride, float* out, int64_t out_stride, int split,
-                         const RowKv<Shape>* rows, const int* num_tokens, int shared_tokens) {
+                         int stride, const RowKv<Shape>* rows, const int* num_tokens, int shared_tokens) {
     using Kv = typename Shape::Kv;
     constexpr int kQueries = kRows * Shape::kGroup;
     alignas(64) float scores[kQueries * Shape::kSplitTokens];
@@ -183,23 +207,28 @@ inline void attend_split(const float* queries, int64_t query_stride, float* out,
         return std::min(num_tokens[row] - split * Shape::kSplitTokens, Shape::kSplitTokens) - shared_tokens;
     };
     rows[0].blocks(first, shared_blocks, keys, values);
-    if (shared_blocks > 0) score_blocks<Shape, kQueries>(query_of, keys, shared_blocks, scores);
+    if (shared_blocks > 0) score_blocks<Shape, kQueries>(query_of, keys, values, shared_blocks, scores);
     const Kv *own_keys[kRows][Shape::kBlocksASplit], *own_values[kRows][Shape::kBlocksASplit];
     for (int row = 0; row < kRows; row++) {
         const int blocks = (rest_tokens(row) + kTokensABlock - 1) / kTokensABlock;
         rows[row].blocks(first + shared_blocks, blocks, own_keys[row], own_values[row]);
         if (blocks > 0)
-            score_blocks<Shape, Shape::kGroup>(query_of + row * Shape::kGroup, own_keys[row], blocks,
+            score_blocks<Shape, Shape::kGroup>(query_of + row * Shape::kGroup, own_keys[row], own_values[row], blocks,
                                                scores + row * Shape::kGroup * Shape::kSplitTokens + shared_tokens);
     }
     for (int q = 0; q < kQueries; q++)
         soften(scores + q * Shape::kSplitTokens, shared_tokens + rest_tokens(q / Shape::kGroup), value_of[q] - 2,
                value_of[q] - 1);
-    if (shared_tokens > 0) add_values<Shape, kQueries>(scores, values, shared_tokens, value_of);
+    const Kv *next_keys[Shape::kBlocksASplit], *next_values[Shape::kBlocksASplit];
+    const int num_next = rows[0].blocks_from(first + stride * Shape::kBlocksASplit, Shape::kBlocksASplit);
+    rows[0].blocks(first + stride * Shape::kBlocksASplit, num_next, next_keys, next_values);
+    if (shared_tokens > 0)
+        add_values<Shape, kQueries>(scores, values, shared_tokens, next_keys, num_next, value_of);
     for (int row = 0; row < kRows; row++)
         if (rest_tokens(row) > 0)
             add_values<Shape, Shape::kGroup>(scores + row * Shape::kGroup * Shape::kSplitTokens + shared_tokens,
-                                             own_values[row], rest_tokens(row), value_of + row * Shape::kGroup);
+                                             own_values[row], rest_tokens(row), next_keys, 0,
+                                             value_of + row * Shape::kGroup);
 }
 
 // Rows [row, row + kRows) of one sequence; splits `part`, `part` + `num_parts`, ... as far as each row has any.
@@ -224,13 +253,13 @@ void attend_rows(const Step& step, const HeadPool<Shape>& pool, int head, int ro
         float* to = out + row * out_stride + split * split_stride + head * Shape::kGroup * Shape::kColumns;
         const int shared = std::clamp(shared_end - start, 0, Shape::kSplitTokens);
         if (shared > 0 || kRows == 1) {
-            attend_split<Shape, kRows>(own_queries, query_stride, to, out_stride, split, kv.data(), num_tokens, shared);
+            attend_split<Shape, kRows>(own_queries, query_stride, to, out_stride, split, num_parts, kv.data(), num_tokens, shared);
             continue;
         }
         for (int i = 0; i < kRows; i++)
             if (start < num_tokens[i])
                 attend_split<Shape, 1>(own_queries + i * query_stride, query_stride, to + i * out_stride, out_stride,
-                                       split, &kv[i], num_tokens + i, 0);
+                                       split, num_parts, &kv[i], num_tokens + i, 0);
     }
 }
 
