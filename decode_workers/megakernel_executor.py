@@ -15,6 +15,7 @@ from megakernel.codegen_cpu import KvFormat
 from megakernel.model.weights import Weights
 from megakernel.program import Program
 from megakernel.runtime import Rows, Runtime
+from megakernel.validate import validate
 
 MEASURED_CONTEXT_TOKENS = 256
 """Committed tokens of every sequence in a measured step."""
@@ -26,7 +27,8 @@ class MegaKernelExecutor:
 
     `programs` ascend by bucket, all for one model and machine. `block_size_tokens` is a multiple of 16.
     Blocks past `num_blocks`, for `measure`, are its own. The constructor compiles, unless cached, and
-    packs the weights: it raises BuildError without a compiler, CodegenError for a model no kernel takes.
+    packs the weights: it raises BuildError without a compiler, CodegenError for a model no kernel takes,
+    and ScheduleError for a program that cannot be proved: none such is ever run.
     """
 
     def __init__(
@@ -40,6 +42,8 @@ class MegaKernelExecutor:
         library_folder: Path | None = None,
         progress: Progress | None = None,
     ) -> None:
+        for program in programs:
+            validate(program)
         shape = weights.shape
         self._layout = KvLayout(
             model_fingerprint=fingerprint,
