@@ -49,10 +49,10 @@ class PrefixMatch(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BlockChanges(msgspec.Struct, frozen=True, kw_only=True):
-    """Net change of the cached full blocks since the last drain."""
+    """Net change of the cached full blocks since the last drain; no hash in both."""
 
-    stored: tuple[ChainHash, ...]
-    removed: tuple[ChainHash, ...]
+    stored: tuple[ChainHash, ...] = ()
+    removed: tuple[ChainHash, ...] = ()
 
 
 class _CachedBlock(msgspec.Struct, frozen=True):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 
 import msgspec
 
+from cluster.block_pool import BlockChanges
 from cluster.ids import ChainHash, Epoch, WorkerId
 from cluster.messages import Record, Role, WorkerAddress, WorkerRecord, WorkerStatus
 from cluster.placement.store import (
@@ -30,13 +31,6 @@ FIRST_RETRY_S = 0.1
 LAST_RETRY_S = 1.0
 
 _log = logging.getLogger(__name__)
-
-
-class BlockChanges(Record, frozen=True, kw_only=True):
-    """What a prefix cache gained and lost since it was last asked; no hash in both."""
-
-    stored: tuple[ChainHash, ...] = ()
-    removed: tuple[ChainHash, ...] = ()
 
 
 def epoch_now(previous: int = 0) -> Epoch:

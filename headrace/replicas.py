@@ -4,10 +4,11 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from cluster.block_pool import BlockChanges
 from cluster.config import HeadraceConfig
 from cluster.ids import ChainHash, Epoch, new_worker_id
 from cluster.kv_layout import KvLayout
-from cluster.membership import BlockChanges, LeaseKeeper, WorkerDirectory
+from cluster.membership import LeaseKeeper, WorkerDirectory
 from cluster.messages import PROTOCOL_VERSION, Role, WorkerAddress, WorkerStatus
 from cluster.model_card import ServedModel
 from cluster.placement.predict import PlacementCosts
@@ -164,14 +165,10 @@ class DecodeReplica:
             layout=self._worker.layout,
             status=self._worker.status,
             on_epoch=self._set_epoch,
-            drain_blocks=self._block_changes,
+            drain_blocks=self._worker.drain_block_changes,
             all_blocks=self._worker.all_block_hashes,
         )
         await self._membership.start()
-
-    def _block_changes(self) -> BlockChanges:
-        changes = self._worker.drain_block_changes()
-        return BlockChanges(stored=tuple(changes.stored), removed=tuple(changes.removed))
 
     def _set_epoch(self, address: WorkerAddress) -> None:
         self._epoch = address.epoch

@@ -64,15 +64,13 @@ class Dispatcher:
                 failure = error.failure
             else:
                 return
-            if remaining_s(ask.deadline_unix_ns) <= 0:
-                yield [_cut_off(ask, placed, progress)]
-                return
-            if remaining_s(ask.deadline_unix_ns) <= 0:
-                yield [_cut_off(ask, placed, progress)]
-                return
             if refuses_for_good(failure):
                 refused.add(placed.placement.decode.worker_id)
-            placed = await self._place_again(ask, placed, progress, refused, failure)
+            placed_again = await self._place_again(ask, placed, progress, refused, failure)
+            if placed_again is None:
+                yield [_cut_off(ask, placed, progress)]
+                return
+            placed = placed_again
 
     def _attempt(
         self, ask: SequenceAsk, placed: Placed, progress: Progress, timeline: Timeline
@@ -95,18 +93,25 @@ class Dispatcher:
         progress: Progress,
         refused: set[WorkerId],
         failure: SequenceFailed,
-    ) -> Placed:
-        """Another worker; without one, wait a little for the one that failed, unless it refused."""
+    ) -> Placed | None:
+        """Another worker; without one, wait for the one that failed, unless it refused, or its successor.
+
+        None: the deadline passed first. Raises RequestError where nothing is left to wait for.
+        """
+        if remaining_s(ask.deadline_unix_ns) <= 0:
+            return None
         if not should_place_again(failure, progress.num_placements, remaining_s(ask.deadline_unix_ns)):
             raise as_request_error(failure)
         self._metrics.retries.labels("decode").inc()
         lost = failed.placement.decode.worker_id
-        give_up_at_s = time.monotonic() + min(self._recovery_timeout_s, remaining_s(ask.deadline_unix_ns))
+        give_up_at_s = time.monotonic() + self._recovery_timeout_s
         excluded = frozenset(refused | {lost})
         while True:
             try:
                 return self._placer.place(ask, excluded)
             except NoWorkerError:
+                if remaining_s(ask.deadline_unix_ns) <= 0:
+                    return None
                 if lost in refused or time.monotonic() > give_up_at_s:
                     raise as_request_error(failure) from None
             await asyncio.sleep(REPLACE_POLL_S)

@@ -8,9 +8,9 @@ import msgspec
 import pytest
 
 from cluster import membership
+from cluster.block_pool import BlockChanges
 from cluster.ids import ChainHash, Epoch, WorkerId
 from cluster.membership import (
-    BlockChanges,
     LeaseKeeper,
     Seen,
     SeenWorker,

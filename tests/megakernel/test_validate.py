@@ -11,32 +11,16 @@ from hypothesis import strategies as st
 from megakernel.happens_before import execution_order, stream_of, vector_clocks
 from megakernel.hazards import find_hazard, runnable_without
 from megakernel.machine import Machine
-from megakernel.model.shape import ModelShape
 from megakernel.program import Epilogue, Opcode, OpKind, Program, Prologue, Wait
 from megakernel.schedule_error import Hazard, ScheduleError
+from megakernel.shapes import SHAPES
 from megakernel.validate import validate
 from tests.megakernel.mutations import MUTATIONS, NUM_BARRIER_MUTATIONS
 from tests.megakernel.programs import Recipe, build_program
 from tests.tiny_model import tiny_weights
 
 SHAPE = tiny_weights(max_context_tokens=64, num_layers=1).shape
-QWEN3_1_7B = ModelShape(
-    architecture="qwen3",
-    num_layers=28,
-    hidden_size=2048,
-    intermediate_size=6144,
-    num_heads=16,
-    num_kv_heads=8,
-    head_dim=128,
-    vocab_size=151_936,
-    max_context_tokens=40_960,
-    rope_theta=1e6,
-    rope_scaling=None,
-    rms_norm_eps=1e-6,
-    has_qkv_bias=False,
-    has_qk_norm=True,
-    has_tied_head=True,
-)
+QWEN3_1_7B = SHAPES["qwen3-1.7b"]
 K_SPLIT = {"qkv": 2, "o": 3, "gate_up": 2, "down": 3, "head": 2}
 
 

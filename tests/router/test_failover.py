@@ -30,6 +30,26 @@ def events(response):
     return [event.removeprefix("data: ") for event in response.text[:-2].split("\n\n")]
 
 
+async def test_a_deadline_that_passes_without_a_worker_gives_what_there_is(make_cluster, tokenizer):
+    cluster = await make_cluster(recovery_timeout_s=30.0)
+    cluster.decode.behaviour.step_delay_s = 0.02
+
+    async def kill():
+        await eventually(lambda: cluster.metric("headrace_time_to_first_token_seconds_count") > 0)
+        await cluster.decode.stop()
+
+    killer = asyncio.create_task(kill())
+    wanted = body(deadline_ms=1_000, max_tokens=200)
+    response = await cluster.http.post("/v1/completions", json=wanted)
+    await killer
+    assert response.status_code == 200, response.text
+    choice = response.json()["choices"][0]
+    assert choice["finish_reason"] == "deadline"
+    assert 0 < response.json()["usage"]["completion_tokens"] < 200
+    assert choice["text"]
+    assert expected_text(tokenizer, 200).startswith(choice["text"])
+
+
 @pytest.mark.parametrize("die_at", [0, 1, 5, 11])
 @pytest.mark.parametrize("stream", [False, True])
 async def test_another_worker_goes_on_where_one_died(make_cluster, tokenizer, die_at, stream):
