@@ -48,7 +48,7 @@ class TorchPrefillEngine:
 
     Blocks are the pool's: a running job holds a reference on each of its own until `release`; only the
     job that allocated a block writes it, and only before it is published.
-    `num_threads` sets the process's intra-op threads.
+    It computes in float32, whatever KV is kept as. `num_threads` sets the process's intra-op threads.
     """
 
     def __init__(
@@ -60,17 +60,17 @@ class TorchPrefillEngine:
         max_tokens_per_step: int,
         num_threads: int,
         device: str = "cpu",
-        dtype: KvDtype = "float32",
+        kv_dtype: KvDtype = "float32",
     ) -> None:
         torch.set_num_threads(num_threads)
         shape = weights.shape
-        self._model = TorchLlama(weights, device, dtype, has_head=False)
+        self._model = TorchLlama(weights, device, has_head=False, kv_dtype=kv_dtype)
         self._layout = KvLayout(
             model_fingerprint=fingerprint,
             num_layers=shape.num_layers,
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
-            dtype=dtype,
+            dtype=kv_dtype,
             block_size_tokens=block_size_tokens,
         )
         self._kv = self._model.new_kv(num_blocks * block_size_tokens)

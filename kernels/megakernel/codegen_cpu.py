@@ -161,7 +161,8 @@ class _Source:
 
     def body(self, program: Program, worker: int) -> Iterator[str]:
         """One worker's whole step."""
-        yield f"bool {_body_name(program.bucket, worker)}(Worker<Step>& w) {{"
+        # A list of calls: optimizing it further would take longer than all kernels, and gain nothing.
+        yield f'__attribute__((optimize("O1"))) bool {_body_name(program.bucket, worker)}(Worker<Step>& w) {{'
         yield "  const Step& s = *w.step;"
         arrivals = _arrivals(program)
         prepared: tuple[int, ...] | None = None

@@ -10,10 +10,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from megakernel.artifact import Progress, pack_weights
-from megakernel.build import build
-from megakernel.codegen_cpu import KvFormat, generate
+from megakernel.codegen_cpu import KvFormat
+from megakernel.compiled import Compiled, compile_here
 from megakernel.model.rope import rope_frequencies
+from megakernel.model.shape import ModelShape
 from megakernel.model.weights import Weights
 from megakernel.program import Program
 
@@ -29,6 +29,10 @@ _DTYPES: dict[KvFormat, type[np.generic]] = {"float16": np.float16, "float32": n
 
 class StepError(RuntimeError):
     """A step that was refused or failed; after a failure of the workers every later step fails too."""
+
+
+class LibraryError(RuntimeError):
+    """A compiled library that the system does not load; the message says why, and what helps."""
 
 
 class Rows(msgspec.Struct, frozen=True, kw_only=True, eq=False):
@@ -71,36 +75,31 @@ class _EngineConfig(ctypes.Structure):
 class Runtime:
     """One model on this CPU. `run` and `copy_slots` are for one thread; `write_kv` may run beside them.
 
-    `num_blocks` blocks of `block_size_tokens` tokens, a multiple of 16. Raises BuildError, CodegenError.
+    `num_blocks` blocks of `block_size_tokens` tokens, a multiple of 16. Raises LibraryError for a library
+    that does not load here, and what `Compiled.fill_weights` raises.
     """
 
     def __init__(
         self,
-        programs: Sequence[Program],
-        weights: Weights,
+        compiled: Compiled,
         num_blocks: int,
         block_size_tokens: int,
         *,
-        kv_format: KvFormat = "float16",
-        library_folder: Path | None = None,
-        extra_flags: Sequence[str] = (),
         wait_limit_s: float = WAIT_LIMIT_S,
-        progress: Progress | None = None,
     ) -> None:
         if block_size_tokens <= 0 or block_size_tokens % TOKENS_A_SMALL_BLOCK:
             raise ValueError(
                 f"block size {block_size_tokens}: a multiple of {TOKENS_A_SMALL_BLOCK} is needed"
             )
-        self.programs = tuple(programs)
-        self.generated = generate(programs, weights.formats, kv_format)
-        path = build(self.generated.source, folder=library_folder, extra_flags=extra_flags, progress=progress)
-        self._dtype = np.dtype(_DTYPES[kv_format])
-        self._shape = weights.shape
-        self._num_workers = len(self.programs[0].workers)
-        self._packed = _arena(self.generated.layout.num_bytes)
-        pack_weights(self.generated.layout, weights, self._packed, progress)
-        self._library = _load(path)
-        frequencies = np.ascontiguousarray(rope_frequencies(weights.shape), dtype=np.float64)
+        self.compiled = compiled
+        self.num_blocks = num_blocks
+        self.block_size_tokens = block_size_tokens
+        self._dtype = np.dtype(_DTYPES[compiled.kv_format])
+        self._shape = compiled.shape
+        self._packed = _arena(compiled.layout.num_bytes)
+        compiled.fill_weights(self._packed)
+        self._library = _load(compiled.library)
+        frequencies = np.ascontiguousarray(rope_frequencies(compiled.shape), dtype=np.float64)
         config = _EngineConfig(
             weights=self._packed.ctypes.data,
             frequencies=frequencies.ctypes.data,
@@ -112,6 +111,38 @@ class Runtime:
         self._engine = self._library.headrace_open(ctypes.byref(config))
         self._input = _StepInput()
         self._raise_if(self._library.headrace_error(self._engine) or None)
+
+    @classmethod
+    def of(
+        cls,
+        programs: Sequence[Program],
+        weights: Weights,
+        num_blocks: int,
+        block_size_tokens: int,
+        *,
+        kv_format: KvFormat = "float16",
+        library_folder: Path | None = None,
+        extra_flags: Sequence[str] = (),
+        wait_limit_s: float = WAIT_LIMIT_S,
+    ) -> "Runtime":
+        """Of programs compiled on the spot, as they are. Raises BuildError, CodegenError."""
+        compiled = compile_here(
+            programs, weights, kv_format=kv_format, library_folder=library_folder, extra_flags=extra_flags
+        )
+        return cls(compiled, num_blocks, block_size_tokens, wait_limit_s=wait_limit_s)
+
+    @property
+    def shape(self) -> ModelShape:
+        return self._shape
+
+    @property
+    def kv_format(self) -> KvFormat:
+        return self.compiled.kv_format
+
+    @property
+    def max_rows(self) -> int:
+        """Of a step: the largest bucket."""
+        return self.compiled.buckets[-1]
 
     def run(self, rows: Rows, stats: FloatArray | None = None, stamps: Stamps | None = None) -> FloatArray:
         """Logits `[rows that need them, vocab]`, in row order; KV of all rows goes to their slots.
@@ -141,7 +172,7 @@ class Runtime:
 
     def new_stamps(self, num_rows: int) -> Stamps:
         """Room for one step of `num_rows` rows."""
-        program = next(program for program in self.programs if program.bucket >= num_rows)
+        program = next(program for program in self.compiled.programs if program.bucket >= num_rows)
         return Stamps(tuple(np.zeros((len(worker), 3), dtype=np.int64) for worker in program.workers))
 
     def copy_slots(self, source: IntArray, destination: IntArray) -> None:
@@ -180,9 +211,9 @@ class Runtime:
 
     def buffer(self, name: str, bucket: int) -> FloatArray:
         """A copy of a buffer between ops, `[bucket, columns]`, as the last step left it."""
-        program = next(program for program in self.programs if program.bucket == bucket)
+        program = next(program for program in self.compiled.programs if program.bucket == bucket)
         columns = next(buffer.columns for buffer in program.buffers if buffer.name == name)
-        start = self._library.headrace_activations(self._engine) + self.generated.buffer_offsets[name]
+        start = self._library.headrace_activations(self._engine) + self.compiled.buffer_offsets[name]
         held = (ctypes.c_float * (bucket * columns)).from_address(start)
         return np.array(held, dtype=np.float32).reshape(bucket, columns)
 
@@ -208,7 +239,10 @@ class Runtime:
 
 
 def _load(path: Path) -> Any:
-    library = ctypes.CDLL(str(path))
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise LibraryError(f"{error}: it was built for another system; compile the model here") from None
     pointer, i32 = ctypes.c_void_p, ctypes.c_int32
     library.headrace_open.restype = pointer
     library.headrace_activations.restype = pointer

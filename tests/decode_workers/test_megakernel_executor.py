@@ -1,4 +1,3 @@
-import msgspec
 import numpy as np
 import pytest
 
@@ -7,10 +6,10 @@ from decode_workers.megakernel_executor import MegaKernelExecutor
 from decode_workers.step_batch import NO_PARENT, StepBatch
 from decode_workers.torch_executor import TorchExecutor
 from megakernel.build import BuildError, find_compiler
+from megakernel.compiled import compile_here
 from megakernel.machine import Machine
 from megakernel.pipeline import compile_program
 from megakernel.reference import reference_generate, reference_logits
-from megakernel.schedule_error import Hazard, ScheduleError
 from tests.tiny_model import tiny_weights
 
 BLOCK = 16
@@ -44,25 +43,10 @@ def executor(tmp_path_factory):
         for bucket in BUCKETS
     ]
     folder = tmp_path_factory.mktemp("libraries")
-    made = MegaKernelExecutor(
-        programs, weights, "model", NUM_BLOCKS, BLOCK, dtype="float32", library_folder=folder
-    )
+    compiled = compile_here(programs, weights, kv_format="float32", library_folder=folder)
+    made = MegaKernelExecutor(compiled, "model", NUM_BLOCKS, BLOCK)
     yield made
     made.close()
-
-
-def test_a_program_that_is_not_proved_is_refused(tmp_path):
-    weights = tiny_weights(1)
-    program = compile_program(weights.shape, "model", TWO_CORES, 1, formats=weights.formats)
-    unordered = tuple(
-        tuple(msgspec.structs.replace(instruction, waits=()) for instruction in worker)
-        for worker in program.workers
-    )
-    racy = msgspec.structs.replace(program, workers=unordered)
-    with pytest.raises(ScheduleError) as refusal:
-        MegaKernelExecutor([racy], weights, "model", NUM_BLOCKS, BLOCK, library_folder=tmp_path)
-    assert refusal.value.hazard is Hazard.RAW
-    assert list(tmp_path.iterdir()) == []  # nothing was compiled
 
 
 def step(tokens, parents, context, table, needs_logits=None) -> StepBatch:

@@ -55,7 +55,7 @@ def weights():
 @pytest.fixture(scope="module")
 def runtime(weights, library_folder):
     programs = programs_for(weights.shape)
-    with Runtime(
+    with Runtime.of(
         programs, weights, NUM_BLOCKS, BLOCK, library_folder=library_folder, extra_flags=QUICK
     ) as it:
         yield it
@@ -91,7 +91,7 @@ def test_every_buffer_is_the_vms(tmp_path, library_folder, architecture, storage
     tree = rows_of(Group(tokens=tokens_of(6, 1), parents=TREE, context=29, table=table))
     # A rounding that falls the other way moves an activation by 1/127 of its block's largest.
     is_quantized = storage.startswith("Q")
-    with Runtime(
+    with Runtime.of(
         programs,
         stored,
         NUM_BLOCKS,
@@ -129,7 +129,7 @@ def assert_close(actual, expected, is_quantized: bool) -> None:
 def test_chain_rows_give_the_reference_logits(library_folder, architecture):
     weights = tiny_weights(2, architecture, has_tied_head=architecture == "llama", vocab_size=150)
     tokens = tokens_of(50)
-    with Runtime(
+    with Runtime.of(
         programs_for(weights.shape, buckets=(64,)),
         weights,
         NUM_BLOCKS,
@@ -197,7 +197,7 @@ def test_workers_change_no_bit(runtime, weights, library_folder):
     tokens = tokens_of(40)
     rows = rows_of(Group(tokens=tokens, parents=chain(40), context=0, table=[3, 1, 2]))
     lone = msgspec.structs.replace(RECIPE, workers=1, seed=7)
-    with Runtime(
+    with Runtime.of(
         programs_for(weights.shape, lone), weights, 8, BLOCK, library_folder=library_folder, extra_flags=QUICK
     ) as other:
         assert np.array_equal(other.run(rows), runtime.run(rows))
@@ -274,7 +274,7 @@ def test_a_stalled_worker_is_an_error_that_says_who_waits_for_what(weights, libr
     stalled = msgspec.structs.replace(first, waits=(Wait(program.num_counters - 1, 1_000),))
     program = msgspec.structs.replace(program, workers=(program.workers[0], (stalled, *others)))
     rows = rows_of(Group(tokens=[1], parents=[-1], context=0, table=[0]))
-    with Runtime(
+    with Runtime.of(
         [program], weights, 2, BLOCK, library_folder=library_folder, extra_flags=QUICK, wait_limit_s=0.2
     ) as native:
         with pytest.raises(
@@ -287,7 +287,7 @@ def test_a_stalled_worker_is_an_error_that_says_who_waits_for_what(weights, libr
 
 def test_block_sizes_are_whole_small_blocks(weights):
     with pytest.raises(ValueError, match="block size 24: a multiple of 16"):
-        Runtime(programs_for(weights.shape), weights, 2, 24)
+        Runtime.of(programs_for(weights.shape), weights, 2, 24)
 
 
 def test_stamps_are_in_order(runtime):
