@@ -10,10 +10,8 @@ import os
 import signal
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -23,14 +21,15 @@ import psutil
 from cluster.config import HeadraceConfig
 from cluster.placement.embedded import EmbeddedRedis, EmbeddedRedisError
 from headrace import environment
-from headrace.execution import ExecutionError, summary
+from headrace.execution import ExecutionError
 from headrace.ports import PortTakenError, internal_ports
 from headrace.prepare import Prepared, prepare
 from headrace.probe import NotServingError, generate_one_token, wait_until_ready
 from headrace.processes import cluster_processes, is_alive, kill_all
 from headrace.redis_check import RedisUnusableError, check_redis
-from headrace.run_folder import ERROR, LOG, BuildProgress, ClusterState, Phase, RunFolder, boot_id
+from headrace.run_folder import ERROR, LOG, RunFolder
 from headrace.sizing import SizingError, gpus_per_worker
+from headrace.state_report import StateReport
 from megakernel.manifest import ArtifactError
 from megakernel.model.weights import ModelFormatError
 
@@ -39,7 +38,6 @@ EXIT_UNUSABLE = 2
 STOP_TIMEOUT_S = 20.0
 OBJECT_STORE_BYTES = 80 * 1024 * 1024
 _WATCH_INTERVAL_S = 1.0
-_PROGRESS_INTERVAL_S = 0.1
 
 _UNUSABLE = (
     NotServingError,
@@ -76,13 +74,7 @@ class Supervisor:
         self._stop = threading.Event()
         self._is_starting = True
         self._redis: EmbeddedRedis | None = None
-        self._started_unix_s = time.time()
-        self._phase_seconds: dict[str, float] = {}
-        self._prepared: Prepared | None = None
-        self._progress: BuildProgress | None = None
-        self._progress_shown_s = 0.0
-        self._phase_now: Phase = "redis"
-        self._state_lock = threading.Lock()
+        self._report = StateReport(folder, config)
 
     def request_stop(self, signum: int | None = None, frame: FrameType | None = None) -> None:
         """Also a signal handler; raises StopRequestedError out of whatever the main thread is starting."""
@@ -96,25 +88,24 @@ class Supervisor:
         """Raises what `_UNUSABLE` lists, or what Ray raises."""
         config = self._config
         with ThreadPoolExecutor(max_workers=2) as pool:
-            with self._phase("redis"):
+            with self._report.phase("redis"):
                 redis_url = pool.submit(self._redis_url)
                 # A compiler may run for long: beside Ray's start.
                 preparing = pool.submit(prepare, config, self._show_progress)
-            with self._phase("ray"):
+            with self._report.phase("ray"):
                 self._start_ray()
                 self._catch_signals()  # Ray has set its own
-            with self._phase("compile"):
-                self._prepared = prepared = preparing.result()
-                self._progress = None
-            with self._phase("deploy"):
+            with self._report.phase("compile"):
+                self._report.prepared = prepared = preparing.result()
+            with self._report.phase("deploy"):
                 self._deploy(prepared, redis_url.result())
-        with self._phase("answer"):
-            http_url = self._state("answer").http_url
+        with self._report.phase("answer"):
+            http_url = self._report.state.http_url
             wait_until_ready(http_url)
             generate_one_token(http_url, prepared.served.card.name)
         self._is_starting = False
-        self._write_state("ready")
-        _log.info("ready: %s", json.dumps(self._phase_seconds))
+        self._report.write("ready")
+        _log.info("ready: %s", json.dumps(self._report.phase_seconds))
 
     def serve(self) -> None:
         """Until a stop is requested. Raises NotServingError where Ray is gone."""
@@ -139,7 +130,7 @@ class Supervisor:
         force = threading.Timer(STOP_TIMEOUT_S, self._stop_by_force)
         force.daemon = True
         force.start()
-        self._write_state("stopping")
+        self._report.write("stopping")
         for end in (_end_ray, self._close_redis):
             try:
                 end()
@@ -163,47 +154,11 @@ class Supervisor:
         if self._redis is not None:
             self._redis.close()
 
-    @contextmanager
-    def _phase(self, phase: Phase) -> Iterator[None]:
-        self._write_state(phase)
-        started_s = time.monotonic()
-        yield
-        self._phase_seconds[phase] = round(time.monotonic() - started_s, 2)
-
     def _show_progress(self, what: str, fraction: float) -> None:
-        """Of a build, from its own thread; ends it once a stop is requested."""
+        """Of the model's compilation, from its own thread; ends it once a stop is requested."""
         if self._stop.is_set():
             raise StopRequestedError
-        now_s = time.monotonic()
-        if now_s - self._progress_shown_s < _PROGRESS_INTERVAL_S:
-            return
-        self._progress_shown_s = now_s
-        self._progress = BuildProgress(what, round(fraction, 3))
-        self._write_state(None)
-
-    def _write_state(self, phase: Phase | None) -> None:
-        """`phase` None: the one it is in."""
-        with self._state_lock:
-            self._phase_now = phase or self._phase_now
-            self._folder.write_state(self._state(self._phase_now))
-
-    def _state(self, phase: Phase) -> ClusterState:
-        prepared, model = self._prepared, self._config.model
-        return ClusterState(
-            pid=os.getpid(),
-            boot_id=boot_id(),
-            phase=phase,
-            model=prepared.served.card.name if prepared else model.name or model.source,
-            host=self._config.router.host,
-            http_port=self._config.router.http_port,
-            grpc_port=self._config.router.grpc_port,
-            redis_url=self._redis.url if self._redis else self._config.placement.redis_url,
-            started_unix_s=self._started_unix_s,
-            phase_seconds=self._phase_seconds,
-            progress=self._progress,
-            execution=summary(prepared.config) if prepared else "",
-            note=prepared.note if prepared else "",
-        )
+        self._report.show_progress(what, fraction)
 
     def _redis_url(self) -> str:
         configured = self._config.placement.redis_url
@@ -213,6 +168,7 @@ class Supervisor:
         folder = self._folder.sockets / "redis"
         folder.mkdir(mode=0o700, exist_ok=True)
         self._redis = EmbeddedRedis(directory=folder)
+        self._report.redis_url = self._redis.url
         return self._redis.url
 
     def _start_ray(self) -> None:
