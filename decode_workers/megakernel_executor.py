@@ -8,7 +8,7 @@ from cluster.kv_layout import KvLayout
 from cluster.messages import StepCost
 from decode_workers.step_batch import Int32Array, StepBatch, StepResult
 from megakernel.compiled import Compiled
-from megakernel.measure import measured_ms, scratch_rows
+from megakernel.step_times import measured_ms, scratch_rows
 from megakernel.runtime import Rows, Runtime
 
 MEASURED_CONTEXT_TOKENS = 256

@@ -32,7 +32,7 @@ from megakernel.manifest import (
     entry_of,
     write_manifest,
 )
-from megakernel.measure import StepTable, measure_steps
+from megakernel.step_times import StepTable, measure_steps
 from megakernel.model.weights import Weights
 from megakernel.plan import Plan
 from megakernel.program import Program

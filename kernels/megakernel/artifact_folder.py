@@ -24,7 +24,7 @@ from megakernel.manifest import (
     check_size,
     read_manifest,
 )
-from megakernel.measure import StepTable
+from megakernel.step_times import StepTable
 from megakernel.program import Program
 
 _CHUNK_BYTES = 8 << 20

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megakernel.artifact import Progress
 from megakernel.compiled import compile_here
-from megakernel.measure import BLOCK_TOKENS, fill_kv, measured_ms, scratch_rows
+from megakernel.step_times import BLOCK_TOKENS, fill_kv, measured_ms, scratch_rows
 from megakernel.memory import ScratchError
 from megakernel.model.weights import Weights
 from megakernel.passes.context import PlanError
