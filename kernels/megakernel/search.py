@@ -28,7 +28,7 @@ from megakernel.tilings import CONTIGUOUS, Tilings
 from megakernel.user_cache import cache_folder, read_if_there, write_atomically
 from megakernel.work import DEFAULT_CONTEXT_TOKENS
 
-_VERSION = 1
+_VERSION = 2
 """Of the search and the cost model: raised when their results change."""
 _MAX_PREFETCH = 4
 _NUM_FINALISTS = 4
@@ -103,7 +103,6 @@ def search(
     *,
     formats: Mapping[str, str] | None = None,
     context_tokens: int = DEFAULT_CONTEXT_TOKENS,
-    num_k_tiles: Mapping[str, int] | None = None,
     starts: Sequence[Plan] = (),
     budget: Budget | None = None,
     seed: int = 0,
@@ -113,14 +112,14 @@ def search(
 ) -> SearchResult:
     """The best plan found for one bucket.
 
-    `num_k_tiles` fixes K-splits by role: all programs of an artifact share them, or rows would differ in bits
-    between buckets. `starts` are judged with the plans found, so that none of them is better than the result
-    on a few layers. `folder` holds results of equal searches (None: the user's cache folder). Raises
-    ScratchError where no tile fits.
+    K-tiles are what `k_tiles.py` says, in every bucket: rows would differ in bits otherwise. `starts` are
+    judged with the plans found, so that none of them is better than the result on a few layers. `folder`
+    holds results of equal searches (None: the user's cache folder). Raises ScratchError where no tile fits,
+    PlanError for a start with other K-tiles.
     """
     budget = budget or Budget()
     judge = Judge(shape, fingerprint, machine, bucket, compile_program, formats, context_tokens)
-    baseline = list_schedule(shape, machine, bucket, formats, num_k_tiles=num_k_tiles)
+    baseline = list_schedule(shape, machine, bucket, formats)
     split_tokens = judge.split_tokens(baseline)
     question = (
         _VERSION,
@@ -129,7 +128,6 @@ def search(
         bucket,
         _sorted(formats),
         context_tokens,
-        _sorted(num_k_tiles),
         starts,
         split_tokens,
     )
@@ -137,10 +135,8 @@ def search(
     cached = _cached(path)
     if cached is not None:
         return cached
-    baseline = list_schedule(
-        shape, machine, bucket, formats, num_k_tiles=num_k_tiles, split_tokens=split_tokens
-    )
-    tilings = Tilings(shape, machine, bucket, formats, num_k_tiles, (baseline, *starts), split_tokens)
+    baseline = list_schedule(shape, machine, bucket, formats, split_tokens=split_tokens)
+    tilings = Tilings(shape, machine, bucket, formats, (baseline, *starts), split_tokens)
     result = _Search(judge, tilings, baseline, starts, budget, seed, on_progress, clock).run()
     write_atomically(path, msgspec.json.encode(result))
     return result
@@ -284,7 +280,7 @@ def _with(values: tuple[int, ...], index: int, value: int) -> tuple[int, ...]:
     return (*values[:index], value, *values[index + 1 :])
 
 
-def _sorted(mapping: Mapping[str, str] | Mapping[str, int] | None) -> list[tuple[str, str | int]]:
+def _sorted(mapping: Mapping[str, str] | None) -> list[tuple[str, str]]:
     return sorted((mapping or {}).items())
 
 

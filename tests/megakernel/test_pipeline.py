@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megakernel.__main__ import main
-from megakernel.default_plan import default_plan
 from megakernel.dialect import parse
 from megakernel.machine import load_machine
 from megakernel.memory import plan_pages
@@ -185,13 +184,6 @@ def test_compiling_leaves_the_cached_graph_as_it_was():
     before = compile_program(small_shape(), "f", small_machine(), 1, small_plan())
     compile_program(small_shape(), "f", small_machine(2), 64, small_plan(down=OpPlan(tile_columns=16)))
     assert compile_program(small_shape(), "f", small_machine(), 1, small_plan()) == before
-
-
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("machine", ["l20", "h100"])
-def test_default_plans_split_k_alike_for_all_buckets(name: str, machine: str):
-    plans_by_bucket = [default_plan(SHAPES[name], load_machine(machine), bucket) for bucket in (1, 8, 64)]
-    assert plans_by_bucket[0] == plans_by_bucket[1] == plans_by_bucket[2]
 
 
 def test_a_full_model_compiles_for_a_whole_gpu():
