@@ -5,8 +5,8 @@ from itertools import pairwise, product
 
 import msgspec
 
+from megakernel.footprint import ROW_CHUNK, linear_footprint, max_stages
 from megakernel.machine import Machine
-from megakernel.memory import ROW_CHUNK, linear_footprint, max_stages
 from megakernel.model.shape import ModelShape
 from megakernel.program import Epilogue
 from megakernel.tiles import epilogue_grain, k_bounds, max_k_tiles, packed_grain

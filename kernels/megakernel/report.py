@@ -5,8 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import msgspec
 
 from megakernel.cost import Trace, bandwidth_bound_us, simulate
+from megakernel.footprint import Footprint, max_stages
 from megakernel.machine import Machine
-from megakernel.memory import Footprint, max_stages, role_of
+from megakernel.memory import role_of
 from megakernel.model.shape import ModelShape
 from megakernel.plan import ROLES, OpPlan, Plan
 from megakernel.program import Program
@@ -60,8 +61,9 @@ def _split_row(
     smallest = next((choice for choice in k_tile_choices(role) if choice > 1), 1)
     num_k_tiles = op_plan.num_k_tiles if op_plan.num_k_tiles > 1 else smallest
     columns = min(op_plan.tile_columns, role.columns)
-    whole = tile_footprint(role, geometry, OpPlan(tile_columns=columns), bucket)
-    split = tile_footprint(role, geometry, OpPlan(tile_columns=columns, num_k_tiles=num_k_tiles), bucket)
+    whole = tile_footprint(role, geometry, OpPlan(tile_columns=columns), bucket, machine)
+    split_plan = OpPlan(tile_columns=columns, num_k_tiles=num_k_tiles)
+    split = tile_footprint(role, geometry, split_plan, bucket, machine)
     return SplitRow(
         role=role.role,
         tile_columns=columns,

@@ -12,9 +12,10 @@ from itertools import pairwise
 
 import msgspec
 
+from megakernel.footprint import Footprint, attention_footprint, linear_footprint, max_stages
 from megakernel.k_tiles import shared_k_tiles
 from megakernel.machine import Machine
-from megakernel.memory import Footprint, ScratchError, attention_footprint, linear_footprint, max_stages
+from megakernel.memory import ScratchError
 from megakernel.model.shape import ModelShape
 from megakernel.plan import ROLES, OpPlan, Plan
 from megakernel.program import Geometry
@@ -142,10 +143,18 @@ def _linear_role(
     )
 
 
-def tile_footprint(role: RoleShape, geometry: Geometry, op_plan: OpPlan, bucket: int) -> Footprint:
+def tile_footprint(
+    role: RoleShape, geometry: Geometry, op_plan: OpPlan, bucket: int, machine: Machine
+) -> Footprint:
     """Of the role's largest tile."""
     if role.role == "attention":
-        return attention_footprint(kv_heads=op_plan.tile_columns, geometry=geometry, rows=bucket)
+        return attention_footprint(
+            kv_heads=op_plan.tile_columns,
+            geometry=geometry,
+            rows=bucket,
+            num_pages=machine.num_pages,
+            page_bytes=machine.page_bytes,
+        )
     columns = min(op_plan.tile_columns, role.columns)
     k = largest_k_tile(role, op_plan.num_k_tiles)
     return linear_footprint(
@@ -199,9 +208,10 @@ def _plan_role(role: RoleShape, geometry: Geometry, machine: Machine, bucket: in
     for stages in (2, 1):
         for columns in _tile_widths(role, machine, k_tiles):
             op_plan = OpPlan(tile_columns=columns, num_k_tiles=k_tiles, stages=stages)
-            if max_stages(tile_footprint(role, geometry, op_plan, bucket), machine) >= stages:
+            if max_stages(tile_footprint(role, geometry, op_plan, bucket, machine), machine) >= stages:
                 return with_workers(role, op_plan, machine)
-    smallest = tile_footprint(role, geometry, OpPlan(tile_columns=role.granule, num_k_tiles=k_tiles), bucket)
+    narrowest = OpPlan(tile_columns=role.granule, num_k_tiles=k_tiles)
+    smallest = tile_footprint(role, geometry, narrowest, bucket, machine)
     raise ScratchError(
         f"{role.role}: its smallest tile, {role.granule} columns in {k_tiles} K-tiles of {bucket} rows, "
         f"needs {smallest.total_bytes(1)} bytes; a worker of {machine.name} has {machine.scratch_bytes}"

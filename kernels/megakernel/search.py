@@ -4,6 +4,7 @@ Each role's tilings are ranked by a closed estimate, then annealing moves betwee
 turns assignments against each other so that gaps are filled, and changes how far ahead weights are loaded.
 A plan is judged by simulating the program it compiles to, on a model of few layers, extrapolated; in the end
 the winner and the baseline are compiled and simulated in full, and the winner is never the worse of the two.
+Every plan of a result is proved: the validator has accepted the whole model's program.
 
 The result depends on the seed and the number of evaluations alone, unless the time budget ends first
 (`SearchResult.is_complete` says).
@@ -35,7 +36,7 @@ _NUM_FINALISTS = 4
 _NUM_COMPARED = 2
 """Plans that are simulated in full beside the baseline."""
 _RESERVED_SHARE = 1.5
-"""Of what the baseline's full simulation took, kept for each of them."""
+"""Of what the baseline's proof and full simulation took, kept for each of the finalists."""
 _START_PREFETCH = 2
 _TRIES_AN_EVALUATION = 20
 _NEIGHBOURHOOD = 8
@@ -187,7 +188,7 @@ class _Search:
 
     def run(self) -> SearchResult:
         baseline_us, bound_us = self._judge.full_us(self._baseline)
-        self._reserved_s = _RESERVED_SHARE * _NUM_COMPARED * (self._clock() - self._begin_s)
+        self._reserved_s = _RESERVED_SHARE * _NUM_FINALISTS * (self._clock() - self._begin_s)
         quick_baseline_us = self._judge.quick_us(self._baseline)
         judged = [(self._judge.quick_us(plan), plan) for plan in self._starts]
         self._anneal(self._starting_points(), quick_baseline_us)
@@ -195,6 +196,8 @@ class _Search:
         better = [pair for pair in judged if pair[0] < quick_baseline_us]
         best = [plan for _, plan in sorted(better, key=lambda pair: pair[0])]
         plan, predicted_us = self._baseline, baseline_us
+        for finalist in best[_NUM_COMPARED:_NUM_FINALISTS]:
+            self._judge.prove(finalist)
         for finalist in best[:_NUM_COMPARED]:
             full_us, full_bound_us = self._judge.full_us(finalist)
             if full_us < predicted_us:

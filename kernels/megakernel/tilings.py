@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from megakernel.footprint import max_stages
 from megakernel.k_tiles import shared_k_tiles
 from megakernel.machine import Machine
-from megakernel.memory import ScratchError, max_stages
+from megakernel.memory import ScratchError
 from megakernel.model.shape import ModelShape
 from megakernel.passes.context import PlanError
 from megakernel.plan import OpPlan, Plan
@@ -109,7 +110,7 @@ class Tilings:
 
     def _staged(self, role: RoleShape, op_plan: OpPlan) -> OpPlan:
         """With as many stages as fit; 0 where it does not fit at all."""
-        needed = tile_footprint(role, self._geometry, op_plan, self._bucket)
+        needed = tile_footprint(role, self._geometry, op_plan, self._bucket, self._machine)
         return msgspec.structs.replace(op_plan, stages=min(max_stages(needed, self._machine), MAX_STAGES))
 
     def estimate_us(self, role: RoleShape, op_plan: OpPlan) -> float:

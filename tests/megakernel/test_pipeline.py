@@ -17,6 +17,7 @@ from megakernel.passes.context import PlanError
 from megakernel.pipeline import compile_program, decode_program, encode_program, ir_after
 from megakernel.plan import OpPlan, Plan
 from megakernel.program import Instruction, Opcode, Program, Space, max_splits
+from megakernel.schedule_error import Hazard, ScheduleError
 from megakernel.shapes import SHAPES
 from megakernel.validate import validate
 from tests.megakernel.compiler_cases import small_machine, small_plan, small_shape
@@ -205,6 +206,17 @@ def test_the_command_prints_a_summary_and_writes_the_program(
     assert program.bucket == 8
     assert "ops           152" in printed
     assert f"counters      {program.num_counters}" in printed
+    assert "proved        no deadlock, no race in" in printed
+
+
+def test_the_command_writes_nothing_that_is_not_proved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object) -> None:
+        raise ScheduleError(Hazard.RAW, "of this test")
+
+    monkeypatch.setattr("megakernel.__main__.validate", refuse)
+    out = tmp_path / "program"
+    assert main(["compile", "smollm2-135m", "--machine", "l4", "--out", str(out)]) == 2
+    assert not out.exists()
 
 
 def test_the_command_reports_scratch_memory_and_time(capsys: pytest.CaptureFixture[str]):

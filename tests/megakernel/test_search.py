@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from megakernel.cost import simulate
 from megakernel.default_plan import default_plan
+from megakernel.footprint import max_stages
 from megakernel.judge import truncated, with_head_for
 from megakernel.machine import Machine, load_machine
-from megakernel.memory import ScratchError, max_stages
+from megakernel.memory import ScratchError
 from megakernel.model.shape import ModelShape
 from megakernel.passes.context import PlanError
 from megakernel.pipeline import compile_program
@@ -107,7 +108,7 @@ def test_list_schedule_fits_the_scratch_memory(name, machine, bucket):
     for role in role_shapes(shape).values():
         op_plan = plan.ops[role.role]
         if role.in_features:
-            needed = tile_footprint(role, geometry_of(shape), op_plan, bucket)
+            needed = tile_footprint(role, geometry_of(shape), op_plan, bucket, target)
             assert max_stages(needed, target) >= op_plan.stages
         if op_plan.tile_workers is not None:
             assert set(op_plan.tile_workers) <= set(range(target.num_workers))
