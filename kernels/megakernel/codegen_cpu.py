@@ -17,7 +17,7 @@ from megakernel.program import Epilogue, Instruction, Op, Opcode, OpKind, Progra
 
 KvFormat = Literal["float16", "float32"]
 _KV_TYPES: dict[KvFormat, str] = {"float16": "Half", "float32": "float"}
-MAX_ROWS = 64
+MAX_ROWS = 256
 """`kMaxRows` of step.h."""
 _LANES = 16
 _LINE_BYTES = 64

@@ -79,7 +79,7 @@ def test_buckets_share_buffers():
     [
         (list, "at least one program"),
         (lambda: programs(8, 1), "ascending by bucket"),
-        (lambda: programs(128), "bucket 128 has more than 64 rows"),
+        (lambda: programs(512), "bucket 512 has more than 256 rows"),
         (
             lambda: [*programs(1), *programs(8, recipe=Recipe(workers=3, k_tiles={"down": 2}))],
             "the same workers",

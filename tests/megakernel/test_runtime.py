@@ -163,6 +163,32 @@ def test_a_row_is_the_same_bits_in_every_bucket(runtime):
     assert np.array_equal(np.concatenate(parts), whole)
 
 
+@pytest.mark.parametrize("kv_format", ["float16", "float32"])
+def test_a_row_of_the_widest_bucket_is_the_same_bits_as_alone(library_folder, kv_format):
+    weights = tiny_weights(1, "qwen3")
+    tokens = tokens_of(256 + 21)
+    prompt, wide = tokens[:21], tokens[21:]
+    ordered, single, scattered = (list(range(first, first + 18)) for first in (0, 18, 36))
+    with Runtime(
+        programs_for(weights.shape, buckets=(1, 32, 256)),
+        weights,
+        72,
+        BLOCK,
+        kv_format=kv_format,
+        library_folder=library_folder,
+        extra_flags=QUICK,
+    ) as native:
+        alone = one_by_one(native, tokens, single)
+        for table in (ordered, scattered):
+            native.run(rows_of(Group(tokens=prompt, parents=chain(21), context=0, table=table)))
+        rows = rows_of(Group(tokens=wide, parents=chain(256), context=21, table=ordered))
+        assert np.array_equal(native.run(rows), alone[21:])
+        # In slots out of order all but the prompt is gathered, from the part of a block on that it ends in.
+        slots = int32(54 * BLOCK + np.random.default_rng(0).permutation(256))
+        rows = rows_of(Group(tokens=wide, parents=chain(256), context=21, table=scattered))
+        assert np.array_equal(native.run(msgspec.structs.replace(rows, slots=slots)), alone[21:])
+
+
 def test_a_path_of_a_tree_is_the_same_bits_as_decoded_one_by_one(runtime):
     prompt, tokens = tokens_of(21, 1), tokens_of(6, 2)
     runtime.run(rows_of(Group(tokens=prompt, parents=chain(21), context=0, table=[3, 1])))

@@ -10,7 +10,7 @@
 
 namespace headrace {
 
-constexpr int kMaxRows = 64;
+constexpr int kMaxRows = 256;
 constexpr int kTokensABlock = kLanes;  // of the pool's own small blocks, in which K is stored transposed
 constexpr int kNoParent = -1;
 // A row's ancestors span at most kMaxRows positions, with a part of a small block on either side.
