@@ -1,16 +1,29 @@
 // Attention of rows over their committed context and their ancestors, split by absolute position.
 //
 // K is stored transposed in small blocks of 16 tokens, [dim][16], so that a lane is a token; V as [16][dim],
-// so that a lane is a dimension. Query heads that share K and V, of one row or of several of a sequence, are
-// done together: that shares loads, and changes no lane's arithmetic. A row's result is the same bits
+// so that a lane is a dimension. Query heads that share K and V, of one row or of neighbours that read the same
+// small blocks (a sequence's tree, or sequences with a cached prefix in common), are done together: that
+// shares loads, and changes no lane's arithmetic. A row's result is the same bits
 // whether a token is committed, or an ancestor whose K and V are gathered into a small block of the same form.
 #pragma once
+
+#include <array>
+#include <numeric>
 
 #include "cpu/step.h"
 
 namespace headrace {
 
 constexpr int kSplitTokensMax = 512;
+
+// How many queries are worth doing together, and how many sums of 16 lanes fit the registers beside operands.
+#if defined(__AVX512F__)
+constexpr int kQueriesTogether = 6, kSums = 24;
+#else  // two registers of sixteen to 16 lanes
+constexpr int kQueriesTogether = 6, kSums = 6;
+#endif
+
+constexpr int power_of_two_within(int limit) { return limit < 2 ? 1 : 2 * power_of_two_within(limit / 2); }
 
 template <class Kv_, int kHeads_, int kKvHeads_, int kDim_, int kSplitTokens_>
 struct AttentionShape {
@@ -20,8 +33,7 @@ struct AttentionShape {
     static constexpr int kBlocksASplit = kSplitTokens / kTokensABlock;
     static constexpr int kBlockElements = kTokensABlock * kDim;
     static constexpr int kColumns = kDim + 2;  // of one head in one split: maximum, sum, values
-    // Rows done together: as many queries as leave registers for the loads.
-    static constexpr int kRowsTogether = kGroup >= 8 ? 1 : kGroup >= 4 ? 2 : kGroup == 3 ? 4 : kGroup == 2 ? 4 : 8;
+    static constexpr int kRowsTogether = power_of_two_within(std::min(8, kQueriesTogether / kGroup));
     static_assert(kHeads % kKvHeads == 0 && kDim % kLanes == 0 && kSplitTokens % kTokensABlock == 0);
 };
 
@@ -38,8 +50,7 @@ inline void fetch_part(const typename Shape::Kv* block, int part) {
 template <class Shape, int kQueries>
 inline void score_blocks(const float* const* queries, const typename Shape::Kv* const* blocks,
                          const typename Shape::Kv* const* next, int count, float* scores) {
-    // Two chains a query at least, or the multiply-adds wait for each other.
-    constexpr int kTogether = kQueries >= 8 ? 1 : kQueries >= 4 ? 2 : 4;
+    constexpr int kTogether = power_of_two_within(std::min(8, kSums / kQueries));
     int block = 0;
     const auto some = [&](auto together) {
         constexpr int kBlocks = decltype(together)::value;
@@ -72,8 +83,8 @@ template <class Shape, int kQueries>
 inline void add_values(const float* weights, const typename Shape::Kv* const* blocks, int tokens,
                        const typename Shape::Kv* const* next, int num_next, float* const* values) {
     constexpr int kVectors = Shape::kDim / kLanes;
-    constexpr int kWanted = kQueries >= 8 ? 1 : kQueries >= 4 ? 2 : 4;
-    constexpr int kTogether = kVectors % kWanted == 0 ? kWanted : 1;
+    constexpr int kWanted = power_of_two_within(std::min(8, kSums / kQueries));
+    constexpr int kTogether = std::gcd(kVectors, kWanted);
     for (int vector = 0; vector < kVectors; vector += kTogether) {
         Lanes sums[kTogether][kQueries];
         for (int v = 0; v < kTogether; v++)
@@ -183,8 +194,7 @@ class RowKv {
     Kv *tail_keys_, *tail_values_;
 };
 
-// One split of kRows rows (of one sequence, where there are several) for one KV head.
-// `shared_tokens` positions of the split, whole small blocks, are the same for all of them. The split that is
+// One split of kRows rows for one KV head. `shared_tokens` positions of the split, whole small blocks, are the same for all of them. The split that is
 // done after this one is `stride` further.
 template <class Shape, int kRows>
 inline void attend_split(const float* queries, int64_t query_stride, float* out, int64_t out_stride, int split,
@@ -231,7 +241,7 @@ inline void attend_split(const float* queries, int64_t query_stride, float* out,
                                              value_of + row * Shape::kGroup);
 }
 
-// Rows [row, row + kRows) of one sequence; splits `part`, `part` + `num_parts`, ... as far as each row has any.
+// Rows [row, row + kRows); splits `part`, `part` + `num_parts`, ... as far as each row has any.
 template <class Shape, int kRows>
 void attend_rows(const Step& step, const HeadPool<Shape>& pool, int head, int row, int part, int num_parts,
                  const float* queries, int64_t query_stride, float* out, int64_t out_stride, std::byte* scratch) {
@@ -239,11 +249,11 @@ void attend_rows(const Step& step, const HeadPool<Shape>& pool, int head, int ro
         return std::array<RowKv<Shape>, kRows>{
             RowKv<Shape>(pool, step.rows[row + I], scratch + I * RowKv<Shape>::kScratchBytes)...};
     }(std::make_index_sequence<kRows>{});
-    int num_tokens[kRows], shared_end = INT_MAX, longest = 0;
+    int num_tokens[kRows], shared_end = step.rows[row].tokens_in_blocks(), longest = 0;
     for (int i = 0; i < kRows; i++) {
         const Row& one = step.rows[row + i];
         num_tokens[i] = one.num_tokens();
-        shared_end = std::min(shared_end, std::min(num_tokens[i], one.tail_start) / kTokensABlock * kTokensABlock);
+        if (i > 0) shared_end = std::min(shared_end, one.shared_tokens);
         longest = std::max(longest, num_tokens[i]);
     }
     const int64_t split_stride = int64_t{Shape::kHeads} * Shape::kColumns;
@@ -263,6 +273,27 @@ void attend_rows(const Step& step, const HeadPool<Shape>& pool, int head, int ro
     }
 }
 
+// How many rows from `row` on, at most `limit`, are best done together: one more is taken where that saves no
+// fewer loads of shared tokens than leaving it.
+inline int rows_sharing(const Step& step, int row, int limit) {
+    int count = 1, shared = step.rows[row].tokens_in_blocks();
+    for (; count < limit; count++) {
+        const int with_next = std::min(shared, step.rows[row + count].shared_tokens);
+        if (with_next == 0 || count * with_next < (count - 1) * shared) break;
+        shared = with_next;
+    }
+    return count;
+}
+
+// The largest power of two of rows within `count`; how many those are.
+template <class Shape, int kRows, class... Rest>
+int attend_group(int count, const Step& step, const HeadPool<Shape>& pool, int head, int row, Rest... rest) {
+    if constexpr (kRows > 1)
+        if (count < kRows) return attend_group<Shape, kRows / 2>(count, step, pool, head, row, rest...);
+    attend_rows<Shape, kRows>(step, pool, head, row, rest...);
+    return kRows;
+}
+
 // KV heads [n0, n1), splits `part` modulo `num_parts`, of rows [r0, r1).
 template <class Shape>
 __attribute__((noinline)) void attention(const Step& step, int layer, int n0, int n1, int part, int num_parts, int r0,
@@ -271,17 +302,10 @@ __attribute__((noinline)) void attention(const Step& step, int layer, int n0, in
     const int end = std::min(r1, step.num_rows);
     for (int head = n0; head < n1; head++) {
         const HeadPool<Shape> pool(step, layer, head);
-        for (int sequence = 0; sequence < step.num_sequences; sequence++) {
-            int row = std::max(r0, step.sequence_starts[sequence]);
-            const int stop = std::min(end, step.sequence_starts[sequence + 1]);
-            constexpr int kTogether = Shape::kRowsTogether;
-            for (; row + kTogether <= stop; row += kTogether)
-                attend_rows<Shape, kTogether>(step, pool, head, row, part, num_parts, queries, query_stride, out,
-                                              out_stride, scratch);
-            for (; row < stop; row++)
-                attend_rows<Shape, 1>(step, pool, head, row, part, num_parts, queries, query_stride, out, out_stride,
-                                      scratch);
-        }
+        for (int row = r0; row < end;)
+            row += attend_group<Shape, Shape::kRowsTogether>(
+                rows_sharing(step, row, std::min(Shape::kRowsTogether, end - row)), step, pool, head, row, part,
+                num_parts, queries, query_stride, out, out_stride, scratch);
     }
 }
 
