@@ -230,7 +230,8 @@ def _load(path: Path) -> Any:
 
 def _arena(num_bytes: int) -> npt.NDArray[np.uint8]:
     """Page-aligned, in large pages where the system has them: decode reads all of it every step."""
-    memory = mmap.mmap(-1, max(num_bytes, mmap.PAGESIZE))
+    # Private: shared memory gets no large pages.
+    memory = mmap.mmap(-1, max(num_bytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, dtype=np.uint8, count=num_bytes)

@@ -37,6 +37,18 @@ struct AttentionShape {
     static_assert(kHeads % kKvHeads == 0 && kDim % kLanes == 0 && kSplitTokens % kTokensABlock == 0);
 };
 
+// The weights that come after attention, fetched while it computes.
+struct Ahead {
+    const std::byte *at, *end;
+
+    void fetch() {
+        for (int line = 0; line < kLines && at < end; line++, at += 64) __builtin_prefetch(at, 0, 2);
+    }
+
+   private:
+    static constexpr int kLines = 4;  // at each of the places where K or V are fetched
+};
+
 // One of the 16 parts of a small block towards the cache.
 template <class Shape>
 inline void fetch_part(const typename Shape::Kv* block, int part) {
@@ -49,7 +61,7 @@ inline void fetch_part(const typename Shape::Kv* block, int part) {
 // as many small blocks from `next` on, the V to come, are fetched.
 template <class Shape, int kQueries>
 inline void score_blocks(const float* const* queries, const typename Shape::Kv* const* blocks,
-                         const typename Shape::Kv* const* next, int count, float* scores) {
+                         const typename Shape::Kv* const* next, int count, float* scores, Ahead& ahead) {
     constexpr int kTogether = power_of_two_within(std::min(8, kSums / kQueries));
     int block = 0;
     const auto some = [&](auto together) {
@@ -60,9 +72,11 @@ inline void score_blocks(const float* const* queries, const typename Shape::Kv* 
         for (int d = 0; d < Shape::kDim; d++) {
             Lanes keys[kBlocks];
             for (int b = 0; b < kBlocks; b++) keys[b] = load(blocks[block + b] + d * kTokensABlock);
-            if (d % (Shape::kDim / kTokensABlock) == 0)
+            if (d % (Shape::kDim / kTokensABlock) == 0) {
                 for (int b = 0; b < kBlocks; b++)
                     fetch_part<Shape>(next[block + b], d / (Shape::kDim / kTokensABlock));
+                ahead.fetch();
+            }
             for (int q = 0; q < kQueries; q++) {
                 const Lanes query = splat(queries[q][d]);
                 for (int b = 0; b < kBlocks; b++) sums[b][q] = fma(query, keys[b], sums[b][q]);
@@ -74,6 +88,10 @@ inline void score_blocks(const float* const* queries, const typename Shape::Kv* 
         block += kBlocks;
     };
     while (block + kTogether <= count) some(std::integral_constant<int, kTogether>{});
+    if constexpr (kTogether > 4)
+        if (block + 4 <= count) some(std::integral_constant<int, 4>{});
+    if constexpr (kTogether > 2)
+        if (block + 2 <= count) some(std::integral_constant<int, 2>{});
     while (block < count) some(std::integral_constant<int, 1>{});
 }
 
@@ -149,12 +167,15 @@ class RowKv {
 
     static constexpr size_t kScratchBytes = 2 * kMaxTailBlocks * Shape::kBlockElements * sizeof(Kv);
 
-    RowKv(const HeadPool<Shape>& pool, const Row& row, std::byte* scratch)
+    // A block's lanes past the row's tokens keep what was there: `soften` overwrites their scores.
+    // The tail is gathered as far as it lies in splits `part` modulo `num_parts`.
+    RowKv(const HeadPool<Shape>& pool, const Row& row, int part, int num_parts, std::byte* scratch)
         : pool_(pool),
           row_(row),
           tail_keys_(reinterpret_cast<Kv*>(scratch)),
           tail_values_(tail_keys_ + kMaxTailBlocks * Shape::kBlockElements) {
-        for (int position = row.tail_start; position < row.num_tokens(); position++) gather(position);
+        for (int position = row.tail_start; position < row.num_tokens(); position++)
+            if (position / Shape::kSplitTokens % num_parts == part) gather(position);
     }
 
     // `keys` and `values` of `count` small blocks from `first` on.
@@ -182,8 +203,6 @@ class RowKv {
         const int64_t from = slot / kTokensABlock * Shape::kBlockElements;
         const int64_t to = int64_t{at / kTokensABlock} * Shape::kBlockElements;
         const int from_token = slot % kTokensABlock, to_token = at % kTokensABlock;
-        if (to_token == 0)
-            std::memset(static_cast<void*>(tail_keys_ + to), 0, Shape::kBlockElements * sizeof(Kv));
         copy_key<Kv, Shape::kDim>(pool_.keys + from + from_token, tail_keys_ + to + to_token);
         std::memcpy(tail_values_ + to + to_token * Shape::kDim, pool_.values + from + from_token * Shape::kDim,
                     Shape::kDim * sizeof(Kv));
@@ -198,7 +217,8 @@ class RowKv {
 // done after this one is `stride` further.
 template <class Shape, int kRows>
 inline void attend_split(const float* queries, int64_t query_stride, float* out, int64_t out_stride, int split,
-                         int stride, const RowKv<Shape>* rows, const int* num_tokens, int shared_tokens) {
+                         int stride, const RowKv<Shape>* rows, const int* num_tokens, int shared_tokens,
+                         Ahead& ahead) {
     using Kv = typename Shape::Kv;
     constexpr int kQueries = kRows * Shape::kGroup;
     alignas(64) float scores[kQueries * Shape::kSplitTokens];
@@ -217,14 +237,14 @@ inline void attend_split(const float* queries, int64_t query_stride, float* out,
         return std::min(num_tokens[row] - split * Shape::kSplitTokens, Shape::kSplitTokens) - shared_tokens;
     };
     rows[0].blocks(first, shared_blocks, keys, values);
-    if (shared_blocks > 0) score_blocks<Shape, kQueries>(query_of, keys, values, shared_blocks, scores);
+    if (shared_blocks > 0) score_blocks<Shape, kQueries>(query_of, keys, values, shared_blocks, scores, ahead);
     const Kv *own_keys[kRows][Shape::kBlocksASplit], *own_values[kRows][Shape::kBlocksASplit];
     for (int row = 0; row < kRows; row++) {
         const int blocks = (rest_tokens(row) + kTokensABlock - 1) / kTokensABlock;
         rows[row].blocks(first + shared_blocks, blocks, own_keys[row], own_values[row]);
         if (blocks > 0)
             score_blocks<Shape, Shape::kGroup>(query_of + row * Shape::kGroup, own_keys[row], own_values[row], blocks,
-                                               scores + row * Shape::kGroup * Shape::kSplitTokens + shared_tokens);
+                                               scores + row * Shape::kGroup * Shape::kSplitTokens + shared_tokens, ahead);
     }
     for (int q = 0; q < kQueries; q++)
         soften(scores + q * Shape::kSplitTokens, shared_tokens + rest_tokens(q / Shape::kGroup), value_of[q] - 2,
@@ -244,10 +264,11 @@ inline void attend_split(const float* queries, int64_t query_stride, float* out,
 // Rows [row, row + kRows); splits `part`, `part` + `num_parts`, ... as far as each row has any.
 template <class Shape, int kRows>
 void attend_rows(const Step& step, const HeadPool<Shape>& pool, int head, int row, int part, int num_parts,
-                 const float* queries, int64_t query_stride, float* out, int64_t out_stride, std::byte* scratch) {
+                 const float* queries, int64_t query_stride, float* out, int64_t out_stride, std::byte* scratch,
+                 Ahead& ahead) {
     const auto kv = [&]<size_t... I>(std::index_sequence<I...>) {
         return std::array<RowKv<Shape>, kRows>{
-            RowKv<Shape>(pool, step.rows[row + I], scratch + I * RowKv<Shape>::kScratchBytes)...};
+            RowKv<Shape>(pool, step.rows[row + I], part, num_parts, scratch + I * RowKv<Shape>::kScratchBytes)...};
     }(std::make_index_sequence<kRows>{});
     int num_tokens[kRows], shared_end = step.rows[row].tokens_in_blocks(), longest = 0;
     for (int i = 0; i < kRows; i++) {
@@ -263,13 +284,13 @@ void attend_rows(const Step& step, const HeadPool<Shape>& pool, int head, int ro
         float* to = out + row * out_stride + split * split_stride + head * Shape::kGroup * Shape::kColumns;
         const int shared = std::clamp(shared_end - start, 0, Shape::kSplitTokens);
         if (shared > 0 || kRows == 1) {
-            attend_split<Shape, kRows>(own_queries, query_stride, to, out_stride, split, num_parts, kv.data(), num_tokens, shared);
+            attend_split<Shape, kRows>(own_queries, query_stride, to, out_stride, split, num_parts, kv.data(), num_tokens, shared, ahead);
             continue;
         }
         for (int i = 0; i < kRows; i++)
             if (start < num_tokens[i])
                 attend_split<Shape, 1>(own_queries + i * query_stride, query_stride, to + i * out_stride, out_stride,
-                                       split, num_parts, &kv[i], num_tokens + i, 0);
+                                       split, num_parts, &kv[i], num_tokens + i, 0, ahead);
     }
 }
 
@@ -287,24 +308,28 @@ inline int rows_sharing(const Step& step, int row, int limit) {
 
 // The largest power of two of rows within `count`; how many those are.
 template <class Shape, int kRows, class... Rest>
-int attend_group(int count, const Step& step, const HeadPool<Shape>& pool, int head, int row, Rest... rest) {
+int attend_group(int count, const Step& step, const HeadPool<Shape>& pool, int head, int row, Ahead& ahead,
+                 Rest... rest) {
     if constexpr (kRows > 1)
-        if (count < kRows) return attend_group<Shape, kRows / 2>(count, step, pool, head, row, rest...);
-    attend_rows<Shape, kRows>(step, pool, head, row, rest...);
+        if (count < kRows) return attend_group<Shape, kRows / 2>(count, step, pool, head, row, ahead, rest...);
+    attend_rows<Shape, kRows>(step, pool, head, row, rest..., ahead);
     return kRows;
 }
 
-// KV heads [n0, n1), splits `part` modulo `num_parts`, of rows [r0, r1).
+// KV heads [n0, n1), splits `part` modulo `num_parts`, of rows [r0, r1). Meanwhile `ahead_lines` lines of the
+// weights that the worker reads next are fetched.
 template <class Shape>
 __attribute__((noinline)) void attention(const Step& step, int layer, int n0, int n1, int part, int num_parts, int r0,
                                          int r1, const float* queries, int64_t query_stride, float* out,
-                                         int64_t out_stride, std::byte* scratch) {
+                                         int64_t out_stride, std::byte* scratch, int64_t ahead_weights,
+                                         int ahead_lines) {
+    Ahead ahead{step.weights + ahead_weights, step.weights + ahead_weights + 64 * int64_t{ahead_lines}};
     const int end = std::min(r1, step.num_rows);
     for (int head = n0; head < n1; head++) {
         const HeadPool<Shape> pool(step, layer, head);
         for (int row = r0; row < end;)
             row += attend_group<Shape, Shape::kRowsTogether>(
-                rows_sharing(step, row, std::min(Shape::kRowsTogether, end - row)), step, pool, head, row, part,
+                rows_sharing(step, row, std::min(Shape::kRowsTogether, end - row)), step, pool, head, row, ahead, part,
                 num_parts, queries, query_stride, out, out_stride, scratch);
     }
 }
