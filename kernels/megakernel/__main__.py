@@ -21,6 +21,7 @@ from megakernel.program import Opcode, Program
 from megakernel.report import compile_report
 from megakernel.search import Progress, SearchResult, search
 from megakernel.shapes import SHAPES
+from megakernel.timeline_svg import schedule_svg
 from megakernel.validate import Proof, validate
 
 
@@ -120,6 +121,8 @@ def compile_command(arguments: argparse.Namespace) -> None:
     proof = validate(program, machine, model.formats)
     if arguments.out is not None:
         emit(encode_program(program), arguments.out)
+    if arguments.picture is not None:
+        arguments.picture.write_text(schedule_svg(program, machine, model.formats), encoding="utf-8")
     print(summary(program, machine, proof))
     if arguments.report:
         baseline_us = found.baseline_us if found else None
@@ -152,6 +155,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--search", action="store_true", help="search for a better schedule, up to a minute")
     command.add_argument("--seed", type=int, default=0, help="of the search")
     command.add_argument("--report", action="store_true", help="scratch memory and predicted time as well")
+    command.add_argument(
+        "--picture", type=Path, metavar="FILE.svg", help="where the predicted schedule is drawn"
+    )
     command.add_argument("--out", type=Path, help="where the program (msgpack) or the IR is written")
     command.set_defaults(run=compile_command)
     return top
