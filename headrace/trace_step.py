@@ -4,21 +4,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import msgspec
-import numpy as np
 
 from megakernel.artifact import Progress
 from megakernel.machine import load_machine
+from megakernel.measure import BLOCK_TOKENS, WARM_UP_STEPS, decode_rows, num_blocks
 from megakernel.model.load import open_model
 from megakernel.pipeline import compile_program
 from megakernel.program import Program
-from megakernel.runtime import Rows, Runtime
+from megakernel.runtime import Runtime
 from megakernel.timeline import BytesOf, Timeline, bytes_read, measured_timeline
 from megakernel.validate import validate
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
-BLOCK_TOKENS = 32
-WARM_UP_STEPS = 3
-NO_PARENT = -1
 
 
 class TraceError(ValueError):
@@ -60,14 +57,14 @@ def opened(
     machine = load_machine("cpu")
     program = compile_program(shape, source.fingerprint, machine, bucket, formats=formats)
     validate(program, machine, formats)
-    num_blocks = _context_blocks(context_tokens) + -(-num_rows // BLOCK_TOKENS)
-    with Runtime([program], source.weights, num_blocks, BLOCK_TOKENS, progress=progress) as runtime:
+    blocks = num_blocks(num_rows, context_tokens)
+    with Runtime([program], source.weights, blocks, BLOCK_TOKENS, progress=progress) as runtime:
         yield Ready(program, runtime, bytes_read(program, machine, formats, context_tokens))
 
 
 def trace_steps(ready: Ready, num_rows: int, context_tokens: int, num_steps: int) -> Traced:
     """The median of `num_steps` steps, after some that warm up."""
-    rows = _rows(num_rows, context_tokens)
+    rows = decode_rows(num_rows, context_tokens)
     for _ in range(WARM_UP_STEPS):
         ready.runtime.run(rows)
     timelines = []
@@ -80,24 +77,4 @@ def trace_steps(ready: Ready, num_rows: int, context_tokens: int, num_steps: int
     return Traced(
         timeline=by_time[(len(by_time) - 1) // 2],
         step_us=tuple(timeline.makespan_us for timeline in timelines),
-    )
-
-
-def _context_blocks(context_tokens: int) -> int:
-    return -(-context_tokens // BLOCK_TOKENS)
-
-
-def _rows(num_rows: int, context_tokens: int) -> Rows:
-    """Sequences of one new row each. They share a context of zeros: what it holds changes no time."""
-    num_context_blocks = max(1, _context_blocks(context_tokens))
-    first_slot = _context_blocks(context_tokens) * BLOCK_TOKENS
-    return Rows(
-        token_ids=np.arange(num_rows, dtype=np.int32),
-        positions=np.full(num_rows, context_tokens, dtype=np.int32),
-        slots=np.arange(first_slot, first_slot + num_rows, dtype=np.int32),
-        parents=np.full(num_rows, NO_PARENT, dtype=np.int32),
-        sequence_starts=np.arange(num_rows + 1, dtype=np.int32),
-        context_lengths=np.full(num_rows, context_tokens, dtype=np.int32),
-        block_tables=np.tile(np.arange(num_context_blocks, dtype=np.int32), (num_rows, 1)),
-        needs_logits=np.ones(num_rows, dtype=np.bool_),
     )
