@@ -237,6 +237,21 @@ def test_only_rows_that_need_logits_have_them(runtime):
     assert runtime.run(rows_of(group, needs_logits=[False] * 10)).shape == (0, 160)
 
 
+def test_without_logits_the_kv_is_the_same(runtime, weights):
+    tokens = tokens_of(40)
+    wanting = rows_of(Group(tokens=tokens, parents=chain(40), context=0, table=[3, 1, 2]))
+    last = runtime.run(wanting)[-1]
+    wanting_none = rows_of(
+        Group(tokens=tokens, parents=chain(40), context=0, table=[6, 4, 5]), needs_logits=[False] * 40
+    )
+    assert runtime.run(wanting_none).shape == (0, 160)
+    for layer in range(weights.shape.num_layers):
+        wanted, other = (runtime.read_kv(layer, rows.slots) for rows in (wanting, wanting_none))
+        assert wanted == other
+    # Counters go on as after any step.
+    assert np.array_equal(runtime.run(wanting)[-1], last)
+
+
 def test_an_accepted_path_moves_to_committed_slots(runtime):
     prompt, tokens, table = tokens_of(11, 1), tokens_of(6, 2), [14, 7]
     runtime.run(rows_of(Group(tokens=prompt, parents=chain(11), context=0, table=table)))
