@@ -47,7 +47,7 @@ class _MegaKernelKv:
     """`KvCompute` in the megakernel.
 
     A chunk is exported after its step, and sent while the next one runs. Exporting layers beside their own
-    step would take the time of a core that computes, and hide less than a hundredth of the step.
+    step ended hand-offs later where all cores compute: the other workers wait for the one that is disturbed.
     """
 
     def __init__(self, runtime: Runtime, layout: KvLayout) -> None:
