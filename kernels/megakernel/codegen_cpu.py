@@ -25,6 +25,7 @@ _WAITING_LINES = 512
 """Weights fetched while waiting, at most: 32 KB stay in L2."""
 _ATTENDING_LINES = 4096
 """Weights fetched during attention, at most: a quarter of a megabyte stays in L2."""
+_HAS_LOGITS = "s.num_logit_rows > 0"
 
 
 class CodegenError(ValueError):
@@ -116,6 +117,8 @@ class _Source:
         self.offsets = offsets
         self.activation_bytes = activation_bytes
         self.kv_format = kv_format
+        self.last_kv_op = max(op.index for op in self.first.ops if op.epilogue is Epilogue.ROPE_APPEND)
+        """What comes after it is for logits alone: a step in which no row wants any computes none of it."""
 
     def text(self) -> str:
         return "\n".join(self.lines()) + "\n"
@@ -179,20 +182,27 @@ class _Source:
             op = program.ops[instruction.op]
             yield f"  // {number}: {op.name} [{instruction.n0}, {instruction.n1})"
             yield f"  w.reach({number});"
+            is_for_logits = op.index > self.last_kv_op
             for wait in instruction.waits:
                 own = self.ahead(op, instruction)
                 ahead = own if own.num_lines else following[number]
+                num_lines = min(ahead.num_lines, _WAITING_LINES)
+                lines = f"{_HAS_LOGITS} ? {num_lines} : 0" if is_for_logits and num_lines else f"{num_lines}"
                 yield (
                     f"  if (!w.wait({wait.counter}, {wait.target}u, {arrivals[wait.counter]}u, "
-                    f"s.weights + {ahead.offset}, {min(ahead.num_lines, _WAITING_LINES)})) return false;"
+                    f"s.weights + {ahead.offset}, {lines})) return false;"
                 )
             yield f"  w.start({number});"
+            if is_for_logits:
+                yield f"  if ({_HAS_LOGITS}) {{"
             if instruction.opcode in (Opcode.LINEAR, Opcode.LINEAR_PARTIAL):
                 wanted = _input_of(op, instruction)
                 if wanted != prepared:
                     yield f"  {self.prologue(program, op, instruction)}"
                     prepared = wanted
             yield f"  {self.call(program, op, instruction, following[number])}"
+            if is_for_logits:
+                yield "  }"
             if instruction.signal >= 0:
                 yield f"  w.signal({instruction.signal});"
             yield f"  w.end({number});"

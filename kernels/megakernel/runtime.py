@@ -14,6 +14,7 @@ from megakernel.artifact import Progress, pack_weights
 from megakernel.build import build
 from megakernel.codegen_cpu import KvFormat, generate
 from megakernel.model.rope import rope_frequencies
+from megakernel.model.shape import ModelShape
 from megakernel.model.weights import Weights
 from megakernel.program import Program
 
@@ -69,7 +70,8 @@ class _EngineConfig(ctypes.Structure):
 
 
 class Runtime:
-    """One model on this CPU. `run` and `copy_slots` are for one thread; `write_kv` may run beside them.
+    """One model on this CPU. `run` and `copy_slots` are for one thread; `write_kv` and `read_kv` may run
+    beside them, for slots that they leave alone.
 
     `num_blocks` blocks of `block_size_tokens` tokens, a multiple of 16. Raises BuildError, CodegenError.
     """
@@ -110,12 +112,27 @@ class Runtime:
             wait_limit_ns=int(wait_limit_s * 1e9),
         )
         self._engine = self._library.headrace_open(ctypes.byref(config))
+        self.num_blocks, self.block_size_tokens = num_blocks, block_size_tokens
         self._input = _StepInput()
         self._raise_if(self._library.headrace_error(self._engine) or None)
+
+    @property
+    def shape(self) -> ModelShape:
+        return self._shape
+
+    @property
+    def kv_format(self) -> KvFormat:
+        return "float16" if self._dtype == np.float16 else "float32"
+
+    @property
+    def max_rows(self) -> int:
+        """Of a step: the largest bucket."""
+        return self.programs[-1].bucket
 
     def run(self, rows: Rows, stats: FloatArray | None = None, stamps: Stamps | None = None) -> FloatArray:
         """Logits `[rows that need them, vocab]`, in row order; KV of all rows goes to their slots.
 
+        Where no row needs any, the step computes nothing past the last layer's K and V.
         `stats`, `[rows that need them, spans, 3]`, is filled where given. Raises StepError.
         """
         logits = np.empty(
@@ -168,15 +185,15 @@ class Runtime:
         )
         self._raise_if(problem)
 
-    def read_kv(self, layer: int, slots: IntArray) -> bytes:
-        """What `write_kv` takes. Raises StepError."""
+    def read_kv(self, layer: int, slots: IntArray) -> memoryview:
+        """What `write_kv` takes, in memory of its own. Raises StepError."""
         slots = _int32(slots)
         wire = np.empty(self._wire_bytes(len(slots)), dtype=np.uint8)
         problem = self._library.headrace_read_kv(
             self._engine, layer, slots.ctypes.data, len(slots), wire.ctypes.data
         )
         self._raise_if(problem)
-        return wire.tobytes()
+        return wire.data
 
     def buffer(self, name: str, bucket: int) -> FloatArray:
         """A copy of a buffer between ops, `[bucket, columns]`, as the last step left it."""

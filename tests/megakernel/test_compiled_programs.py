@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megakernel.codegen_cpu import MAX_ROWS
 from megakernel.graph import usual_formats
 from megakernel.hazards import find_hazard
 from megakernel.machine import Machine, load_machine
@@ -128,6 +129,16 @@ def test_a_row_has_the_same_bits_in_every_bucket_and_on_any_number_of_workers(pl
         logits = logits_of(program, weights, tokens, bucket)
         expected = logits if expected is None else expected
         np.testing.assert_array_equal(logits, expected)
+
+
+def test_the_widest_bucket_of_the_cpu_is_proved_and_right():
+    weights = tiny_weights(8, "qwen3", num_layers=1, hidden_size=64, max_context_tokens=160)
+    program, machine = compiled(weights, workers=2, bucket=MAX_ROWS)
+    validate(program, machine, weights.formats)
+    tokens = np.random.default_rng(2).integers(0, 160, 150).tolist()
+    np.testing.assert_allclose(
+        logits_of(program, weights, tokens, MAX_ROWS), reference_logits(weights, tokens), **TOLERANCE
+    )
 
 
 def test_too_few_pages_for_a_tile_are_found():

@@ -66,24 +66,26 @@ def stored_weights(folder: Path, architecture: str, storage: str) -> GgufWeights
 
 
 @pytest.mark.parametrize(
-    ("architecture", "storage", "kv_format"),
+    ("architecture", "storage", "kv_format", "num_rows"),
     [
-        ("llama", "F32", "float32"),
-        ("qwen2", "F16", "float16"),
-        ("qwen3", "BF16", "float32"),
-        ("llama", "Q4_1", "float16"),
-        ("qwen2", "Q8_0", "float32"),
-        ("qwen3", "Q4_0", "float32"),
+        ("llama", "F32", "float32", 29),
+        ("qwen2", "F16", "float16", 29),
+        ("qwen3", "BF16", "float32", 29),
+        ("llama", "Q4_1", "float16", 29),
+        ("qwen2", "Q8_0", "float32", 29),
+        ("qwen3", "Q4_0", "float32", 29),
+        ("llama", "F32", "float32", 113),
+        ("qwen3", "Q4_1", "float16", 113),
     ],
 )
-def test_every_buffer_is_the_vms(tmp_path, library_folder, architecture, storage, kv_format):
+def test_every_buffer_is_the_vms(tmp_path, library_folder, architecture, storage, kv_format, num_rows):
     stored = stored_weights(tmp_path, architecture, storage)
-    programs = programs_for(stored.shape, buckets=(8, 32))
+    programs = programs_for(stored.shape, buckets=(8, 32 if num_rows <= 32 else 256))
     dtype = np.float16 if kv_format == "float16" else np.float32
     kv = kv_for(programs[1], NUM_BLOCKS * BLOCK, block_size=BLOCK, dtype=dtype)
-    table = [7, 3, 9]
-    prompt = rows_of(Group(tokens=tokens_of(29), parents=chain(29), context=0, table=table))
-    tree = rows_of(Group(tokens=tokens_of(6, 1), parents=TREE, context=29, table=table))
+    table = [7, 3, 9, *range(10, 16)]
+    prompt = rows_of(Group(tokens=tokens_of(num_rows), parents=chain(num_rows), context=0, table=table))
+    tree = rows_of(Group(tokens=tokens_of(6, 1), parents=TREE, context=num_rows, table=table))
     # A rounding that falls the other way moves an activation by 1/127 of its block's largest.
     is_quantized = storage.startswith("Q")
     with Runtime(
@@ -230,6 +232,21 @@ def test_only_rows_that_need_logits_have_them(runtime):
     some = runtime.run(rows_of(group, needs_logits=[False] * 4 + [True, False, True] + [False] * 3))
     assert np.array_equal(some, every[[4, 6]])
     assert runtime.run(rows_of(group, needs_logits=[False] * 10)).shape == (0, 160)
+
+
+def test_without_logits_the_kv_is_the_same(runtime, weights):
+    tokens = tokens_of(40)
+    wanting = rows_of(Group(tokens=tokens, parents=chain(40), context=0, table=[3, 1, 2]))
+    last = runtime.run(wanting)[-1]
+    wanting_none = rows_of(
+        Group(tokens=tokens, parents=chain(40), context=0, table=[6, 4, 5]), needs_logits=[False] * 40
+    )
+    assert runtime.run(wanting_none).shape == (0, 160)
+    for layer in range(weights.shape.num_layers):
+        wanted, other = (runtime.read_kv(layer, rows.slots) for rows in (wanting, wanting_none))
+        assert wanted == other
+    # Counters go on as after any step.
+    assert np.array_equal(runtime.run(wanting)[-1], last)
 
 
 def test_an_accepted_path_moves_to_committed_slots(runtime):
