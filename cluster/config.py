@@ -57,7 +57,7 @@ class RouterConfig(Section, frozen=True, kw_only=True):
 
 class PrefillConfig(Section, frozen=True, kw_only=True):
     engine: Literal["auto", "megakernel", "torch"] = "auto"
-    """`auto`: as `decode.executor`, where this version has an engine for it."""
+    """`auto`: the megakernel where it decodes too, else PyTorch."""
     num_replicas: Annotated[int, Meta(ge=0)] = 1
     num_threads: Positive | None = None
     """None: all cores of the machine."""

@@ -8,8 +8,9 @@ from cluster.kv_layout import KvLayout
 from cluster.messages import StepCost
 from decode_workers.step_batch import Int32Array, StepBatch, StepResult
 from megakernel.compiled import Compiled
-from megakernel.step_times import measured_ms, scratch_rows
 from megakernel.runtime import Rows, Runtime
+from megakernel.step_rows import decode_rows
+from megakernel.step_times import measured_ms
 
 MEASURED_CONTEXT_TOKENS = 256
 """Committed tokens of every sequence in a measured step."""
@@ -77,7 +78,7 @@ class MegaKernelExecutor:
         self._runtime.close()
 
     def _measured_ms(self, num_rows: int) -> float:
-        rows = scratch_rows(
+        rows = decode_rows(
             num_rows,
             self._measured_tokens,
             first_block=self._num_blocks,

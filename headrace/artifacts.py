@@ -6,7 +6,7 @@ from typing import IO, Literal
 import msgspec
 
 from cluster.config import HeadraceConfig
-from headrace.execution import Execution, Facts, Obstacle, choose, has_prefill_engine, kv_format_of
+from headrace.execution import Execution, Facts, Obstacle, choose, kv_format_of
 from headrace.host import has_cuda, num_cores
 from megakernel.artifact import Progress
 from megakernel.artifact_folder import Artifact, Wanted, open_artifact
@@ -50,7 +50,6 @@ def facts_of(config: HeadraceConfig, fingerprint: str) -> Facts:
     """What can be known without building anything. Raises ArtifactError for a given artifact of no use."""
     return Facts(
         has_cuda=has_cuda(),
-        has_prefill_engine=has_prefill_engine(),
         obstacle=_compiler_obstacle(config, fingerprint),
     )
 

@@ -4,7 +4,6 @@ Runs inside the replica's process; torch is imported here and nowhere above.
 """
 
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 
 import msgspec
@@ -72,12 +71,10 @@ def decode_worker(
 def _engine(config: HeadraceConfig, served: ServedModel, artifact: str | None) -> PrefillEngine:
     num_blocks = _num_blocks(config.prefill.kv_pool_tokens, config.decode.block_size_tokens)
     if config.prefill.engine == "megakernel":
-        # Until that module is part of every version: see `execution.has_prefill_engine`.
-        engine_class: Callable[..., PrefillEngine] = import_module(
-            "prefill_workers.megakernel_engine"
-        ).MegaKernelPrefillEngine
+        from prefill_workers.megakernel_engine import MegaKernelPrefillEngine
+
         compiled = _compiled(config, served, artifact, _resolved(config.prefill.num_threads))
-        return engine_class(
+        return MegaKernelPrefillEngine(
             Runtime(compiled, num_blocks, config.decode.block_size_tokens),
             served.card.fingerprint,
             num_blocks=num_blocks,

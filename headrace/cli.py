@@ -1,4 +1,4 @@
-"""The `headrace` command: up, down, status, chat, compile, doctor, version."""
+"""The `headrace` command: up, down, status, chat, compile, doctor, trace, version."""
 
 import sys
 from enum import StrEnum
@@ -19,6 +19,7 @@ from headrace.options import (
 )
 from headrace.run_folder import ClusterState, RunFolder, default_run_folder
 from headrace.terminal import EXIT_USAGE, PHASES, err, fail, out
+from headrace.trace_command import trace
 
 app = typer.Typer(
     help="Serves small LLMs inside a real-time ad auction's deadline, on a cluster.",
@@ -26,6 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(trace)
 
 
 class Executor(StrEnum):

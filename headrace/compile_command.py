@@ -48,11 +48,10 @@ def compile_model(
 
 def _thread_counts(config: HeadraceConfig) -> set[int]:
     """Of every role that `headrace up` would run from an artifact."""
-    from headrace.execution import has_prefill_engine
     from headrace.host import num_cores
 
     counts = {config.decode.num_threads or num_cores()}
-    if config.prefill.num_replicas and has_prefill_engine():
+    if config.prefill.num_replicas:
         counts.add(config.prefill.num_threads or num_cores())
     return counts
 

@@ -1,7 +1,5 @@
 """What runs prefill and decode here, and what KV is kept as: one decision, before anything starts. Pure."""
 
-from importlib.util import find_spec
-
 import msgspec
 from msgspec.structs import replace
 
@@ -30,7 +28,6 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """Of this machine, and of the model on it."""
 
     has_cuda: bool
-    has_prefill_engine: bool
     obstacle: Obstacle | None
     """None as far as is known: building the artifact may show one."""
 
@@ -50,11 +47,6 @@ class Execution(msgspec.Struct, frozen=True, kw_only=True):
         return self.config.prefill.engine == "megakernel" and self.config.prefill.num_replicas > 0
 
 
-def has_prefill_engine() -> bool:
-    """Whether this version computes prefill in the megakernel."""
-    return find_spec("prefill_workers.megakernel_engine") is not None
-
-
 def choose(config: HeadraceConfig, facts: Facts) -> Execution:
     """Raises ExecutionError where the megakernel is asked for by name and cannot be."""
     obstacle = _block_obstacle(config) or facts.obstacle
@@ -65,14 +57,12 @@ def choose(config: HeadraceConfig, facts: Facts) -> Execution:
                 f"`{key}` is megakernel, which cannot run here: {obstacle.reason}. Fix: {obstacle.fix}, or "
                 f"set `{key}` to auto or torch"
             )
-    if engine == "megakernel" and not facts.has_prefill_engine:
-        raise ExecutionError("`prefill.engine` is megakernel, which this version does not have: use torch")
     told = None
     if executor == "auto":
         told = obstacle or (_CUDA if facts.has_cuda else None)
         executor = "torch" if told else "megakernel"
     if engine == "auto":
-        engine = "megakernel" if executor == "megakernel" and facts.has_prefill_engine else "torch"
+        engine = "megakernel" if executor == "megakernel" else "torch"
     dtype = config.model.kv_dtype
     if dtype == "auto":
         dtype = "float16" if executor == "megakernel" else "float32"

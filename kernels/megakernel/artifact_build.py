@@ -2,10 +2,8 @@
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
@@ -32,12 +30,13 @@ from megakernel.manifest import (
     entry_of,
     write_manifest,
 )
-from megakernel.step_times import StepTable, measure_steps
 from megakernel.model.weights import Weights
 from megakernel.plan import Plan
 from megakernel.program import Program
 from megakernel.recipe import Recipe, compile_programs, prove, source_hash
 from megakernel.report import compile_report
+from megakernel.step_times import StepTable, measure_steps
+from megakernel.timeline_svg import schedule_svg
 
 _STAGES = {"programs": 0.1, "library": 0.6, "weights": 0.1, "steps": 0.2}
 """Shares of the time that a small model takes, for the progress bar."""
@@ -134,8 +133,8 @@ def write_artifact(
     with stages.stage("weights") as show:
         packed = _write_weights(folder / WEIGHTS, generated.layout, weights, show)
     (folder / REPORT).write_text(_report(recipe, programs, plan), encoding="utf-8")
-    if (draw := _schedule_drawing()) is not None:
-        (folder / PICTURE).write_text(draw(programs[0], recipe.machine, recipe.formats), encoding="utf-8")
+    picture = schedule_svg(programs[0], recipe.machine, recipe.formats)
+    (folder / PICTURE).write_text(picture, encoding="utf-8")
     manifest = _manifest(recipe, generated, compiler, is_searched)
     files = {WEIGHTS: packed}
     write_manifest(folder, _with_files(manifest, folder, files))
@@ -209,14 +208,6 @@ def _report(recipe: Recipe, programs: tuple[Program, ...], plan: Plan) -> str:
         compile_report(recipe.shape, recipe.machine, program, plan, formats=recipe.formats)
         for program in (programs[0], programs[-1])
     )
-
-
-def _schedule_drawing() -> Callable[..., str] | None:
-    """None in a version that draws no schedules."""
-    if find_spec("megakernel.timeline") is None:
-        return None
-    drawing: Callable[..., str] = import_module("megakernel.timeline").schedule_svg
-    return drawing
 
 
 def _check_replaceable(folder: Path) -> None:

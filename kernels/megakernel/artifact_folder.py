@@ -24,8 +24,8 @@ from megakernel.manifest import (
     check_size,
     read_manifest,
 )
-from megakernel.step_times import StepTable
 from megakernel.program import Program
+from megakernel.step_times import StepTable
 
 _CHUNK_BYTES = 8 << 20
 

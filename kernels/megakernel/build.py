@@ -20,7 +20,8 @@ from megakernel.artifact import Progress
 from megakernel.user_cache import cache_folder
 
 COMPILERS = ("c++", "g++", "clang++")
-INCLUDE_FOLDER = Path(__file__).resolve().parent.parent / "include"
+INCLUDE_FOLDER = Path(__file__).resolve().parent / "include"
+"""In the repository a link to `kernels/include`; in an installed package a folder with the same files."""
 # Fused or not is written out in the kernels: a compiler that fuses by itself would break equal bits.
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-fno-math-errno", "-w")
 BUILD_LIMIT_S = 600

@@ -42,13 +42,17 @@ def compile_here(
     programs: Sequence[Program],
     weights: Weights,
     *,
+    formats: Mapping[str, str] | None = None,
     kv_format: KvFormat = "float16",
     library_folder: Path | None = None,
     extra_flags: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Compiled:
-    """Without a folder of its own: for tests and measurements. Raises BuildError, CodegenError."""
-    generated = generate(programs, weights.formats, kv_format)
+    """Without a folder of its own: for tests and measurements. `formats` None: as they are stored.
+
+    Raises BuildError, CodegenError.
+    """
+    generated = generate(programs, weights.formats if formats is None else formats, kv_format)
     library = build(generated.source, folder=library_folder, extra_flags=extra_flags, progress=progress)
     return Compiled(
         programs=tuple(programs),

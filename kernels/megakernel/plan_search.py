@@ -1,30 +1,24 @@
-"""The plan of a search, chosen by measurement: the best few under the cost model, each compiled and run."""
+"""The plan of a search: the best few under the cost model, each compiled and run on this CPU."""
 
-import math
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping
 
 from megakernel.artifact import Progress
-from megakernel.compiled import compile_here
-from megakernel.step_times import BLOCK_TOKENS, fill_kv, measured_ms, scratch_rows
+from megakernel.graph import DEFAULT_SPLIT_TOKENS
+from megakernel.measure import refine_on_this_cpu
 from megakernel.memory import ScratchError
 from megakernel.model.weights import Weights
 from megakernel.passes.context import PlanError
 from megakernel.pipeline import compile_program
 from megakernel.plan import Plan
-from megakernel.program import Program
 from megakernel.recipe import Recipe
-from megakernel.runtime import Runtime
-from megakernel.search import Budget, refine, search
+from megakernel.search import Budget, search
 from megakernel.search import Progress as SearchProgress
+from megakernel.search_command import plans_to_measure
+from megakernel.work import DEFAULT_CONTEXT_TOKENS
 
-_MEASURED_BUCKET = 1
+MEASURED_BUCKET = 1
 """Plain decode of one sequence, which a deadline is counted in."""
-_MEASURED_CONTEXT_TOKENS = 512
-_MOST_PLANS = 4
-_REPEATS = 25
-_SEARCH_SHARE = 0.6
+_SEARCH_SHARE = 0.5
 """Of the time, for the progress bar."""
 
 
@@ -33,87 +27,64 @@ def searched_plan(
     weights: Weights,
     progress: Progress | None = None,
     *,
+    split_tokens: int = DEFAULT_SPLIT_TOKENS,
     budget: Budget | None = None,
     seed: int = 0,
 ) -> Plan:
-    """Never slower, as measured, than the plan without a search. Raises BuildError, StepError, ScratchError.
+    """Never slower, as measured, than the plan without a search; one that every bucket can have.
 
-    A plan is taken only where every bucket can be compiled with it. The search's own result is cached and the
-    same for a seed; what is measured fastest may differ between two calls.
+    Raises BuildError, CodegenError, StepError, ScheduleError, ScratchError.
     """
 
     def on_search(at: SearchProgress) -> None:
         if progress is not None:
             progress("searching for a schedule", _SEARCH_SHARE * at.evaluations / at.of)
 
-    start = recipe.plan()
+    def on_plan(done: int, of: int) -> None:
+        if progress is not None:
+            progress(f"measuring plans, {done} of {of}", _SEARCH_SHARE + (1 - _SEARCH_SHARE) * done / of)
+
+    usual = recipe.plan()
     found = search(
         recipe.shape,
         recipe.fingerprint,
         recipe.machine,
-        _MEASURED_BUCKET,
+        MEASURED_BUCKET,
         compile_program,
         formats=recipe.formats,
-        starts=(start,),
+        starts=(usual,),
         budget=budget,
         seed=seed,
         on_progress=on_search,
     )
-    plans = _distinct((start, found.plan, *found.finalists))[:_MOST_PLANS]
-    with tempfile.TemporaryDirectory(prefix="megakernel-plans-") as folder:
-        measuring = _Measuring(recipe, weights, Path(folder), len(plans), progress)
-        return refine(plans, measuring).plan
+    return refine_on_this_cpu(
+        _fitting(recipe, plans_to_measure(found, usual)),
+        weights,
+        recipe.fingerprint,
+        recipe.machine,
+        MEASURED_BUCKET,
+        split_tokens=split_tokens,
+        formats=recipe.formats,
+        context_tokens=min(DEFAULT_CONTEXT_TOKENS, recipe.shape.max_context_tokens - 1),
+        on_plan=on_plan,
+    ).plan
 
 
-class _Measuring:
-    """A plan to microseconds a step."""
+def _fitting(recipe: Recipe, plans: Mapping[str, Plan]) -> dict[str, Plan]:
+    """Those that the largest bucket can have too: an artifact has one plan."""
 
-    def __init__(
-        self, recipe: Recipe, weights: Weights, folder: Path, num_plans: int, progress: Progress | None
-    ) -> None:
-        self._recipe = recipe
-        self._weights = weights
-        self._folder = folder
-        self._num_plans = num_plans
-        self._num_done = 0
-        self._progress = progress
-
-    def __call__(self, plan: Plan) -> float:
-        """Infinite for a plan that some bucket cannot have."""
-        recipe = self._recipe
-
-        def compiled(bucket: int) -> Program:
-            return compile_program(
-                recipe.shape, recipe.fingerprint, recipe.machine, bucket, plan, formats=recipe.formats
-            )
-
-        def show(what: str, fraction: float) -> None:
-            if self._progress is not None:
-                done = (self._num_done + fraction) / self._num_plans
-                what = f"measuring plan {self._num_done + 1} of {self._num_plans}"
-                self._progress(what, _SEARCH_SHARE + (1 - _SEARCH_SHARE) * done)
-
+    def fits(plan: Plan) -> bool:
         try:
-            compiled(recipe.buckets[-1])
-            program = compiled(_MEASURED_BUCKET)
+            compile_program(
+                recipe.shape,
+                recipe.fingerprint,
+                recipe.machine,
+                recipe.buckets[-1],
+                plan,
+                formats=recipe.formats,
+            )
         except (PlanError, ScratchError):
-            return math.inf
-        model = compile_here(
-            [program],
-            self._weights,
-            kv_format=recipe.kv_format,
-            library_folder=self._folder,
-            extra_flags=recipe.extra_flags,
-            progress=show,
-        )
-        context = min(_MEASURED_CONTEXT_TOKENS, recipe.shape.max_context_tokens - 1)
-        rows = scratch_rows(1, context, first_block=0, block_size_tokens=BLOCK_TOKENS)
-        with Runtime(model, -(-context // BLOCK_TOKENS) + 1, BLOCK_TOKENS) as runtime:
-            fill_kv(runtime, context)
-            taken_us = 1e3 * measured_ms(runtime, rows, _REPEATS)
-        self._num_done += 1
-        return taken_us
+            return False
+        return True
 
-
-def _distinct(plans: Sequence[Plan]) -> list[Plan]:
-    return [plan for index, plan in enumerate(plans) if plan not in plans[:index]]
+    return {name: plan for name, plan in plans.items() if fits(plan)}

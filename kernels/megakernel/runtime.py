@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from megakernel.artifact import Progress
 from megakernel.codegen_cpu import KvFormat
 from megakernel.compiled import Compiled, compile_here
 from megakernel.model.rope import rope_frequencies
@@ -73,7 +74,8 @@ class _EngineConfig(ctypes.Structure):
 
 
 class Runtime:
-    """One model on this CPU. `run` and `copy_slots` are for one thread; `write_kv` may run beside them.
+    """One model on this CPU. `run` and `copy_slots` are for one thread; `write_kv` and `read_kv` may run
+    beside them, for slots that they leave alone.
 
     `num_blocks` blocks of `block_size_tokens` tokens, a multiple of 16. Raises LibraryError for a library
     that does not load here, and what `Compiled.fill_weights` raises.
@@ -109,6 +111,7 @@ class Runtime:
             wait_limit_ns=int(wait_limit_s * 1e9),
         )
         self._engine = self._library.headrace_open(ctypes.byref(config))
+        self.num_blocks, self.block_size_tokens = num_blocks, block_size_tokens
         self._input = _StepInput()
         self._raise_if(self._library.headrace_error(self._engine) or None)
 
@@ -124,10 +127,16 @@ class Runtime:
         library_folder: Path | None = None,
         extra_flags: Sequence[str] = (),
         wait_limit_s: float = WAIT_LIMIT_S,
+        progress: Progress | None = None,
     ) -> "Runtime":
         """Of programs compiled on the spot, as they are. Raises BuildError, CodegenError."""
         compiled = compile_here(
-            programs, weights, kv_format=kv_format, library_folder=library_folder, extra_flags=extra_flags
+            programs,
+            weights,
+            kv_format=kv_format,
+            library_folder=library_folder,
+            extra_flags=extra_flags,
+            progress=progress,
         )
         return cls(compiled, num_blocks, block_size_tokens, wait_limit_s=wait_limit_s)
 
@@ -147,6 +156,7 @@ class Runtime:
     def run(self, rows: Rows, stats: FloatArray | None = None, stamps: Stamps | None = None) -> FloatArray:
         """Logits `[rows that need them, vocab]`, in row order; KV of all rows goes to their slots.
 
+        Where no row needs any, the step computes nothing past the last layer's K and V.
         `stats`, `[rows that need them, spans, 3]`, is filled where given. Raises StepError.
         """
         logits = np.empty(
@@ -199,15 +209,15 @@ class Runtime:
         )
         self._raise_if(problem)
 
-    def read_kv(self, layer: int, slots: IntArray) -> bytes:
-        """What `write_kv` takes. Raises StepError."""
+    def read_kv(self, layer: int, slots: IntArray) -> memoryview:
+        """What `write_kv` takes, in memory of its own. Raises StepError."""
         slots = _int32(slots)
         wire = np.empty(self._wire_bytes(len(slots)), dtype=np.uint8)
         problem = self._library.headrace_read_kv(
             self._engine, layer, slots.ctypes.data, len(slots), wire.ctypes.data
         )
         self._raise_if(problem)
-        return wire.tobytes()
+        return wire.data
 
     def buffer(self, name: str, bucket: int) -> FloatArray:
         """A copy of a buffer between ops, `[bucket, columns]`, as the last step left it."""
@@ -264,7 +274,8 @@ def _load(path: Path) -> Any:
 
 def _arena(num_bytes: int) -> npt.NDArray[np.uint8]:
     """Page-aligned, in large pages where the system has them: decode reads all of it every step."""
-    memory = mmap.mmap(-1, max(num_bytes, mmap.PAGESIZE))
+    # Private: shared memory gets no large pages.
+    memory = mmap.mmap(-1, max(num_bytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, dtype=np.uint8, count=num_bytes)

@@ -2,23 +2,21 @@
 
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 
 import msgspec
-import numpy as np
 
 from megakernel.artifact import Progress
 from megakernel.compiled import Compiled
 from megakernel.cost import bandwidth_bound_us, simulate
 from megakernel.machine import Machine
 from megakernel.runtime import Rows, Runtime
+from megakernel.step_rows import BLOCK_TOKENS, decode_rows, fill_context, num_blocks
 
 CONTEXTS = (64, 512, 2048)
-BLOCK_TOKENS = 16
 _MOST_REPEATS = 5
 _ENOUGH_S = 0.25
 """A cell that has been measured this long is not repeated further."""
-_NO_PARENT = -1
 
 
 class StepTime(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,15 +48,14 @@ def measure_steps(
     longest = compiled.shape.max_context_tokens - 1
     contexts = sorted({min(context, longest) for context in CONTEXTS})
     cells = [(program, context) for program in compiled.programs for context in contexts]
-    blocks = -(-contexts[-1] // BLOCK_TOKENS)
-    rows_blocks = -(-compiled.buckets[-1] // BLOCK_TOKENS)
+    blocks = num_blocks(compiled.buckets[-1], contexts[-1])
     steps = []
-    with Runtime(compiled, blocks + rows_blocks, BLOCK_TOKENS) as runtime:
-        fill_kv(runtime, contexts[-1])
+    with Runtime(compiled, blocks, BLOCK_TOKENS) as runtime:
+        fill_context(runtime, contexts[-1])
         for done, (program, context) in enumerate(cells):
             if progress is not None:
                 progress(f"measuring {program.bucket} rows", done / len(cells))
-            rows = scratch_rows(program.bucket, context, first_block=0, block_size_tokens=BLOCK_TOKENS)
+            rows = decode_rows(program.bucket, context)
             trace = simulate(program, machine, formats, context)
             steps.append(
                 StepTime(
@@ -72,19 +69,6 @@ def measure_steps(
     return StepTable(steps=tuple(steps))
 
 
-def fill_kv(runtime: Runtime, num_tokens: int) -> None:
-    """Slots [0, num_tokens) of every layer: memory that nobody wrote is one page of zeros, and too fast."""
-    shape = runtime.compiled.shape
-    dtype = np.float16 if runtime.compiled.kv_format == "float16" else np.float32
-    values = np.random.default_rng(0).standard_normal(
-        (2, num_tokens, shape.num_kv_heads, shape.head_dim), dtype=np.float32
-    )
-    wire = values.astype(dtype).tobytes()
-    slots = np.arange(num_tokens, dtype=np.int32)
-    for layer in range(shape.num_layers):
-        runtime.write_kv(layer, slots, wire)
-
-
 def measured_ms(runtime: Runtime, rows: Rows, most_repeats: int = _MOST_REPEATS) -> float:
     """The median of a few steps, after one that warms up."""
     elapsed_s: list[float] = []
@@ -94,24 +78,3 @@ def measured_ms(runtime: Runtime, rows: Rows, most_repeats: int = _MOST_REPEATS)
         runtime.run(rows)
         elapsed_s.append(time.perf_counter() - started_s)
     return statistics.median(elapsed_s) * 1e3
-
-
-def scratch_rows(num_rows: int, context_tokens: int, *, first_block: int, block_size_tokens: int) -> Rows:
-    """One row a sequence; all share the context in blocks from `first_block` on, and write behind it."""
-    context_blocks = -(-context_tokens // block_size_tokens)
-    table = _int32(range(first_block, first_block + context_blocks))
-    first_slot = (first_block + context_blocks) * block_size_tokens
-    return Rows(
-        token_ids=np.zeros(num_rows, dtype=np.int32),
-        positions=np.full(num_rows, context_tokens, dtype=np.int32),
-        slots=_int32(range(first_slot, first_slot + num_rows)),
-        parents=np.full(num_rows, _NO_PARENT, dtype=np.int32),
-        sequence_starts=_int32(range(num_rows + 1)),
-        context_lengths=np.full(num_rows, context_tokens, dtype=np.int32),
-        block_tables=np.tile(table, (num_rows, 1)),
-        needs_logits=np.ones(num_rows, dtype=np.bool_),
-    )
-
-
-def _int32(values: Iterable[int] | Sequence[int]) -> np.ndarray[tuple[int, ...], np.dtype[np.int32]]:
-    return np.fromiter(values, dtype=np.int32)

@@ -6,8 +6,8 @@ from headrace.execution import ExecutionError, Facts, Obstacle, choose, summary
 NO_COMPILER = Obstacle("no C++ compiler", "install g++")
 
 
-def chosen(config=None, *, has_cuda=False, has_prefill_engine=True, obstacle=None):
-    facts = Facts(has_cuda=has_cuda, has_prefill_engine=has_prefill_engine, obstacle=obstacle)
+def chosen(config=None, *, has_cuda=False, obstacle=None):
+    facts = Facts(has_cuda=has_cuda, obstacle=obstacle)
     return choose(config_from_mapping(config or {}), facts)
 
 
@@ -15,7 +15,6 @@ def chosen(config=None, *, has_cuda=False, has_prefill_engine=True, obstacle=Non
     ("config", "facts", "expected"),
     [
         ({}, {}, "decode megakernel, prefill megakernel, KV float16"),
-        ({}, {"has_prefill_engine": False}, "decode megakernel, prefill torch, KV float16"),
         ({}, {"has_cuda": True}, "decode torch, prefill torch, KV float32"),
         ({}, {"obstacle": NO_COMPILER}, "decode torch, prefill torch, KV float32"),
         ({"prefill": {"num_replicas": 0}}, {}, "decode megakernel, prefill none, KV float16"),
@@ -74,8 +73,3 @@ def test_what_was_asked_for_needs_no_explanation(config):
 def test_the_megakernel_by_name_is_an_error_where_it_cannot_be(config):
     with pytest.raises(ExecutionError, match=r"is megakernel, .*no C\+\+ compiler\. Fix: install g\+\+"):
         chosen(config, obstacle=NO_COMPILER)
-
-
-def test_an_engine_that_this_version_lacks_is_an_error_by_name():
-    with pytest.raises(ExecutionError, match="does not have"):
-        chosen({"prefill": {"engine": "megakernel"}}, has_prefill_engine=False)

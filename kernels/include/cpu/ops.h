@@ -260,13 +260,14 @@ struct PutLogits {
     }
 };
 
-// Columns [n0, n1) of the prepared rows, over [K0, K1) of K, into the epilogue.
+// Columns [n0, n1) of the prepared rows, over [K0, K1) of K, into the epilogue. `then`: the worker's next weights.
 template <Format F, int K, int K0, int K1, class Rows, class Sink>
 __attribute__((noinline)) void linear(const Step& step, int64_t weights, int n0, int n1, int r0, int r1,
-                                      std::byte* prepared, const Sink& sink) {
+                                      std::byte* prepared, int64_t then, const Sink& sink) {
     const int rows = rows_in<Rows>(step, r0, r1);
     mk::linear_tile<F, K, Sink::kColumns, K0, K1>(packed_at(step, weights), n0, n1,
-                                                  PreparedInput<F, K1 - K0>{prepared}.rows(), rows, sink);
+                                                  PreparedInput<F, K1 - K0>{prepared}.rows(), rows,
+                                                  packed_at(step, then), sink);
     if constexpr (requires { sink.put_stats(n0, n1, rows); }) sink.put_stats(n0, n1, rows);
 }
 
