@@ -154,8 +154,8 @@ class _Source:
         geometry = self.first.geometry
         facts = (
             *(len(self.first.workers), len(self.programs), max(first_counter, 1), geometry.num_layers),
-            *(geometry.vocab_size, geometry.max_context_tokens, "kScratchBytes", self.activation_bytes),
-            *(self.layout.num_bytes, "kBuckets"),
+            *(geometry.vocab_size, geometry.max_context_tokens, self.first.stats_span),
+            *("kScratchBytes", self.activation_bytes, self.layout.num_bytes, "kBuckets"),
         )
         yield f"const LibraryFacts kFacts = {{{', '.join(map(str, facts))}}};"
 
@@ -188,14 +188,17 @@ class _Source:
         yield "  return true;"
         yield "}"
 
-    def ahead(self, op: Op, instruction: Instruction) -> tuple[int, int]:
+    def ahead(self, op: Op, instruction: Instruction) -> tuple[int, str]:
         """Where an instruction's weights start, and how many cache lines of them to fetch while waiting."""
         if op.kind is not OpKind.LINEAR or instruction.opcode is Opcode.REDUCE:
-            return 0, 0
+            return 0, "0"
         segment = self.layout.at(*op.weights)
         group = group_bytes(segment.format, op.in_features)
         first, end = instruction.n0 // GROUP, -(-instruction.n1 // GROUP)
-        return segment.offset + first * group, min((end - first) * group // _LINE_BYTES, _AHEAD_LINES)
+        num_lines = str(min((end - first) * group // _LINE_BYTES, _AHEAD_LINES))
+        if op.epilogue is Epilogue.LOGITS:
+            num_lines = f"s.head.num_full ? {num_lines} : 0"  # restricted rows read elsewhere
+        return segment.offset + first * group, num_lines
 
     def prologue(self, program: Program, op: Op, instruction: Instruction) -> str:
         source = self.buffer(program, op.input)
