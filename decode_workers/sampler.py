@@ -45,7 +45,7 @@ class BadLogitsError(ValueError):
 def sample(row: Float32Array, params: SamplingParams, index: int) -> int:
     """The token at completion index `index`. Raises BadLogitsError."""
     best = int(row.argmax())
-    check_best(row, best)
+    check_best(float(row[best]), best)
     if params.temperature == 0:
         return best
     token_ids = _candidates(row, float(row[best]), params)
@@ -54,11 +54,10 @@ def sample(row: Float32Array, params: SamplingParams, index: int) -> int:
     return int(token_ids[scores.argmax()])
 
 
-def check_best(row: Float32Array, best: int) -> None:
-    """`best` is the row's argmax: NumPy's is the first NaN where there is one. Raises BadLogitsError."""
-    value = float(row[best])
-    if not math.isfinite(value):
-        raise BadLogitsError(f"logit of token {best} is {value}: no token can be chosen")
+def check_best(maximum: float, token_id: int) -> None:
+    """Of a row: a NaN's where there is one, as NumPy's argmax finds it. Raises BadLogitsError."""
+    if not math.isfinite(maximum):
+        raise BadLogitsError(f"logit of token {token_id} is {maximum}: no token can be chosen")
 
 
 def gumbel(seed: int, index: int, token_ids: TokenIdArray) -> Float64Array:

@@ -240,10 +240,14 @@ def _ask_head(step: _StepInput, rows: Rows, vocab_size: int) -> StepOutput:
         assert rows.allowed_token_ids is not None, "allowed_starts without allowed_token_ids"
         is_logit_row = rows.needs_logits if rows.needs_best is None else rows.needs_logits | rows.needs_best
         if len(rows.allowed_starts) != np.count_nonzero(is_logit_row) + 1:
-            raise StepError(f"{len(rows.allowed_starts)} allowed_starts: one a row that needs logits, and one")
+            raise StepError(
+                f"{len(rows.allowed_starts)} allowed_starts: one a row that needs logits, and one"
+            )
         num_allowed = len(rows.allowed_token_ids)
         if rows.allowed_starts[-1] != num_allowed:
-            raise StepError(f"allowed_starts end at {rows.allowed_starts[-1]} of {num_allowed} allowed tokens")
+            raise StepError(
+                f"allowed_starts end at {rows.allowed_starts[-1]} of {num_allowed} allowed tokens"
+            )
         has_allowed = np.diff(rows.allowed_starts) > 0
         num_logits -= int(np.count_nonzero(rows.needs_logits[is_logit_row] & has_allowed))
     logits = np.empty((num_logits, vocab_size), dtype=np.float32)

@@ -24,7 +24,8 @@ def execute(state: VmState, instruction: Instruction) -> None:
             case Opcode.LINEAR_PARTIAL:
                 product = _product(state, op, instruction, row, instruction.k0, instruction.k1)
                 partial = state.buffers[state.program.partial_buffers[op.index]]
-                partial[row, instruction.part * op.out_features + _columns(state, op, instruction, row)] = product
+                columns = instruction.part * op.out_features + _columns(state, op, instruction, row)
+                partial[row, columns] = product
             case Opcode.REDUCE:
                 _finish(state, op, instruction, row, _sum_parts(state, op, instruction, row))
 

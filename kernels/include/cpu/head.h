@@ -95,11 +95,11 @@ inline void for_each_wanted_group(const Step& step, int n0, int n1, Visit visit)
 }
 
 // How many of the wishes from `at` on a kernel can take at once: 8, 4, 2 or 1 consecutive rows of one panel.
-inline int rows_at_once(const std::vector<Wish>& wishes, int at, int end, int r0) {
+inline int rows_at_once(const std::vector<Wish>& wishes, int at, int end, int r0, int r1) {
     const int first = wishes[at].logit_row;
     int run = 1;
     while (run < mk::kRowGroup && at + run < end && wishes[at + run].logit_row == first + run &&
-           (first - r0 + run) % mk::kPanel != 0)
+           first + run < r1 && (first - r0 + run) % mk::kPanel != 0)
         run++;
     return run >= 8 ? 8 : run >= 4 ? 4 : run >= 2 ? 2 : 1;
 }
@@ -123,7 +123,7 @@ inline void restricted_linear(const Step& step, const uint8_t* packed, int n0, i
         int64_t ahead = next < 0 ? -1 : (next - group) * mk::group_bytes(F, K);
         while (at < end && wishes[at].logit_row < r0) at++;
         while (at < end && wishes[at].logit_row < r1) {
-            const int r = wishes[at].logit_row - r0, count = rows_at_once(wishes, at, end, r0);
+            const int r = wishes[at].logit_row - r0, count = rows_at_once(wishes, at, end, r0, r1);
             const auto put = [&](int n, int, auto num_rows, const float* tile) {
                 for (int i = 0; i < num_rows(); i++)
                     put_wish(sink, wishes[at + i], n, r + i, tile + i * mk::kGroup);

@@ -66,6 +66,7 @@ class HeadReader {
         if (input.top_k < 0 || input.top_k > std::min(kMaxTopK, vocab_size_))
             return say("top_k is %d; it is at most %d", input.top_k, std::min(kMaxTopK, vocab_size_));
         head_.input = input;
+        if (const char* problem = check_starts(num_rows)) return problem;
         head_.rows.clear();
         head_.wishes.clear();
         head_.reduced.clear();
@@ -73,16 +74,15 @@ class HeadReader {
         restricted_.clear();
         int logit_row = 0, num_handed_out = 0;
         for (int row = 0; row < num_rows; row++) {
-            const bool needs_best = input.needs_best && input.needs_best[row];
-            if (!needs_best && !input.needs_logits[row]) continue;
-            if (const char* problem = check_allowed(row, logit_row)) return problem;
+            if (!needs_best(row) && !input.needs_logits[row]) continue;
             const Wish allowed = allowed_of(logit_row++);
+            if (const char* problem = check_tokens(row, allowed)) return problem;
             const bool has_allowed = allowed.first < allowed.end;
-            if (has_allowed && !needs_best) {
+            if (has_allowed && !needs_best(row)) {
                 restricted_.push_back({row, allowed.first, allowed.end});
             } else {
                 const bool is_handed_out = input.needs_logits[row] && !has_allowed;
-                add_full(row, is_handed_out ? num_handed_out++ : -1, needs_best);
+                add_full(row, is_handed_out ? num_handed_out++ : -1, needs_best(row));
                 if (has_allowed) head_.gathered.push_back({head_.num_rows() - 1, allowed.first, allowed.end});
             }
         }
@@ -98,18 +98,31 @@ class HeadReader {
         return problem_;
     }
 
+    bool needs_best(int row) const { return head_.input.needs_best && head_.input.needs_best[row]; }
+
     Wish allowed_of(int logit_row) const {
         const int32_t* starts = head_.input.allowed_starts;
         return starts ? Wish{logit_row, starts[logit_row], starts[logit_row + 1]} : Wish{logit_row, 0, 0};
     }
 
-    const char* check_allowed(int row, int logit_row) {
+    // Ascending starts lie within the tokens: the host has checked the last.
+    const char* check_starts(int num_rows) {
         const int32_t* starts = head_.input.allowed_starts;
         if (!starts) return nullptr;
-        if (starts[0] != 0 || starts[logit_row] > starts[logit_row + 1])
-            return say("row %d: its allowed tokens are [%d, %d)", row, starts[logit_row], starts[logit_row + 1]);
+        if (starts[0] != 0) return say("allowed_starts begin at %d", starts[0]);
+        int logit_row = 0;
+        for (int row = 0; row < num_rows; row++) {
+            if (!needs_best(row) && !head_.input.needs_logits[row]) continue;
+            if (starts[logit_row] > starts[logit_row + 1])
+                return say("row %d: its allowed tokens are [%d, %d)", row, starts[logit_row], starts[logit_row + 1]);
+            logit_row++;
+        }
+        return nullptr;
+    }
+
+    const char* check_tokens(int row, const Wish& allowed) {
         int32_t last = -1;
-        for (int at = starts[logit_row]; at < starts[logit_row + 1]; at++) {
+        for (int at = allowed.first; at < allowed.end; at++) {
             const int32_t token = head_.input.allowed_token_ids[at];
             if (token <= last || token >= vocab_size_)
                 return say("row %d: allowed token %d after %d, in a vocabulary of %d", row, token, last, vocab_size_);
