@@ -177,6 +177,6 @@ def _span_statistics(state: VmState, op: Op, n0: int, row: int, logits: Float32A
     for start in range(0, len(logits), span):
         part = logits[start : start + span].astype(np.float64)
         largest = part.max()
-        log_sum = largest + np.log(np.exp(part - largest).sum())
+        log_sum = largest + np.log(np.exp(part - largest).sum()) if np.isfinite(largest) else largest
         first = 3 * ((n0 + start) // span)
         state.buffers[op.stats][row, first : first + 3] = largest, n0 + start + int(part.argmax()), log_sum

@@ -77,8 +77,8 @@ class Engine {
         step_->values = values_.data();
         step_->activations = activations_.data();
         step_->num_small_blocks = limits_.num_small_blocks();
-        if (!keys_.is_there() || !values_.is_there() || !activations_.is_there() || !logits_.is_there() || !stats_.is_there())
-            crew_.failure.set("no memory for a KV pool of %d blocks", config.num_blocks);
+        for (const Pages* pages : {&keys_, &values_, &activations_, &logits_, &stats_})
+            if (!pages->is_there()) crew_.failure.set("no memory for a KV pool of %d blocks", config.num_blocks);
     }
 
     // Null, or what went wrong. `stamps` is [workers] arrays of one Stamp an instruction, or null.

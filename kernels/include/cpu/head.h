@@ -129,7 +129,8 @@ inline void restricted_linear(const Step& step, const uint8_t* packed, int n0, i
                     put_wish(sink, wishes[at + i], n, r + i, tile + i * mk::kGroup);
             };
             const auto run = [&](auto num_rows) {
-                mk::detail::row_group<F, K, mk::kGroup, K0, K1, num_rows()>(packed, group * mk::kGroup, x, r, ahead, put);
+                const int n = group * mk::kGroup;
+                mk::detail::row_group<F, K, mk::kGroup, K0, K1, num_rows()>(packed, n, x, r, ahead, put);
             };
             switch (count) {
                 case 8: if constexpr (mk::kRowGroup >= 8) run(std::integral_constant<int, 8>{}); break;

@@ -133,7 +133,9 @@ class HeadReader {
 
     void add_full(int row, int place, bool needs_best) {
         const int at = head_.num_rows();
-        float* logits = place >= 0 ? head_.input.logits + int64_t{place} * vocab_size_ : logits_ + int64_t{at} * vocab_size_;
+        const bool is_handed_out = place >= 0;
+        float* logits = is_handed_out ? head_.input.logits + int64_t{place} * vocab_size_
+                                      : logits_ + int64_t{at} * vocab_size_;
         float* stats = head_.input.stats ? head_.input.stats : needs_best ? stats_ : nullptr;
         head_.rows.push_back({row, logits, stats ? stats + at * stats_columns_ : nullptr});
         if (needs_best) head_.reduced.push_back(at);
