@@ -53,6 +53,7 @@ check: $(INSTALLED) ## Style, formatting, types, import direction, freshness of 
 
 bench: $(INSTALLED) ## What everything but the model costs
 	$(BIN)/python benchmarks/overhead.py --quick
+	$(BIN)/python benchmarks/host_time.py --quick
 
 proto: $(INSTALLED) ## Generate code from cluster/wire/headrace.proto
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. $(PROTO)

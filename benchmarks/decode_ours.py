@@ -48,7 +48,7 @@ class OurModel:
 
 
 class OurDecode:
-    """Steps over one context that all sequences share but for their last block, as prefix caching leaves it."""
+    """Steps over one context that all sequences share but for their last block, as a prefix cache has it."""
 
     def __init__(self, model: OurModel, max_context: int, max_rows: int) -> None:
         vocab_size = model.weights.shape.vocab_size

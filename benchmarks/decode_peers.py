@@ -166,7 +166,11 @@ def _hugging_face_names(weights: Weights) -> Mapping[str, Any]:
         "up": "mlp.up_proj",
         "down": "mlp.down_proj",
     }
-    names = {"embed": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "head": "lm_head.weight"}
+    names = {
+        "embed": "model.embed_tokens.weight",
+        "final_norm": "model.norm.weight",
+        "head": "lm_head.weight",
+    }
     for layer in range(weights.shape.num_layers):
         for ours, theirs in layer_names.items():
             names[f"layers.{layer}.{ours}"] = f"model.layers.{layer}.{theirs}.weight"

@@ -136,7 +136,7 @@ class DecodeEngine:
     def _verify(
         self, grants: list[RowGrant], trees: list[DraftTree], rows: StepRows, result: StepResult
     ) -> list[Verdict]:
-        return judge_step(grants, trees, rows.logits_starts, result.logits)
+        return judge_step(grants, trees, rows.answer_starts, result)
 
     def _commit(self, grants: list[RowGrant], trees: list[DraftTree], verdicts: list[Verdict]) -> None:
         num_emitted = num_prefilled = 0

@@ -6,6 +6,7 @@ import numpy as np
 
 from cluster.kv_layout import KvLayout
 from cluster.messages import StepCost
+from decode_workers.head_answers import handed_out
 from decode_workers.step_batch import Int32Array, StepBatch, StepResult
 from megakernel.compiled import Compiled
 from megakernel.runtime import Rows, Runtime
@@ -59,8 +60,13 @@ class MegaKernelExecutor:
 
     def run(self, batch: StepBatch) -> StepResult:
         """Raises StepError for rows that cannot be, and for good once a worker thread has failed."""
-        logits = self._runtime.run(_rows(batch))
-        return StepResult(rows=np.flatnonzero(batch.needs_logits).astype(np.int32), logits=logits)
+        output = self._runtime.step(_rows(batch))
+        return StepResult(
+            rows=handed_out(batch),
+            logits=output.logits,
+            reductions=None if batch.needs_best is None else output.reductions,
+            allowed_logits=None if batch.allowed_starts is None else output.allowed_logits,
+        )
 
     def copy_slots(self, source: Int32Array, destination: Int32Array) -> None:
         self._runtime.copy_slots(source, destination)
@@ -98,6 +104,11 @@ def _rows(batch: StepBatch) -> Rows:
         context_lengths=_int32(batch.context_lengths),
         block_tables=_int32(batch.block_tables),
         needs_logits=np.ascontiguousarray(batch.needs_logits, dtype=np.bool_),
+        needs_best=None if batch.needs_best is None else np.ascontiguousarray(batch.needs_best, np.bool_),
+        top_k=batch.top_k,
+        needs_log_sums=batch.needs_log_sums,
+        allowed_starts=None if batch.allowed_starts is None else _int32(batch.allowed_starts),
+        allowed_token_ids=None if batch.allowed_token_ids is None else _int32(batch.allowed_token_ids),
     )
 
 

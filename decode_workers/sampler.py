@@ -25,6 +25,9 @@ from decode_workers.step_batch import Float32Array
 
 Float64Array = npt.NDArray[np.float64]
 TokenIdArray = npt.NDArray[np.int64]
+PlaceArray = npt.NDArray[np.int64]
+"""Indices into an array of token ids."""
+ByteArray = npt.NDArray[np.uint8]
 
 _WORDS, _BYTES = 4, 16
 """What one counter gives: four neighbouring tokens share one for words, sixteen one for bytes."""
@@ -32,6 +35,8 @@ _COARSE, _FINE = 0, 1
 """Last word of the counter: which of a token's two draws."""
 _NUM_FRONT = 64
 """Likeliest candidates whose score is known before it is asked who else can win."""
+_RUN = 256
+"""Candidates in a row whose maximum is enough to find the front."""
 
 
 class BadLogitsError(ValueError):
@@ -45,20 +50,32 @@ class BadLogitsError(ValueError):
 def sample(row: Float32Array, params: SamplingParams, index: int) -> int:
     """The token at completion index `index`. Raises BadLogitsError."""
     best = int(row.argmax())
-    check_best(row, best)
+    check_best(float(row[best]), best)
     if params.temperature == 0:
         return best
     token_ids = _candidates(row, float(row[best]), params)
-    token_ids = _contenders(row, token_ids, float(row[best]), params, index)
-    scores = _scores(row, token_ids, float(row[best]), params, index)
-    return int(token_ids[scores.argmax()])
+    logits = row if token_ids.size == row.size else row[token_ids]
+    largest = float(row[best])
+    coarse = _coarse(params.seed, index, token_ids)
+
+    def scores(places: PlaceArray) -> Float64Array:
+        noise = _noise(params.seed, index, token_ids[places], coarse[places])
+        return _scaled(logits[places], largest, params.temperature) + noise
+
+    if token_ids.size <= 2 * _NUM_FRONT:
+        return int(token_ids[scores(np.arange(token_ids.size)).argmax()])
+    front = _front(logits)
+    front_scores = scores(front)
+    edge = float(_scaled(logits[front].min(keepdims=True), largest, params.temperature)[0])
+    rest = _contenders(front, coarse, float(front_scores.max()) - edge)
+    places, all_scores = np.concatenate([front, rest]), np.concatenate([front_scores, scores(rest)])
+    return int(token_ids[places[all_scores == all_scores.max()].min()])
 
 
-def check_best(row: Float32Array, best: int) -> None:
-    """`best` is the row's argmax: NumPy's is the first NaN where there is one. Raises BadLogitsError."""
-    value = float(row[best])
-    if not math.isfinite(value):
-        raise BadLogitsError(f"logit of token {best} is {value}: no token can be chosen")
+def check_best(maximum: float, token_id: int) -> None:
+    """Of a row: a NaN's where there is one, as NumPy's argmax finds it. Raises BadLogitsError."""
+    if not math.isfinite(maximum):
+        raise BadLogitsError(f"logit of token {token_id} is {maximum}: no token can be chosen")
 
 
 def gumbel(seed: int, index: int, token_ids: TokenIdArray) -> Float64Array:
@@ -66,9 +83,12 @@ def gumbel(seed: int, index: int, token_ids: TokenIdArray) -> Float64Array:
 
     From 40 random bits a token: a coarse byte, which a whole vocabulary can be screened by, then a fine word.
     """
-    blocks = token_ids // _WORDS
-    fine = _words(seed, index, blocks, _FINE)[token_ids % _WORDS, np.arange(token_ids.size)]
-    uniform = ((_coarse(seed, index, token_ids) * 2.0**32 + fine) + 0.5) * 2.0**-40
+    return _noise(seed, index, token_ids, _coarse(seed, index, token_ids))
+
+
+def _noise(seed: int, index: int, token_ids: TokenIdArray, coarse: ByteArray) -> Float64Array:
+    fine = _words(seed, index, token_ids // _WORDS, _FINE)[token_ids % _WORDS, np.arange(token_ids.size)]
+    uniform = ((coarse * 2.0**32 + fine) + 0.5) * 2.0**-40
     noise: Float64Array = -np.log(-np.log(uniform))
     return noise
 
@@ -87,17 +107,18 @@ def with_logprobs(row: Float32Array, token_id: int, num_top: int) -> EmittedToke
     )
 
 
-def _coarse(seed: int, index: int, token_ids: TokenIdArray) -> npt.NDArray[np.uint8]:
+def _coarse(seed: int, index: int, token_ids: TokenIdArray) -> ByteArray:
     """The highest 8 of each token's random bits."""
-    num_blocks = int(token_ids[-1]) // _BYTES + 1
+    end = int(token_ids[-1]) + 1
+    num_blocks = -(-end // _BYTES)
     if num_blocks < token_ids.size:
-        words = _words(seed, index, np.arange(num_blocks), _COARSE)
-        return _as_bytes(words).reshape(-1)[token_ids]
+        every = _as_bytes(_words(seed, index, np.arange(num_blocks), _COARSE)).reshape(-1)
+        return every[:end] if token_ids.size == end else every[token_ids]
     words = _words(seed, index, token_ids // _BYTES, _COARSE)
     return _as_bytes(words)[np.arange(token_ids.size), token_ids % _BYTES]
 
 
-def _as_bytes(words: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint8]:
+def _as_bytes(words: npt.NDArray[np.uint32]) -> ByteArray:
     """[4, n] words to [n, 16] bytes, low ones first on any machine."""
     return np.ascontiguousarray(words.T).astype("<u4", copy=False).view(np.uint8)
 
@@ -110,31 +131,26 @@ def _words(seed: int, index: int, blocks: TokenIdArray, which: int) -> npt.NDArr
     return philox4x32(counters, seed)
 
 
-def _scores(
-    row: Float32Array, token_ids: TokenIdArray, largest: float, params: SamplingParams, index: int
-) -> Float64Array:
-    return _scaled(row[token_ids], largest, params.temperature) + gumbel(params.seed, index, token_ids)
+def _front(logits: Float32Array) -> PlaceArray:
+    """The likeliest candidates, about _NUM_FRONT: all that are as likely as the least of them."""
+    num_runs = logits.size // _RUN
+    if num_runs < 2 * _NUM_FRONT:
+        return _top_k(logits, _NUM_FRONT)
+    maxima = logits[: num_runs * _RUN].reshape(num_runs, _RUN).max(axis=1)
+    floor = np.partition(maxima, num_runs - _NUM_FRONT)[num_runs - _NUM_FRONT]
+    return np.flatnonzero(logits >= floor)
 
 
-def _contenders(
-    row: Float32Array, token_ids: TokenIdArray, largest: float, params: SamplingParams, index: int
-) -> TokenIdArray:
-    """Those of `token_ids` that can still have the best score, the one that has it among them.
+def _contenders(front: PlaceArray, coarse: ByteArray, needed_noise: float) -> PlaceArray:
+    """Those beside the front that can still win.
 
-    Whoever is less likely than the front needs noise above the front's best score less the front's last
-    logit: few have a coarse byte that allows it, and the rest of their noise is never drawn.
+    Whoever is no likelier than the front needs noise of the front's best score less its last logit: few have
+    a coarse byte that allows it, and the rest of their noise is never drawn.
     """
-    if token_ids.size <= 2 * _NUM_FRONT:
-        return token_ids
-    logits = row[token_ids]
-    front = _top_k(logits, _NUM_FRONT)
-    best_score = float(_scores(row, token_ids[front], largest, params, index).max())
-    edge = float(_scaled(logits[front].min(keepdims=True), largest, params.temperature)[0])
-    needed_uniform = math.exp(-math.exp(edge - best_score))
-    least_byte = math.floor(needed_uniform * 256 - 1e-9)
-    is_contender = _coarse(params.seed, index, token_ids) >= least_byte
-    is_contender[front] = True
-    return token_ids[is_contender]
+    needed_uniform = math.exp(-math.exp(-needed_noise))
+    is_contender = coarse >= math.floor(needed_uniform * 256 - 1e-9)
+    is_contender[front] = False
+    return np.flatnonzero(is_contender)
 
 
 def _scaled(logits: Float32Array, largest: float, temperature: float) -> Float64Array:

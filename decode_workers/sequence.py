@@ -15,6 +15,7 @@ from cluster.messages import GenerateRequest, Usage
 from cluster.timeline import Timeline
 from decode_workers.completion import Completion
 from decode_workers.kv_pool import Reservation
+from megakernel.head import MAX_TOP_K
 
 
 class SequenceState(StrEnum):
@@ -36,6 +37,8 @@ class Sequence:
         "kv_tokens",
         "last_grant",
         "num_prompt",
+        "num_top",
+        "reads_logits",
         "request",
         "reservation",
         "salt",
@@ -55,6 +58,11 @@ class Sequence:
         self.arrival = arrival
         """Order of submission: the older goes first where all else is equal."""
         self.num_prompt = len(request.prompt_token_ids)
+        sampling = request.sampling
+        self.num_top = sampling.num_logprobs
+        """Likeliest tokens to tell beside each; None: no logprobs at all."""
+        self.reads_logits = sampling.temperature > 0 or (self.num_top or 0) > MAX_TOP_K
+        """Whether its tokens are judged from whole logits rows; else from reductions of them."""
         self.tokens: list[int] = [*request.prompt_token_ids, *request.emitted_token_ids]
         self.committed = 0
         self.state = SequenceState.QUEUED

@@ -4,6 +4,8 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
 
+from megakernel.head import Reductions
+
 Int32Array = npt.NDArray[np.int32]
 Float32Array = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
@@ -33,7 +35,20 @@ class StepBatch(Struct, frozen=True, kw_only=True, eq=False):
     block_tables: Int32Array
     """[sequences, max_blocks] KV block ids in order; entries past the sequence's last block are -1."""
     needs_logits: BoolArray
-    """[rows] rows whose whole logits row the sampler reads; a chain's inner rows need none."""
+    """[rows] rows whose whole logits row the sampler reads; a chain's inner rows need none. Of a row with
+    allowed tokens it is their logits alone."""
+    needs_best: BoolArray | None = None
+    """[rows] rows whose logits over the whole vocabulary are reduced; None: no row's."""
+    top_k: int = 0
+    """How many of the likeliest tokens a reduced row tells, at most MAX_TOP_K."""
+    needs_log_sums: bool = False
+    """Whether a reduced row tells its log-sum-exp."""
+    allowed_starts: Int32Array | None = None
+    """[rows that need logits or the best, + 1] the i-th of them may take
+    `allowed_token_ids[starts[i]:starts[i + 1]]`; an empty slice: any token. None: so may all. A row with
+    allowed tokens that needs no reductions is computed for those alone."""
+    allowed_token_ids: Int32Array | None = None
+    """Ascending and unique within a row."""
 
     @property
     def num_rows(self) -> int:
@@ -45,12 +60,16 @@ class StepBatch(Struct, frozen=True, kw_only=True, eq=False):
 
 
 class StepResult(Struct, frozen=True, kw_only=True, eq=False):
-    """What a step says of the rows that needed logits, in row order."""
+    """What a step says of the rows that asked."""
 
     rows: Int32Array
-    """[n] which rows these are."""
+    """[n] rows that needed logits and have no allowed tokens, ascending."""
     logits: Float32Array
-    """[n, vocab]"""
+    """[n, vocab] of those."""
+    reductions: Reductions | None = None
+    """Of the rows that needed the best, in row order; None where the batch named none."""
+    allowed_logits: Float32Array | None = None
+    """[allowed tokens] in the order of the batch's; None where it had none."""
 
 
 def ancestor_mask(parents: Int32Array, start: int, end: int) -> BoolArray:

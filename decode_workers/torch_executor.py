@@ -9,6 +9,7 @@ import torch
 
 from cluster.kv_layout import KvDtype, KvLayout
 from cluster.messages import StepCost
+from decode_workers.head_answers import answer, is_logit_row
 from decode_workers.step_batch import NO_PARENT, Int32Array, StepBatch, StepResult
 from megakernel.model.row_batch import IntArray, RowBatch, RowSpan
 from megakernel.model.torch_llama import TorchLlama
@@ -69,9 +70,9 @@ class TorchExecutor:
         return BUCKETS
 
     def run(self, batch: StepBatch) -> StepResult:
-        rows = np.flatnonzero(batch.needs_logits)
+        rows = np.flatnonzero(is_logit_row(batch))
         logits = self._model.forward(self._kv, row_batch(batch, self._layout.block_size_tokens), rows)
-        return StepResult(rows=rows.astype(np.int32), logits=logits.cpu().numpy())
+        return answer(batch, logits.cpu().numpy())
 
     def copy_slots(self, source: Int32Array, destination: Int32Array) -> None:
         self._kv.copy_slots(source.astype(np.int64), destination.astype(np.int64))

@@ -25,7 +25,9 @@ _WAITING_LINES = 512
 """Weights fetched while waiting, at most: 32 KB stay in L2."""
 _ATTENDING_LINES = 4096
 """Weights fetched during attention, at most: a quarter of a megabyte stays in L2."""
-_HAS_LOGITS = "s.num_logit_rows > 0"
+_HAS_LOGITS = "s.head.num_rows() > 0"
+_HAS_FULL_LOGITS = "s.head.num_full > 0"
+"""Restricted rows read the head's weights elsewhere."""
 
 
 class CodegenError(ValueError):
@@ -166,8 +168,8 @@ class _Source:
         geometry = self.first.geometry
         facts = (
             *(len(self.first.workers), len(self.programs), max(first_counter, 1), geometry.num_layers),
-            *(geometry.vocab_size, geometry.max_context_tokens, "kScratchBytes", self.activation_bytes),
-            *(self.layout.num_bytes, "kBuckets"),
+            *(geometry.vocab_size, geometry.max_context_tokens, self.first.stats_span),
+            *("kScratchBytes", self.activation_bytes, self.layout.num_bytes, "kBuckets"),
         )
         yield f"const LibraryFacts kFacts = {{{', '.join(map(str, facts))}}};"
 
@@ -188,7 +190,10 @@ class _Source:
                 own = self.ahead(op, instruction)
                 ahead = own if own.num_lines else following[number]
                 num_lines = min(ahead.num_lines, _WAITING_LINES)
-                lines = f"{_HAS_LOGITS} ? {num_lines} : 0" if is_for_logits and num_lines else f"{num_lines}"
+                lines = f"{num_lines}"
+                if is_for_logits and num_lines:
+                    is_head = op.epilogue is Epilogue.LOGITS
+                    lines = f"{_HAS_FULL_LOGITS if is_head else _HAS_LOGITS} ? {num_lines} : 0"
                 yield (
                     f"  if (!w.wait({wait.counter}, {wait.target}u, {arrivals[wait.counter]}u, "
                     f"s.weights + {ahead.offset}, {lines})) return false;"

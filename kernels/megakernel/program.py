@@ -47,8 +47,9 @@ class Epilogue(StrEnum):
     SWIGLU = "swiglu"
     """Columns alternate gate and up in groups of `Program.swiglu_group`: silu(gate) * up."""
     LOGITS = "logits"
-    """Store the logits, and for every `Program.stats_span` columns, counted from column 0: the maximum, the
-    maximum's column (the lowest of equals), and the log-sum-exp."""
+    """Store the logits, and for every `Program.stats_span` columns, counted from column 0: the maximum (a NaN
+    where there is one), its column (the lowest of equals), and the log-sum-exp. Of a row that the step
+    restricts to allowed tokens only their logits, the same bits, and no statistics."""
 
 
 class Space(StrEnum):

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from megakernel.artifact import Progress
 from megakernel.codegen_cpu import KvFormat
 from megakernel.compiled import Compiled, compile_here
+from megakernel.head import Reductions
 from megakernel.model.rope import rope_frequencies
 from megakernel.model.shape import ModelShape
 from megakernel.model.weights import Weights
@@ -20,6 +21,7 @@ from megakernel.program import Program
 
 IntArray = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
 
 WAIT_LIMIT_S = 10.0
 SPINS = 20_000
@@ -37,7 +39,10 @@ class LibraryError(RuntimeError):
 
 
 class Rows(msgspec.Struct, frozen=True, kw_only=True, eq=False):
-    """A step's rows, as the library reads them: all int32 and C-contiguous, `needs_logits` bool."""
+    """A step's rows, as the library reads them: int32 and C-contiguous, what is needed bool.
+
+    StepBatch (decode_workers/step_batch.py) says what the arrays hold.
+    """
 
     token_ids: IntArray
     positions: IntArray
@@ -46,7 +51,23 @@ class Rows(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     sequence_starts: IntArray
     context_lengths: IntArray
     block_tables: IntArray
-    needs_logits: npt.NDArray[np.bool_]
+    needs_logits: BoolArray
+    needs_best: BoolArray | None = None
+    top_k: int = 0
+    needs_log_sums: bool = False
+    allowed_starts: IntArray | None = None
+    allowed_token_ids: IntArray | None = None
+
+
+class StepOutput(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+    """What a step's head gave, in arrays of the caller's own."""
+
+    logits: FloatArray
+    """[rows that need logits and have no allowed tokens, vocab] in row order."""
+    reductions: Reductions
+    """Of the rows that need the best, in row order."""
+    allowed_logits: FloatArray
+    """[allowed tokens] in the order of `allowed_token_ids`."""
 
 
 class Stamps(msgspec.Struct, frozen=True, eq=False):
@@ -60,7 +81,10 @@ class _StepInput(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("num_rows", "num_sequences", "max_blocks")),
         *((name, ctypes.c_void_p) for name in ("token_ids", "positions", "slots", "parents")),
         *((name, ctypes.c_void_p) for name in ("sequence_starts", "context_lengths", "block_tables")),
-        *((name, ctypes.c_void_p) for name in ("needs_logits", "logits", "stats")),
+        *((name, ctypes.c_void_p) for name in ("needs_logits", "needs_best")),
+        *((name, ctypes.c_void_p) for name in ("allowed_starts", "allowed_token_ids")),
+        *((name, ctypes.c_void_p) for name in ("logits", "stats", "allowed_logits", "values", "tokens")),
+        *((name, ctypes.c_int32) for name in ("top_k", "needs_log_sums")),
     )
 
 
@@ -154,14 +178,15 @@ class Runtime:
         return self.compiled.buckets[-1]
 
     def run(self, rows: Rows, stats: FloatArray | None = None, stamps: Stamps | None = None) -> FloatArray:
-        """Logits `[rows that need them, vocab]`, in row order; KV of all rows goes to their slots.
+        """The logits of `step`."""
+        return self.step(rows, stats, stamps).logits
 
-        Where no row needs any, the step computes nothing past the last layer's K and V.
-        `stats`, `[rows that need them, spans, 3]`, is filled where given. Raises StepError.
+    def step(self, rows: Rows, stats: FloatArray | None = None, stamps: Stamps | None = None) -> StepOutput:
+        """One step; KV of all rows goes to their slots.
+
+        Where no row needs logits, nothing past the last layer's K and V is computed. `stats`, `[rows over the
+        whole vocabulary, spans, 3]`, is filled where given. Raises StepError.
         """
-        logits = np.empty(
-            (int(np.count_nonzero(rows.needs_logits)), self._shape.vocab_size), dtype=np.float32
-        )
         step = self._input
         step.num_rows = len(rows.token_ids)
         step.num_sequences = len(rows.context_lengths)
@@ -173,12 +198,11 @@ class Runtime:
         step.sequence_starts = rows.sequence_starts.ctypes.data
         step.context_lengths = rows.context_lengths.ctypes.data
         step.block_tables = rows.block_tables.ctypes.data
-        step.needs_logits = rows.needs_logits.ctypes.data
-        step.logits = logits.ctypes.data
         step.stats = None if stats is None else stats.ctypes.data
+        output = _ask_head(step, rows, self._shape.vocab_size)
         pointers = None if stamps is None else _pointers(stamps)
         self._raise_if(self._library.headrace_run(self._engine, ctypes.byref(step), pointers))
-        return logits
+        return output
 
     def new_stamps(self, num_rows: int) -> Stamps:
         """Room for one step of `num_rows` rows."""
@@ -246,6 +270,56 @@ class Runtime:
     def _raise_if(problem: bytes | None) -> None:
         if problem is not None:
             raise StepError(problem.decode())
+
+
+def _ask_head(step: _StepInput, rows: Rows, vocab_size: int) -> StepOutput:
+    """Points the library to what is asked of the head, and to the arrays that it fills."""
+    num_logits = int(np.count_nonzero(rows.needs_logits))
+    num_best = 0 if rows.needs_best is None else int(np.count_nonzero(rows.needs_best))
+    num_allowed = 0
+    if rows.allowed_starts is not None:
+        assert rows.allowed_token_ids is not None, "allowed_starts without allowed_token_ids"
+        is_logit_row = rows.needs_logits if rows.needs_best is None else rows.needs_logits | rows.needs_best
+        if len(rows.allowed_starts) != np.count_nonzero(is_logit_row) + 1:
+            raise StepError(
+                f"{len(rows.allowed_starts)} allowed_starts: one a row that needs logits, and one"
+            )
+        num_allowed = len(rows.allowed_token_ids)
+        if rows.allowed_starts[-1] != num_allowed:
+            raise StepError(
+                f"allowed_starts end at {rows.allowed_starts[-1]} of {num_allowed} allowed tokens"
+            )
+        has_allowed = np.diff(rows.allowed_starts) > 0
+        num_logits -= int(np.count_nonzero(rows.needs_logits[is_logit_row] & has_allowed))
+    logits = np.empty((num_logits, vocab_size), dtype=np.float32)
+    allowed_logits = np.empty(num_allowed, dtype=np.float32)
+    values = np.empty((num_best, 2 + rows.top_k), dtype=np.float32)
+    tokens = np.empty((num_best, 1 + rows.top_k), dtype=np.int32)
+    step.needs_logits = rows.needs_logits.ctypes.data
+    step.needs_best = _address(rows.needs_best)
+    step.allowed_starts = _address(rows.allowed_starts)
+    step.allowed_token_ids = _address(rows.allowed_token_ids)
+    step.logits = logits.ctypes.data
+    step.allowed_logits = allowed_logits.ctypes.data
+    step.values = values.ctypes.data
+    step.tokens = tokens.ctypes.data
+    step.top_k = rows.top_k
+    step.needs_log_sums = rows.needs_log_sums
+    return StepOutput(
+        logits=logits,
+        reductions=Reductions(
+            token_ids=tokens[:, 0],
+            maxima=values[:, 0],
+            log_sums=values[:, 1],
+            top_token_ids=tokens[:, 1:],
+            top_logits=values[:, 2:],
+        ),
+        allowed_logits=allowed_logits,
+    )
+
+
+def _address(array: IntArray | BoolArray | None) -> int | None:
+    return None if array is None else array.ctypes.data
 
 
 def _load(path: Path) -> Any:

@@ -7,6 +7,7 @@ schedule: workers are interleaved by a seed, one starved while another runs ahea
 import msgspec
 import numpy as np
 
+from megakernel.head import Reductions, reduce_rows
 from megakernel.model.weights import Weights
 from megakernel.program import Program
 from megakernel.schedule_error import instruction_name
@@ -25,10 +26,24 @@ class VmResult(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """By name, [rows, columns]: as the last op that ran left them. NaN where nothing was written."""
     executed: tuple[tuple[int, int], ...]
     """(worker, index) in the order of execution."""
+    step: VmStep
 
     @property
     def logits(self) -> Float32Array:
+        """[rows, vocab]; of a restricted row NaN but for its allowed tokens."""
         return self.buffers["logits"]
+
+    @property
+    def allowed_logits(self) -> Float32Array:
+        """[allowed tokens] in the order of the step's `allowed_token_ids`."""
+        parts = [logits[self.step.allowed(row)] for row, logits in enumerate(self.logits)]
+        return np.concatenate(parts)
+
+    @property
+    def reductions(self) -> Reductions:
+        """Of the rows that are reduced, in order."""
+        rows = [row for row in range(self.step.num_rows) if self.step.is_reduced(row)]
+        return reduce_rows(self.logits[rows], self.step.top_k)
 
 
 class Vm:
@@ -70,7 +85,7 @@ class Vm:
                     arrivals[instruction.signal] += 1
                 next_index[worker] += 1
         self._require_done(next_index, arrivals)
-        return VmResult(buffers=state.named_buffers(), executed=tuple(executed))
+        return VmResult(buffers=state.named_buffers(), executed=tuple(executed), step=step)
 
     def _ready(self, next_index: list[int], arrivals: list[int]) -> list[int]:
         return [

@@ -7,7 +7,7 @@ import numpy as np
 
 from megakernel.program import Epilogue, Instruction, Op, Opcode, Prologue, max_splits
 from megakernel.quantize import fake_quantize
-from megakernel.vm_state import Float32Array, Float64Array, VmState
+from megakernel.vm_state import Float32Array, Float64Array, IntArray, VmState
 
 
 def execute(state: VmState, instruction: Instruction) -> None:
@@ -23,9 +23,9 @@ def execute(state: VmState, instruction: Instruction) -> None:
                 _finish(state, op, instruction, row, _product(state, op, instruction, row, 0, op.in_features))
             case Opcode.LINEAR_PARTIAL:
                 product = _product(state, op, instruction, row, instruction.k0, instruction.k1)
-                first = instruction.part * op.out_features
                 partial = state.buffers[state.program.partial_buffers[op.index]]
-                partial[row, first + instruction.n0 : first + instruction.n1] = product
+                columns = instruction.part * op.out_features + _columns(state, op, instruction, row)
+                partial[row, columns] = product
             case Opcode.REDUCE:
                 _finish(state, op, instruction, row, _sum_parts(state, op, instruction, row))
 
@@ -39,7 +39,7 @@ def _embed(state: VmState, op: Op, instruction: Instruction, row: int) -> None:
 def _product(state: VmState, op: Op, instruction: Instruction, row: int, k0: int, k1: int) -> Float32Array:
     x = _prologue(state, op, row)
     matrix, is_quantized = state.weights.matrix(op, state.program.swiglu_group)
-    columns = slice(instruction.n0, instruction.n1)
+    columns = _columns(state, op, instruction, row)
     tile, flags = matrix[columns, k0:k1], is_quantized[columns]
     if not flags.any():
         return _dot(tile, x[k0:k1].astype(np.float64))
@@ -53,11 +53,19 @@ def _dot(tile: Float32Array, x: Float64Array) -> Float32Array:
 
 def _sum_parts(state: VmState, op: Op, instruction: Instruction, row: int) -> Float32Array:
     partial = state.buffers[state.program.partial_buffers[op.index]][row]
-    total = np.zeros(instruction.n1 - instruction.n0, dtype=np.float32)
+    columns = _columns(state, op, instruction, row)
+    total = np.zeros(len(columns), dtype=np.float32)
     for part in range(instruction.num_parts):
-        first = part * op.out_features
-        total += partial[first + instruction.n0 : first + instruction.n1]
+        total += partial[part * op.out_features + columns]
     return total
+
+
+def _columns(state: VmState, op: Op, instruction: Instruction, row: int) -> IntArray:
+    """Of [n0, n1): all, or for a restricted row of the head those of its allowed tokens."""
+    if op.epilogue is not Epilogue.LOGITS or not state.step.is_restricted(row):
+        return np.arange(instruction.n0, instruction.n1)
+    allowed = state.step.allowed(row)
+    return allowed[(allowed >= instruction.n0) & (allowed < instruction.n1)]
 
 
 def _prologue(state: VmState, op: Op, row: int) -> Float32Array:
@@ -131,8 +139,9 @@ def _finish(state: VmState, op: Op, instruction: Instruction, row: int, sums: Fl
         case Epilogue.ROPE_APPEND:
             _rope_append(state, op, instruction, row, sums)
         case Epilogue.LOGITS:
-            output[n0:n1] = sums
-            _span_statistics(state, op, n0, row, sums)
+            output[_columns(state, op, instruction, row)] = sums
+            if not state.step.is_restricted(row):
+                _span_statistics(state, op, n0, row, sums)
 
 
 def _rope_append(state: VmState, op: Op, instruction: Instruction, row: int, sums: Float32Array) -> None:
@@ -168,6 +177,6 @@ def _span_statistics(state: VmState, op: Op, n0: int, row: int, logits: Float32A
     for start in range(0, len(logits), span):
         part = logits[start : start + span].astype(np.float64)
         largest = part.max()
-        log_sum = largest + np.log(np.exp(part - largest).sum())
+        log_sum = largest + np.log(np.exp(part - largest).sum()) if np.isfinite(largest) else largest
         first = 3 * ((n0 + start) // span)
         state.buffers[op.stats][row, first : first + 3] = largest, n0 + start + int(part.argmax()), log_sum

@@ -4,6 +4,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from megakernel.head import MAX_TOP_K
 from megakernel.model.rope import rope_frequencies
 from megakernel.model.weights import Weights
 from megakernel.program import Epilogue, Op, OpKind, Program, Space
@@ -37,10 +38,29 @@ class VmStep(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """[sequences] committed tokens."""
     block_tables: IntArray
     """[sequences, max_blocks] KV block ids in order; what lies past the committed tokens is not read."""
+    needs_best: npt.NDArray[np.bool_] | None = None
+    """[rows] rows whose logits are reduced; None: all that have no allowed tokens."""
+    top_k: int = 0
+    allowed_starts: IntArray | None = None
+    """[rows + 1] row i may take `allowed_token_ids[starts[i]:starts[i + 1]]`; an empty slice: any token."""
+    allowed_token_ids: IntArray | None = None
 
     @property
     def num_rows(self) -> int:
         return len(self.token_ids)
+
+    def allowed(self, row: int) -> IntArray:
+        """Ascending token ids; empty: any."""
+        if self.allowed_starts is None or self.allowed_token_ids is None:
+            return np.empty(0, dtype=np.int64)
+        return self.allowed_token_ids[self.allowed_starts[row] : self.allowed_starts[row + 1]]
+
+    def is_reduced(self, row: int) -> bool:
+        return bool(self.needs_best[row]) if self.needs_best is not None else not len(self.allowed(row))
+
+    def is_restricted(self, row: int) -> bool:
+        """Whether the head computes the row's allowed tokens alone: reductions need the whole vocabulary."""
+        return len(self.allowed(row)) > 0 and not self.is_reduced(row)
 
 
 class VmKv:
@@ -165,6 +185,12 @@ def check_step(program: Program, kv: VmKv, step: VmStep) -> None:
             expected = int(step.positions[parent]) + 1
         position = int(step.positions[row])
         _require(position == expected, f"row {row} is at position {position}, not {expected}")
+        allowed = step.allowed(row)
+        _require(
+            _within(allowed, vocab) and bool((np.diff(allowed) > 0).all()),
+            f"row {row}: its allowed tokens do not ascend in [0, {vocab})",
+        )
+    _require(0 <= step.top_k <= min(vocab, MAX_TOP_K), f"top_k is {step.top_k}")
     for sequence, context in enumerate(step.context_lengths.tolist()):
         blocks = step.block_tables[sequence, : -(-context // kv.block_size)]
         _require(

@@ -30,6 +30,7 @@ from cluster.model_card import ModelCard
 from cluster.text import Tokenizer
 from cluster.transfer import HandoffSink
 from decode_workers.engine import DecodeEngine, Drafter
+from decode_workers.head_answers import answer, is_logit_row
 from decode_workers.inbox import Inbox
 from decode_workers.sampler import sample
 from decode_workers.step_batch import (
@@ -127,7 +128,7 @@ class HashExecutor:
     def run(self, batch: StepBatch) -> StepResult:
         self._check(batch)
         self.batches.append(batch)
-        rows = np.flatnonzero(batch.needs_logits).astype(np.int32)
+        rows = np.flatnonzero(is_logit_row(batch))
         values = self._values(batch)
         self.kv[batch.slots] = np.array(values, dtype=np.uint64)
         logits = (
@@ -136,7 +137,7 @@ class HashExecutor:
         logits = logits.astype(np.float32)
         if self.spoil is not None:
             self.spoil(batch, logits)
-        return StepResult(rows=rows, logits=logits)
+        return answer(batch, logits)
 
     def _values(self, batch: StepBatch) -> list[int]:
         values: list[int] = []

@@ -12,6 +12,7 @@ from megakernel.pipeline import compile_program
 from megakernel.reference import reference_generate, reference_logits
 from prefill_workers.engine import PrefillJob
 from prefill_workers.torch_engine import TorchPrefillEngine
+from tests.decode_workers.head_asks import check_asks
 from tests.tiny_model import tiny_weights
 
 BLOCK = 16
@@ -100,6 +101,10 @@ def test_only_rows_that_need_logits_have_them(executor):
     some = executor.run(step(tokens, chain(10), 0, [0, 1], [False] * 8 + [True, True]))
     assert some.rows.tolist() == [8, 9]
     assert np.array_equal(some.logits, every.logits[8:])
+
+
+def test_less_than_all_logits_may_be_asked_for(executor):
+    check_asks(executor, step(random_tokens(7, 4), [NO_PARENT, 0, 0, NO_PARENT, 1, 4, 4], 0, [1, 2]))
 
 
 def test_greedy_decode_is_the_references(executor):

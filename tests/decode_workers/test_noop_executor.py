@@ -5,6 +5,7 @@ from cluster.kv_layout import KvLayout
 from decode_workers.executor import StepExecutor
 from decode_workers.noop_executor import NoopExecutor
 from decode_workers.step_batch import NO_PARENT, StepBatch
+from tests.decode_workers.head_asks import check_asks
 
 LAYOUT = KvLayout(
     model_fingerprint="model",
@@ -38,6 +39,10 @@ def test_every_token_is_the_fixed_one():
     assert result.logits.argmax(-1).tolist() == [42, 42]
     assert executor.layout is LAYOUT
     assert (executor.num_blocks, executor.vocab_size) == (10, 300)
+
+
+def test_less_than_all_logits_may_be_asked_for():
+    check_asks(NoopExecutor(LAYOUT, 10, 300, token_id=42), batch([True] * 7))
 
 
 def test_sampling_picks_it_too():

@@ -4,19 +4,27 @@ from hypothesis import strategies as st
 
 from cluster.block_hash import chain_salt
 from cluster.ids import RequestId
+from cluster.messages import SamplingParams
 from decode_workers.completion import Completion
-from decode_workers.draft_tree import DraftTree
+from decode_workers.draft_tree import NO_DRAFT, DraftTree
 from decode_workers.kv_pool import Reservation
 from decode_workers.rows import assemble
 from decode_workers.scheduler import PATIENCE_NS, AdmissionQueue, RowGrant, plan_step
 from decode_workers.sequence import Sequence
-from decode_workers.step_batch import NO_PARENT
+from decode_workers.step_batch import NO_PARENT, StepBatch
 from decode_workers.timers import Timers
-from tests.decode_workers.support import TOKENIZER, greedy, request_of
+from megakernel.head import MAX_TOP_K
+from tests.decode_workers.support import TOKENIZER, drawn, greedy, request_of
 
 
-def sequence_of(arrival: int, num_tokens: int = 1, committed: int = 0, **changes: object) -> Sequence:
-    request = request_of(f"r{arrival}", range(num_tokens), greedy(50), **changes)
+def sequence_of(
+    arrival: int,
+    num_tokens: int = 1,
+    committed: int = 0,
+    sampling: SamplingParams | None = None,
+    **changes: object,
+) -> Sequence:
+    request = request_of(f"r{arrival}", range(num_tokens), sampling or greedy(50), **changes)
     completion = Completion(TOKENIZER, request.sampling, (), 50)
     sequence = Sequence(request, completion, chain_salt("x", ""), num_tokens + 49, arrival)
     sequence.committed = committed
@@ -86,8 +94,10 @@ def test_rows_of_a_chain_with_a_tree_beside_a_plain_one() -> None:
     assert batch.sequence_starts.tolist() == [0, 1, 7]
     assert batch.context_lengths.tolist() == [5, 1]
     assert batch.block_tables.tolist() == [[7, 8], [3, 4]]
-    assert batch.needs_logits.tolist() == [True, False, False, True, True, True, True]
-    assert rows.logits_starts == (0, 1)
+    assert batch.needs_logits.tolist() == [False] * 7
+    assert batch.needs_best is not None
+    assert batch.needs_best.tolist() == [True, False, False, True, True, True, True]
+    assert rows.answer_starts == [0, 1]
 
 
 def test_an_unfinished_chain_needs_no_logits() -> None:
@@ -97,8 +107,39 @@ def test_an_unfinished_chain_needs_no_logits() -> None:
         RowGrant(sequence=sequence_of(1, 1), num_forced=1, max_draft_nodes=0),
     ]
     rows = assemble(grants, [DraftTree(), DraftTree()], np.zeros((2, 3), dtype=np.int32), 4)
-    assert rows.batch.needs_logits.tolist() == [False] * 4 + [True]
-    assert rows.logits_starts == (0, 0)
+    assert rows.batch.needs_best is not None
+    assert rows.batch.needs_best.tolist() == [False] * 4 + [True]
+    assert rows.answer_starts == [0, 0]
+
+
+def test_each_sequence_asks_the_head_for_what_it_reads() -> None:
+    samplings = [drawn(), greedy(), greedy(num_logprobs=0), drawn(num_logprobs=3), greedy(num_logprobs=7)]
+    samplings.append(greedy(num_logprobs=MAX_TOP_K + 1))
+    grants = [
+        RowGrant(sequence=sequence_of(i, 3, committed=2, sampling=it), num_forced=1, max_draft_nodes=0)
+        for i, it in enumerate(samplings)
+    ]
+    rows = assemble(grants, [NO_DRAFT] * 6, np.zeros((6, 3), dtype=np.int32), 4)
+    batch = rows.batch
+    assert batch.needs_best is not None
+    assert batch.needs_logits.tolist() == [True, False, False, True, False, True]
+    assert batch.needs_best.tolist() == [False, True, True, False, True, False]
+    assert rows.answer_starts == [0, 0, 1, 1, 2, 2]
+    assert (batch.top_k, batch.needs_log_sums) == (7, True)
+    drawn_alone = assemble(grants[:1], [NO_DRAFT], np.zeros((6, 3), dtype=np.int32), 4).batch
+    assert (drawn_alone.needs_best, drawn_alone.top_k, drawn_alone.needs_log_sums) == (None, 0, False)
+
+
+def test_single_tokens_make_the_same_batch_as_trees_without_nodes() -> None:
+    sequences = [sequence_of(i, 4 + i, committed=3 + i) for i in range(3)]
+    grants = [RowGrant(sequence=it, num_forced=1, max_draft_nodes=0) for it in sequences]
+    tables = np.arange(9, dtype=np.int32).reshape(3, 3)
+    single = assemble(grants, [NO_DRAFT] * 3, tables, 4).batch
+    as_trees = assemble(grants, [DraftTree()] * 3, tables, 4).batch
+    for name in StepBatch.__struct_fields__:
+        one, other = getattr(single, name), getattr(as_trees, name)
+        assert np.array_equal(one, other), name
+        assert getattr(one, "dtype", None) == getattr(other, "dtype", None), name
 
 
 def test_the_queue_is_earliest_deadline_first_and_patient() -> None:

@@ -6,6 +6,7 @@ from decode_workers.executor import StepExecutor
 from decode_workers.step_batch import NO_PARENT, StepBatch
 from decode_workers.torch_executor import BUCKETS, TorchExecutor, context_slots
 from megakernel.reference import reference_generate, reference_logits
+from tests.decode_workers.head_asks import check_asks
 from tests.tiny_model import tiny_weights
 
 BLOCK = 8
@@ -79,6 +80,13 @@ def test_only_rows_that_need_logits_have_them(executor):
     assert some.rows.dtype == np.int32
     assert np.array_equal(some.logits, every.logits[8:])
     assert none.logits.shape == (0, 160)
+
+
+def test_less_than_all_logits_may_be_asked_for(executor):
+    tree = [NO_PARENT, 0, 0, NO_PARENT, 1]
+    check_asks(
+        executor, step((random_tokens(5, 4), tree, 0, [1, 2]), (random_tokens(3, 5), chain(3), 0, [9]))
+    )
 
 
 def test_greedy_decode_is_the_references(executor):

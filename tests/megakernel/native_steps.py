@@ -51,12 +51,28 @@ def rows_of(*groups: Group, needs_logits: list[bool] | None = None) -> Rows:
 
 
 def vm_step(rows: Rows) -> VmStep:
+    """For the VM every row is a logit row: those that are none here have no allowed tokens there."""
     counts = np.diff(rows.sequence_starts)
     fields = ("token_ids", "positions", "slots", "parents", "context_lengths", "block_tables")
     return VmStep(
         sequences=np.repeat(np.arange(len(counts)), counts),
         **{name: getattr(rows, name).astype(np.int64) for name in fields},
+        **_asked_of_head(rows),
     )
+
+
+def _asked_of_head(rows: Rows) -> dict:
+    asked = {"needs_best": rows.needs_best, "top_k": rows.top_k}
+    if rows.allowed_starts is None:
+        return asked
+    needs_best = np.zeros_like(rows.needs_logits) if rows.needs_best is None else rows.needs_best
+    counts = np.zeros(len(rows.token_ids), dtype=np.int64)
+    counts[rows.needs_logits | needs_best] = np.diff(rows.allowed_starts)
+    return asked | {
+        "needs_best": needs_best,
+        "allowed_starts": np.cumsum([0, *counts]),
+        "allowed_token_ids": rows.allowed_token_ids.astype(np.int64),
+    }
 
 
 def int32(values) -> np.ndarray:

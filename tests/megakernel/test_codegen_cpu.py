@@ -51,10 +51,12 @@ def test_what_is_for_logits_alone_runs_where_some_row_wants_them():
         parts = re.split(r"^  // \d+: .*$", body, flags=re.MULTILINE)[1:]
         for instruction, part in zip(instructions, parts, strict=True):
             is_for_logits = instruction.op > last_kv_op
-            assert ("  if (s.num_logit_rows > 0) {" in part) == is_for_logits
+            assert ("  if (s.head.num_rows() > 0) {" in part) == is_for_logits
             if is_for_logits:
                 fetched = re.findall(r"s\.weights \+ \d+, (.*)\)\) return", part)
-                assert all(re.fullmatch(r"0|s\.num_logit_rows > 0 \? \d+ : 0", lines) for lines in fetched)
+                assert all(
+                    re.fullmatch(r"0|s\.head\.num_(rows\(\)|full) > 0 \? \d+ : 0", lines) for lines in fetched
+                )
 
 
 def test_a_tied_head_and_the_embedding_lie_there_once():

@@ -5,6 +5,7 @@
 
 #include <memory>
 
+#include "cpu/head_results.h"
 #include "cpu/ops.h"
 
 namespace headrace {
@@ -19,7 +20,7 @@ struct Bucket {
 
 // Facts of the generated source.
 struct LibraryFacts {
-    int num_workers, num_buckets, num_counters, num_layers, vocab_size, max_context_tokens;
+    int num_workers, num_buckets, num_counters, num_layers, vocab_size, max_context_tokens, stats_span;
     int64_t scratch_bytes, activation_bytes, weight_bytes;
     const Bucket* buckets;
 };
@@ -63,8 +64,12 @@ class Engine {
           keys_(pool_bytes()),
           values_(pool_bytes()),
           activations_(facts.activation_bytes),
+          logits_(sizeof(float) * kMaxRows * facts.vocab_size),
+          stats_(sizeof(float) * kMaxRows * 3 * num_spans()),
           step_(new Step),
           reader_(limits_, frequencies_.data(), *step_),
+          head_reader_(facts.vocab_size, facts.stats_span, floats(logits_), floats(stats_), step_->head),
+          head_results_(facts.vocab_size, facts.stats_span),
           crew_(facts.num_workers, facts.scratch_bytes, facts.num_counters, {config.spins, config.wait_limit_ns}),
           epochs_(facts.num_buckets) {
         step_->weights = config.weights;
@@ -72,19 +77,22 @@ class Engine {
         step_->values = values_.data();
         step_->activations = activations_.data();
         step_->num_small_blocks = limits_.num_small_blocks();
-        if (!keys_.is_there() || !values_.is_there() || !activations_.is_there())
-            crew_.failure.set("no memory for a KV pool of %d blocks", config.num_blocks);
+        for (const Pages* pages : {&keys_, &values_, &activations_, &logits_, &stats_})
+            if (!pages->is_there()) crew_.failure.set("no memory for a KV pool of %d blocks", config.num_blocks);
     }
 
     // Null, or what went wrong. `stamps` is [workers] arrays of one Stamp an instruction, or null.
     const char* run(const StepInput& input, Stamp* const* stamps) {
         if (const char* problem = reader_.read(input)) return problem;
+        if (const char* problem = head_reader_.read(input.head, input.num_rows)) return problem;
         int bucket = 0;
         while (bucket < facts_.num_buckets && facts_.buckets[bucket].rows < input.num_rows) bucket++;
         if (bucket == facts_.num_buckets) return "more rows than the largest bucket";
         const Bucket& chosen = facts_.buckets[bucket];
         const bool is_done = crew_.run(*step_, chosen.workers, chosen.first_counter, epochs_[bucket]++, stamps);
-        return is_done ? nullptr : crew_.failure.message();
+        if (!is_done) return crew_.failure.message();
+        head_results_.finish(step_->head);
+        return nullptr;
     }
 
     const char* copy_slots(const int32_t* source, const int32_t* destination, int count) {
@@ -125,11 +133,14 @@ class Engine {
         return nullptr;
     }
 
-    float* activations() const { return reinterpret_cast<float*>(activations_.data()); }
+    float* activations() const { return floats(activations_); }
     const char* error() const { return crew_.failure.message(); }
     bool close() { return crew_.close(); }
 
    private:
+    static float* floats(const Pages& pages) { return reinterpret_cast<float*>(pages.data()); }
+    size_t num_spans() const { return (facts_.vocab_size + facts_.stats_span - 1) / facts_.stats_span; }
+
     size_t pool_bytes() const {
         return size_t(facts_.num_layers) * Shape::kKvHeads * limits_.num_slots() * Shape::kDim * sizeof(Kv);
     }
@@ -160,8 +171,11 @@ class Engine {
     const Limits limits_;
     const std::vector<double> frequencies_;
     Pages keys_, values_, activations_;
+    Pages logits_, stats_;  // of full rows whose host does not take them
     const std::unique_ptr<Step> step_;
     StepReader reader_;
+    HeadReader head_reader_;
+    HeadResults head_results_;
     Crew<Step> crew_;
     std::vector<uint32_t> epochs_;
 };

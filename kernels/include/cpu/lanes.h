@@ -30,6 +30,10 @@ inline Lanes max(Lanes a, Lanes b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Lanes min(Lanes a, Lanes b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline Lanes fma(Lanes a, Lanes b, Lanes c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Lanes round_even(Lanes a) { return {_mm512_roundscale_ps(a.v, 8)}; }
+// The first lane that equals x; kLanes where none does.
+inline int first_equal(Lanes a, float x) {
+    return __builtin_ctz(_mm512_cmp_ps_mask(a.v, _mm512_set1_ps(x), _CMP_EQ_OQ) | 1 << kLanes);
+}
 // 2^n for whole n in [-126, 127].
 inline Lanes power_of_two(Lanes n) {
     const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
@@ -60,6 +64,10 @@ inline Lanes fma(Lanes a, Lanes b, Lanes c) {
     return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }
 inline Lanes round_even(Lanes a) { return {_mm256_round_ps(a.low, 8), _mm256_round_ps(a.high, 8)}; }
+inline int first_equal(Lanes a, float x) {
+    const auto equal = [x](__m256 v) { return _mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_set1_ps(x), _CMP_EQ_OQ)); };
+    return __builtin_ctz(equal(a.low) | equal(a.high) << 8 | 1 << kLanes);
+}
 inline __m256 power_of_two(__m256 n) {
     const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
     return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
@@ -118,6 +126,11 @@ inline Lanes max(Lanes a, Lanes b) { return each([&](int i) { return a.v[i] > b.
 inline Lanes min(Lanes a, Lanes b) { return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }
 inline Lanes fma(Lanes a, Lanes b, Lanes c) { return a * b + c; }  // contraction is off: two roundings
 inline Lanes round_even(Lanes a) { return each([&](int i) { return std::nearbyint(a.v[i]); }); }
+inline int first_equal(Lanes a, float x) {
+    int lane = 0;
+    while (lane < kLanes && a.v[lane] != x) lane++;
+    return lane;
+}
 inline Lanes power_of_two(Lanes n) { return each([&](int i) { return std::ldexp(1.0f, int(n.v[i])); }); }
 inline Lanes load(const Half* p) { return each([=](int i) { return half_to_float(p[i]); }); }
 inline void store(Half* p, Lanes a) {

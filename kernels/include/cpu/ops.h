@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "cpu/attention.h"
+#include "cpu/head.h"
 #include "cpu/linear.h"
 #include "cpu/norm.h"
 #include "cpu/rope.h"
@@ -59,19 +60,27 @@ struct PreparedInput {
     }
 };
 
-// Which rows an instruction computes: `Every` those of the step, `Wanted` those whose logits are wanted.
+// Which rows an instruction computes: `Every` those of the step, `Wanted` those whose logits are wanted, the
+// first `num_full` of them over all columns.
 struct Every {
     static int count(const Step& step) { return step.num_rows; }
+    static int num_full(const Step& step) { return step.num_rows; }
     static int index(const Step&, int row) { return row; }
 };
 struct Wanted {
-    static int count(const Step& step) { return step.num_logit_rows; }
-    static int index(const Step& step, int row) { return step.logit_rows[row]; }
+    static int count(const Step& step) { return step.head.num_rows(); }
+    static int num_full(const Step& step) { return step.head.num_full; }
+    static int index(const Step& step, int row) { return step.head.rows[row].row; }
 };
 
 template <class Rows>
 inline int rows_in(const Step& step, int r0, int r1) {
     return std::max(0, std::min(r1, Rows::count(step)) - r0);
+}
+
+template <class Rows>
+inline int full_rows_in(const Step& step, int r0, int r1) {
+    return std::max(0, std::min(r1, Rows::num_full(step)) - r0);
 }
 
 // Prologues. Columns [K0, K1) of rows [r0, r1) of the input, [K], become rows 0, 1, ... of `out`.
@@ -219,75 +228,52 @@ struct RotateAppend {
     }
 };
 
-// Logits of the rows that want them; statistics by span only where somebody asked.
-template <int kVocab, int kSpan>
-struct PutLogits {
-    static constexpr int kColumns = mk::kGroup;
-    const Step& step;
-    int r0;
-
-    template <class NumRows>
-    void operator()(int n, int r, NumRows num_rows, const float* tile) const {
-        for (int i = 0; i < num_rows(); i++) {
-            float* to = step.logits + int64_t{r0 + r + i} * kVocab + n;
-            if (n + kColumns <= kVocab)
-                store(to, load(tile + i * kColumns));
-            else
-                std::memcpy(to, tile + i * kColumns, sizeof(float) * (kVocab - n));
-        }
-    }
-
-    void put_stats(int n0, int n1, int rows) const {
-        if (!step.stats) return;
-        constexpr int kSpans = (kVocab + kSpan - 1) / kSpan;
-        for (int row = r0; row < r0 + rows; row++)
-            for (int n = n0; n < std::min(n1, kVocab); n += kSpan)
-                span_stats(step.logits + int64_t{row} * kVocab + n, std::min(kSpan, kVocab - n), n,
-                           step.stats + (int64_t{row} * kSpans + n / kSpan) * 3);
-    }
-
-    static void span_stats(const float* logits, int count, int first, float* out) {
-        int best = 0;
-        for (int i = 1; i < count; i++)
-            if (logits[i] > logits[best]) best = i;
-        float padded[kSpan];
-        for (int i = 0; i < kSpan; i++) padded[i] = i < count ? logits[i] - logits[best] : -100.0f;
-        Lanes totals = zero_lanes();
-        for (int i = 0; i < kSpan; i += kLanes) totals = totals + exp(load(padded + i));
-        out[0] = logits[best];
-        out[1] = static_cast<float>(first + best);
-        out[2] = logits[best] + std::log(sum(totals));
-    }
-};
-
 // Columns [n0, n1) of the prepared rows, over [K0, K1) of K, into the epilogue. `then`: the worker's next weights.
 template <Format F, int K, int K0, int K1, class Rows, class Sink>
 __attribute__((noinline)) void linear(const Step& step, int64_t weights, int n0, int n1, int r0, int r1,
                                       std::byte* prepared, int64_t then, const Sink& sink) {
-    const int rows = rows_in<Rows>(step, r0, r1);
-    mk::linear_tile<F, K, Sink::kColumns, K0, K1>(packed_at(step, weights), n0, n1,
-                                                  PreparedInput<F, K1 - K0>{prepared}.rows(), rows,
-                                                  packed_at(step, then), sink);
+    const int rows = full_rows_in<Rows>(step, r0, r1);
+    const mk::Input<F> x = PreparedInput<F, K1 - K0>{prepared}.rows();
+    mk::linear_tile<F, K, Sink::kColumns, K0, K1>(packed_at(step, weights), n0, n1, x, rows, packed_at(step, then), sink);
     if constexpr (requires { sink.put_stats(n0, n1, rows); }) sink.put_stats(n0, n1, rows);
+    if constexpr (std::is_same_v<Rows, Wanted>)
+        if (rows_in<Rows>(step, r0, r1) > rows)
+            restricted_linear<F, K, K0, K1>(step, packed_at(step, weights), n0, n1, r0, r1, x, sink);
+}
+
+// Columns [n, n + kColumns) of row `row`: K-tiles `out_columns` apart, summed ascending.
+template <int kColumns>
+inline void sum_parts(const float* parts, int num_parts, int64_t out_columns, float* tile) {
+    for (int c = 0; c < kColumns; c += kLanes) {
+        Lanes total = load(parts + c);
+        for (int part = 1; part < num_parts; part++) total = total + load(parts + c + part * out_columns);
+        store(tile + c, total);
+    }
 }
 
 // Sums the K-tiles of columns [n0, n1) ascending, into the epilogue. `out_columns` lie between two parts.
 template <class Rows, class Sink>
 __attribute__((noinline)) void reduce(const Step& step, Floats2d parts, int num_parts, int64_t out_columns, int n0,
                                       int n1, int r0, int r1, const Sink& sink) {
-    const int rows = rows_in<Rows>(step, r0, r1);
+    const int rows = full_rows_in<Rows>(step, r0, r1);
+    alignas(64) float tile[Sink::kColumns];
     for (int r = 0; r < rows; r++)
         for (int n = n0; n < n1; n += Sink::kColumns) {
-            alignas(64) float tile[Sink::kColumns];
-            for (int c = 0; c < Sink::kColumns; c += kLanes) {
-                const float* from = parts.row(step, r0 + r) + n + c;
-                Lanes total = load(from);
-                for (int part = 1; part < num_parts; part++) total = total + load(from + part * out_columns);
-                store(tile + c, total);
-            }
+            sum_parts<Sink::kColumns>(parts.row(step, r0 + r) + n, num_parts, out_columns, tile);
             sink(n, r, std::integral_constant<int, 1>{}, static_cast<const float*>(tile));
         }
     if constexpr (requires { sink.put_stats(n0, n1, rows); }) sink.put_stats(n0, n1, rows);
+    if constexpr (std::is_same_v<Rows, Wanted>)
+        if (rows_in<Rows>(step, r0, r1) > rows)
+            for_each_wanted_group(step, n0, n1, [&](int group, int, int first, int end) {
+                for (int at = first; at < end; at++) {
+                    const Wish& wish = step.head.wishes[at];
+                    if (wish.logit_row < r0 || wish.logit_row >= r1) continue;
+                    const int n = group * mk::kGroup;
+                    sum_parts<mk::kGroup>(parts.row(step, wish.logit_row) + n, num_parts, out_columns, tile);
+                    sink.put_allowed(wish, n, tile);
+                }
+            });
 }
 
 // Weight k of output row `row`, exactly as the format defines it.

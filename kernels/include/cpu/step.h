@@ -5,6 +5,7 @@
 #include <cmath>
 #include <vector>
 
+#include "cpu/head_rows.h"
 #include "cpu/lanes.h"
 #include "cpu/worker.h"
 
@@ -20,9 +21,7 @@ constexpr int kMaxTailBlocks = kMaxRows / kTokensABlock + 2;
 struct StepInput {
     int32_t num_rows, num_sequences, max_blocks;
     const int32_t *token_ids, *positions, *slots, *parents, *sequence_starts, *context_lengths, *block_tables;
-    const uint8_t* needs_logits;
-    float* logits;  // [rows that need them, vocab]
-    float* stats;   // [rows that need them, 3 * spans]
+    HeadInput head;
 };
 
 // What a program and its pool fix for all steps.
@@ -48,13 +47,11 @@ struct Row {
 };
 
 struct Step {
-    int num_rows = 0, num_logit_rows = 0, num_sequences = 0;
+    int num_rows = 0, num_sequences = 0;
     Row rows[kMaxRows];
-    int32_t logit_rows[kMaxRows];
     int32_t sequence_starts[kMaxRows + 1];
     float* turns = nullptr;  // [rows, head_dim]: cosines of each row's position, then sines
-    float* logits = nullptr;
-    float* stats = nullptr;
+    HeadRows head;
 
     const std::byte* weights = nullptr;
     const std::byte* embedding = nullptr;
@@ -84,11 +81,6 @@ class StepReader {
             return say("sequence starts do not cover the %d rows", input.num_rows);
         step_.num_rows = input.num_rows;
         step_.num_sequences = input.num_sequences;
-        step_.num_logit_rows = 0;
-        step_.logits = input.logits;
-        step_.stats = input.stats;
-        for (int i = 0; i < input.num_rows; i++)
-            if (input.needs_logits[i]) step_.logit_rows[step_.num_logit_rows++] = i;
         for (int i = 0; i <= input.num_sequences; i++) step_.sequence_starts[i] = input.sequence_starts[i];
         for (int i = 0; i < input.num_sequences; i++)
             if (const char* problem = read_sequence(input, i)) return problem;
