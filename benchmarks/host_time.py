@@ -186,7 +186,7 @@ async def _no_commands():  # type: ignore[no-untyped-def]
     yield
 
 
-def measure(*, quick: bool, profile: bool = False) -> dict[str, float]:
+def measured(quick: bool, *, profile: bool = False) -> dict[str, float]:
     """Microseconds a step by figure's name; see the module."""
     repeats, steps = (REPEATS_QUICK, STEPS_QUICK) if quick else (REPEATS, STEPS)
     host = Host()
@@ -209,7 +209,7 @@ def main() -> None:
     options = parser(__doc__ or "")
     options.add_argument("--profile", action="store_true", help="print where the time goes")
     arguments = options.parse_args()
-    figures = measure(quick=arguments.quick, profile=arguments.profile)
+    figures = measured(arguments.quick, profile=arguments.profile)
     for name, value in figures.items():
         print(f"{name:24} {value:8.1f} us")
     write_figures(arguments.json, figures, runs=REPEATS_QUICK if arguments.quick else REPEATS)
