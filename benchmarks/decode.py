@@ -207,7 +207,7 @@ def main() -> int:
     comparison.run()
     figures = comparison.figures
     show("peak memory", peak_memory(arguments.model, arguments.threads).items(), figures)
-    show("host time a step", host_time.measure(quick=arguments.quick).items(), figures)
+    show("host time a step", host_time.measured(arguments.quick).items(), figures)
     write_figures(arguments.json, figures.values, runs=comparison.rounds)
     return 0
 
