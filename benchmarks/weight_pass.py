@@ -52,7 +52,8 @@ def packed_model(weights: GgufWeights, *, has_head: bool) -> list[PackedLinear]:
 
 def in_one_arena(ops: list[PackedLinear]) -> list[PackedLinear]:
     """The same in one allocation in order of use, which the system backs with huge pages where it can."""
-    arena = mmap.mmap(-1, sum(op.data.nbytes for op in ops))
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory gets no large pages
+    arena = mmap.mmap(-1, sum(op.data.nbytes for op in ops), flags=flags)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         arena.madvise(mmap.MADV_HUGEPAGE)
     room, start, moved = np.frombuffer(arena, np.uint8), 0, []

@@ -5,12 +5,12 @@ Hashed: each file's size, its header (metadata and tensor table), and of every t
 """
 
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 WINDOW_BYTES = 1024
 WINDOWS_PER_TENSOR = 16
@@ -23,11 +23,11 @@ class Span(msgspec.Struct, frozen=True):
     num_bytes: int
 
 
-class MappedFile(Protocol):
+class WeightFile(Protocol):
+    path: Path
+
     @property
     def size_bytes(self) -> int: ...
-
-    def view(self, offset: int, num_bytes: int) -> npt.NDArray[np.uint8]: ...
 
 
 class Fingerprint:
@@ -40,13 +40,18 @@ class Fingerprint:
         self._hash.update(len(data).to_bytes(8, "little"))
         self._hash.update(data)
 
-    def add_file(self, file: MappedFile, header_bytes: int, tensors: Iterable[Span]) -> None:
-        """`tensors` in the order of the file's own table."""
+    def add_file(self, file: WeightFile, header_bytes: int, tensors: Iterable[Span]) -> None:
+        """`tensors` in the order of the file's own table.
+
+        Read, not mapped: a window touched in a mapping brings its neighbours into the process's memory.
+        """
         self.add_bytes(file.size_bytes.to_bytes(8, "little"))
-        self.add_bytes(file.view(0, header_bytes).tobytes())
-        for span in tensors:
-            for window in sampled_windows(span):
-                self._hash.update(file.view(window.offset, window.num_bytes).tobytes())
+        with file.path.open("rb") as opened:
+            descriptor = opened.fileno()
+            self.add_bytes(os.pread(descriptor, header_bytes, 0))
+            for span in tensors:
+                for window in sampled_windows(span):
+                    self._hash.update(os.pread(descriptor, window.num_bytes, window.offset))
 
     def digest(self) -> str:
         return self._hash.hexdigest()
