@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -23,13 +22,14 @@ sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "kernels"))
 from benchmarks.harness import parser, write_figures
 from decode_workers.megakernel_executor import MegaKernelExecutor
 from decode_workers.step_batch import NO_PARENT, StepBatch
+from megakernel.artifact_cache import ArtifactCache
+from megakernel.buckets import BUCKETS
 from megakernel.machine import load_machine
 from megakernel.model.gguf import GgufWeights
 from megakernel.model.load import PACKAGED_MODEL, open_model
-from megakernel.pipeline import compile_program
 from megakernel.probe import measure_memory
+from megakernel.recipe import recipe_for
 
-BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 BLOCK_TOKENS = 32
 CONTEXTS, CONTEXTS_QUICK = (64, 512, 2048, 8192), (64, 512, 2048)
 BATCHES, BATCHES_QUICK = (1, 4, 16), (1,)
@@ -55,18 +55,11 @@ class Ours:
     def __init__(self, model: str, threads: int, max_context: int) -> None:
         opened = open_model(model)
         self.weights = opened.weights
-        machine = msgspec.structs.replace(load_machine("cpu"), num_workers=threads)
-        programs = [
-            compile_program(
-                opened.weights.shape, opened.fingerprint, machine, rows, formats=self.weights.formats
-            )
-            for rows in BUCKETS
-        ]
+        recipe = recipe_for(opened, load_machine("cpu"), threads, "float16")
+        self.artifact = ArtifactCache().find_or_build(recipe, opened.weights).artifact
         self.context_blocks = -(-max_context // BLOCK_TOKENS)
         num_blocks = self.context_blocks + -(-BUCKETS[-1] // BLOCK_TOKENS)
-        self.executor = MegaKernelExecutor(
-            programs, opened.weights, opened.fingerprint, num_blocks, BLOCK_TOKENS
-        )
+        self.executor = MegaKernelExecutor(self.artifact.load(), opened.fingerprint, num_blocks, BLOCK_TOKENS)
         rng = np.random.default_rng(0)
         self.tokens = rng.integers(0, opened.weights.shape.vocab_size, max_context).astype(np.int32)
         self._fill()

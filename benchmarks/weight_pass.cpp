@@ -48,9 +48,9 @@ __attribute__((noinline)) float pass(const Matrix& matrix, int rows, int n0, int
   };
   if constexpr (is_quantized(F)) {
     quantize_rows<K>(row_data(), kMostColumns, rows, blocks);
-    linear_tile<F, K>(matrix.data, n0, n1, blocks, rows, sink);
+    linear_tile<F, K>(matrix.data, n0, n1, blocks, rows, matrix.data, sink);
   } else {
-    linear_tile<F, K>(matrix.data, n0, n1, FloatRows{row_data(), kMostColumns}, rows, sink);
+    linear_tile<F, K>(matrix.data, n0, n1, FloatRows{row_data(), kMostColumns}, rows, matrix.data, sink);
   }
   return total;
 }

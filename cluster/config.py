@@ -32,6 +32,12 @@ class ModelConfig(Section, frozen=True, kw_only=True):
     """What users send as `model`; None: taken from the source."""
     max_context_tokens: Positive | None = None
     """None: what the model was trained for."""
+    artifact: str | None = None
+    """A folder that `headrace compile --out` made, for this model and CPU. None: of the user's cache, built
+    where there is none yet."""
+    kv_dtype: Literal["auto", "float16", "float32"] = "auto"
+    """What KV is kept and handed over as, by both roles. `auto`: float16 where the megakernel decodes, else
+    float32."""
 
 
 class RouterConfig(Section, frozen=True, kw_only=True):
@@ -50,7 +56,8 @@ class RouterConfig(Section, frozen=True, kw_only=True):
 
 
 class PrefillConfig(Section, frozen=True, kw_only=True):
-    engine: Literal["auto", "torch"] = "auto"
+    engine: Literal["auto", "megakernel", "torch"] = "auto"
+    """`auto`: the megakernel where it decodes too, else PyTorch."""
     num_replicas: Annotated[int, Meta(ge=0)] = 1
     num_threads: Positive | None = None
     """None: all cores of the machine."""
@@ -61,8 +68,9 @@ class PrefillConfig(Section, frozen=True, kw_only=True):
 
 
 class DecodeConfig(Section, frozen=True, kw_only=True):
-    executor: Literal["auto", "torch", "noop"] = "auto"
-    """`noop` computes nothing and emits fixed tokens: it measures everything else."""
+    executor: Literal["auto", "megakernel", "torch", "noop"] = "auto"
+    """`auto`: the megakernel on a CPU that it can be compiled for, else PyTorch. `noop` computes nothing and
+    emits fixed tokens: it measures everything else."""
     num_replicas: Positive = 1
     num_threads: Positive | None = None
     kv_pool_tokens: Positive | None = None

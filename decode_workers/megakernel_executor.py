@@ -1,74 +1,46 @@
 """Runs steps in the compiled megakernel on this machine's CPU."""
 
-import statistics
-import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from cluster.kv_layout import KvLayout
 from cluster.messages import StepCost
 from decode_workers.head_answers import handed_out
-from decode_workers.step_batch import NO_PARENT, Int32Array, StepBatch, StepResult
-from megakernel.artifact import Progress
-from megakernel.codegen_cpu import KvFormat
-from megakernel.model.weights import Weights
-from megakernel.program import Program
+from decode_workers.step_batch import Int32Array, StepBatch, StepResult
+from megakernel.compiled import Compiled
 from megakernel.runtime import Rows, Runtime
-from megakernel.validate import validate
+from megakernel.step_rows import decode_rows
+from megakernel.step_times import measured_ms
 
 MEASURED_CONTEXT_TOKENS = 256
 """Committed tokens of every sequence in a measured step."""
-_MEASURED_REPEATS = 5
 
 
 class MegaKernelExecutor:
     """`StepExecutor` over one compiled model and its KV pool.
 
-    `programs` ascend by bucket, all for one model and machine. `block_size_tokens` is a multiple of 16.
-    Blocks past `num_blocks`, for `measure`, are its own. The constructor compiles, unless cached, and
-    packs the weights: it raises BuildError without a compiler, CodegenError for a model no kernel takes,
-    and ScheduleError for a program that cannot be proved: none such is ever run.
+    `block_size_tokens` is a multiple of 16. Blocks past `num_blocks`, for `measure`, are its own. Raises what
+    opening a Runtime raises: ArtifactDamagedError, LibraryError.
     """
 
-    def __init__(
-        self,
-        programs: Sequence[Program],
-        weights: Weights,
-        fingerprint: str,
-        num_blocks: int,
-        block_size_tokens: int,
-        dtype: KvFormat = "float16",
-        library_folder: Path | None = None,
-        progress: Progress | None = None,
-    ) -> None:
-        for program in programs:
-            validate(program)
-        shape = weights.shape
+    def __init__(self, compiled: Compiled, fingerprint: str, num_blocks: int, block_size_tokens: int) -> None:
+        shape = compiled.shape
         self._layout = KvLayout(
             model_fingerprint=fingerprint,
             num_layers=shape.num_layers,
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
-            dtype=dtype,
+            dtype=compiled.kv_format,
             block_size_tokens=block_size_tokens,
         )
         self._num_blocks = num_blocks
         self._vocab_size = shape.vocab_size
-        self._buckets = tuple(program.bucket for program in programs)
+        self._buckets = compiled.buckets
         self._measured_tokens = min(MEASURED_CONTEXT_TOKENS, shape.max_context_tokens - 1)
         scratch_blocks = self._layout.num_blocks_for(self._measured_tokens)
         scratch_blocks += self._layout.num_blocks_for(self._buckets[-1])
-        self._runtime = Runtime(
-            programs,
-            weights,
-            num_blocks + scratch_blocks,
-            block_size_tokens,
-            kv_format=dtype,
-            library_folder=library_folder,
-            progress=progress,
-        )
+        self._runtime = Runtime(compiled, num_blocks + scratch_blocks, block_size_tokens)
 
     @property
     def layout(self) -> KvLayout:
@@ -112,30 +84,13 @@ class MegaKernelExecutor:
         self._runtime.close()
 
     def _measured_ms(self, num_rows: int) -> float:
-        batch = self._scratch_batch(num_rows)
-        elapsed_ms = []
-        for _ in range(1 + _MEASURED_REPEATS):
-            started = time.perf_counter()
-            self.run(batch)
-            elapsed_ms.append((time.perf_counter() - started) * 1e3)
-        return statistics.median(elapsed_ms[1:])
-
-    def _scratch_batch(self, num_rows: int) -> StepBatch:
-        """Sequences that share one scratch context and write a scratch slot each."""
-        context_blocks = self._layout.num_blocks_for(self._measured_tokens)
-        first_block = self._num_blocks
-        table = np.arange(first_block, first_block + context_blocks, dtype=np.int32)
-        first_slot = (first_block + context_blocks) * self._layout.block_size_tokens
-        return StepBatch(
-            token_ids=np.zeros(num_rows, dtype=np.int32),
-            positions=np.full(num_rows, self._measured_tokens, dtype=np.int32),
-            slots=np.arange(first_slot, first_slot + num_rows, dtype=np.int32),
-            parents=np.full(num_rows, NO_PARENT, dtype=np.int32),
-            sequence_starts=np.arange(num_rows + 1, dtype=np.int32),
-            context_lengths=np.full(num_rows, self._measured_tokens, dtype=np.int32),
-            block_tables=np.tile(table, (num_rows, 1)),
-            needs_logits=np.ones(num_rows, dtype=np.bool_),
+        rows = decode_rows(
+            num_rows,
+            self._measured_tokens,
+            first_block=self._num_blocks,
+            block_size_tokens=self._layout.block_size_tokens,
         )
+        return measured_ms(self._runtime, rows)
 
 
 def _rows(batch: StepBatch) -> Rows:

@@ -24,7 +24,8 @@ _MEASURED_REPEATS = 3
 class TorchExecutor:
     """`StepExecutor` over one TorchLlama and its KV pool.
 
-    `num_threads` sets the process's intra-op threads. Blocks past `num_blocks`, for `measure`, are its own.
+    It computes in float32, whatever KV is kept as. `num_threads` sets the process's intra-op threads. Blocks
+    past `num_blocks`, for `measure`, are its own.
     """
 
     def __init__(
@@ -35,18 +36,18 @@ class TorchExecutor:
         block_size_tokens: int,
         num_threads: int,
         device: str = "cpu",
-        dtype: KvDtype = "float32",
+        kv_dtype: KvDtype = "float32",
     ) -> None:
         torch.set_num_threads(num_threads)
         shape = weights.shape
-        self._model = TorchLlama(weights, device, dtype)
+        self._model = TorchLlama(weights, device, kv_dtype=kv_dtype)
         self._num_blocks = num_blocks
         self._layout = KvLayout(
             model_fingerprint=fingerprint,
             num_layers=shape.num_layers,
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
-            dtype=dtype,
+            dtype=kv_dtype,
             block_size_tokens=block_size_tokens,
         )
         scratch_blocks = self._layout.num_blocks_for(MEASURED_CONTEXT_TOKENS + BUCKETS[-1])

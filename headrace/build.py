@@ -4,21 +4,24 @@ Runs inside the replica's process; torch is imported here and nowhere above.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 
 from cluster.config import HeadraceConfig
 from cluster.ids import Epoch
-from cluster.kv_layout import KvDtype, KvLayout
+from cluster.kv_layout import KvLayout
 from cluster.model_card import ServedModel
 from cluster.text import Tokenizer
 from decode_workers.executor import StepExecutor
 from decode_workers.worker import DecodeWorker
-from megakernel.model.load import open_model
+from headrace.execution import kv_format_of
+from megakernel.artifact_folder import Wanted, open_artifact
+from megakernel.compiled import Compiled
+from megakernel.model.load import OpenedModel, open_model
+from megakernel.runtime import Runtime
+from prefill_workers.engine import PrefillEngine
 from prefill_workers.worker import PrefillWorker
-
-KV_DTYPE: KvDtype = "float32"
-"""Of both roles, or their KV could not pass: what the oracle computes in."""
 
 
 class BuiltPrefill(msgspec.Struct, frozen=True):
@@ -30,25 +33,11 @@ class ModelChangedError(RuntimeError):
     """The replica opened other weights than the router's card describes: the file changed in between."""
 
 
-def prefill_worker(config: HeadraceConfig, served: ServedModel, host: str) -> BuiltPrefill:
-    """Loads the weights: seconds. Raises ModelChangedError, or what opening the model raises."""
-    import torch
-
-    from prefill_workers.torch_engine import TorchPrefillEngine
-
-    opened = open_model(config.model.source)
-    _check_same(served, opened.fingerprint)
-    block_size = config.decode.block_size_tokens
-    engine = TorchPrefillEngine(
-        opened.weights,
-        opened.fingerprint,
-        num_blocks=_num_blocks(config.prefill.kv_pool_tokens, block_size),
-        block_size_tokens=block_size,
-        max_tokens_per_step=config.prefill.max_tokens_per_step,
-        num_threads=_resolved(config.prefill.num_threads),
-        device=_device(torch.cuda.is_available()),
-        dtype=KV_DTYPE,
-    )
+def prefill_worker(
+    config: HeadraceConfig, served: ServedModel, host: str, artifact: str | None
+) -> BuiltPrefill:
+    """Loads the weights: seconds. Raises ModelChangedError, or what opening model or artifact raises."""
+    engine = _engine(config, served, artifact)
     worker = PrefillWorker(
         engine,
         vocab_size=served.card.vocab_size,
@@ -62,11 +51,15 @@ def prefill_worker(config: HeadraceConfig, served: ServedModel, host: str) -> Bu
 
 
 def decode_worker(
-    config: HeadraceConfig, served: ServedModel, host: str, epoch: Callable[[], Epoch]
+    config: HeadraceConfig,
+    served: ServedModel,
+    host: str,
+    artifact: str | None,
+    epoch: Callable[[], Epoch],
 ) -> DecodeWorker:
-    """Loads the weights: seconds. Raises ModelChangedError, or what opening the model raises."""
+    """Loads the weights: seconds. Raises ModelChangedError, or what opening model or artifact raises."""
     return DecodeWorker(
-        _executor(config, served),
+        _executor(config, served, artifact),
         Tokenizer.of(served),
         served.card,
         config.decode,
@@ -75,10 +68,45 @@ def decode_worker(
     )
 
 
-def _executor(config: HeadraceConfig, served: ServedModel) -> StepExecutor:
-    num_blocks = _num_blocks(config.decode.kv_pool_tokens, config.decode.block_size_tokens)
-    opened = open_model(config.model.source)
-    _check_same(served, opened.fingerprint)
+def _engine(config: HeadraceConfig, served: ServedModel, artifact: str | None) -> PrefillEngine:
+    num_blocks = _num_blocks(config.prefill.kv_pool_tokens, config.decode.block_size_tokens)
+    if config.prefill.engine == "megakernel":
+        from prefill_workers.megakernel_engine import MegaKernelPrefillEngine
+
+        compiled = _compiled(config, served, artifact, _resolved(config.prefill.num_threads))
+        return MegaKernelPrefillEngine(
+            Runtime(compiled, num_blocks, config.decode.block_size_tokens),
+            served.card.fingerprint,
+            num_blocks=num_blocks,
+            block_size_tokens=config.decode.block_size_tokens,
+            max_tokens_per_step=config.prefill.max_tokens_per_step,
+        )
+    import torch
+
+    from prefill_workers.torch_engine import TorchPrefillEngine
+
+    opened = _opened(config, served)
+    return TorchPrefillEngine(
+        opened.weights,
+        opened.fingerprint,
+        num_blocks=num_blocks,
+        block_size_tokens=config.decode.block_size_tokens,
+        max_tokens_per_step=config.prefill.max_tokens_per_step,
+        num_threads=_resolved(config.prefill.num_threads),
+        device=_device(torch.cuda.is_available()),
+        kv_dtype=kv_format_of(config),
+    )
+
+
+def _executor(config: HeadraceConfig, served: ServedModel, artifact: str | None) -> StepExecutor:
+    block_size = config.decode.block_size_tokens
+    num_blocks = _num_blocks(config.decode.kv_pool_tokens, block_size)
+    if config.decode.executor == "megakernel":
+        from decode_workers.megakernel_executor import MegaKernelExecutor
+
+        compiled = _compiled(config, served, artifact, _resolved(config.decode.num_threads))
+        return MegaKernelExecutor(compiled, served.card.fingerprint, num_blocks, block_size)
+    opened = _opened(config, served)
     if config.decode.executor == "noop":
         from decode_workers.noop_executor import NoopExecutor
 
@@ -88,8 +116,8 @@ def _executor(config: HeadraceConfig, served: ServedModel) -> StepExecutor:
             num_layers=shape.num_layers,
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
-            dtype=KV_DTYPE,
-            block_size_tokens=config.decode.block_size_tokens,
+            dtype=kv_format_of(config),
+            block_size_tokens=block_size,
         )
         return NoopExecutor(layout, num_blocks, shape.vocab_size, token_id=_plain_token(served))
     import torch
@@ -100,11 +128,33 @@ def _executor(config: HeadraceConfig, served: ServedModel) -> StepExecutor:
         opened.weights,
         opened.fingerprint,
         num_blocks=num_blocks,
-        block_size_tokens=config.decode.block_size_tokens,
+        block_size_tokens=block_size,
         num_threads=_resolved(config.decode.num_threads),
         device=_device(torch.cuda.is_available()),
-        dtype=KV_DTYPE,
+        kv_dtype=kv_format_of(config),
     )
+
+
+def _compiled(
+    config: HeadraceConfig, served: ServedModel, artifact: str | None, num_threads: int
+) -> Compiled:
+    """Of the folder that the supervisor found or built. Raises ArtifactError."""
+    assert artifact is not None, "the megakernel without an artifact"
+    opened = open_artifact(Path(artifact))
+    opened.check_for(
+        Wanted(fingerprint=served.card.fingerprint, kv_format=kv_format_of(config), num_workers=num_threads)
+    )
+    return opened.load()
+
+
+def _opened(config: HeadraceConfig, served: ServedModel) -> OpenedModel:
+    opened = open_model(config.model.source)
+    if opened.fingerprint != served.card.fingerprint:
+        raise ModelChangedError(
+            f"the weights here have the fingerprint {opened.fingerprint}, the cluster serves "
+            f"{served.card.fingerprint}: the model's file changed since the start; restart the cluster"
+        )
+    return opened
 
 
 def _plain_token(served: ServedModel) -> int:
@@ -113,14 +163,6 @@ def _plain_token(served: ServedModel) -> int:
     token_id: int = tokenizer.encode(" a", allow_special=False)[0]
     assert token_id not in served.card.eos_token_ids
     return token_id
-
-
-def _check_same(served: ServedModel, fingerprint: str) -> None:
-    if fingerprint != served.card.fingerprint:
-        raise ModelChangedError(
-            f"the weights here have the fingerprint {fingerprint}, the cluster serves "
-            f"{served.card.fingerprint}: the model's file changed since the start; restart the cluster"
-        )
 
 
 def _device(has_cuda: bool) -> str:

@@ -1,18 +1,25 @@
-"""The `headrace` command: up, down, status, chat, doctor, version."""
+"""The `headrace` command: up, down, status, chat, compile, doctor, trace, version."""
 
 import sys
 from enum import StrEnum
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import msgspec
 import typer
 from rich.markup import escape
 
-from cluster.config import ConfigError, HeadraceConfig, config_from_mapping, load_config
 from headrace import __version__
+from headrace.compile_command import compile_model
+from headrace.options import (
+    ConfigOption,
+    GrpcPortOption,
+    HttpPortOption,
+    ModelOption,
+    RedisOption,
+    configuration,
+)
 from headrace.run_folder import ClusterState, RunFolder, default_run_folder
 from headrace.terminal import EXIT_USAGE, PHASES, err, fail, out
+from headrace.trace_command import trace
 
 app = typer.Typer(
     help="Serves small LLMs inside a real-time ad auction's deadline, on a cluster.",
@@ -20,47 +27,18 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(trace)
 
 
 class Executor(StrEnum):
     AUTO = "auto"
+    MEGAKERNEL = "megakernel"
     TORCH = "torch"
     NOOP = "noop"
 
 
-ConfigOption = Annotated[
-    Path | None, typer.Option("--config", help="TOML file; the options below override it.", metavar="FILE")
-]
-ModelOption = Annotated[
-    str | None, typer.Option("--model", help="Packaged model, .gguf file, Hugging Face folder, or hub id.")
-]
-HttpPortOption = Annotated[int | None, typer.Option("--http-port", help="0: any free port.")]
-GrpcPortOption = Annotated[int | None, typer.Option("--grpc-port", help="0: any free port.")]
-RedisOption = Annotated[
-    str | None, typer.Option("--redis-url", help="A Redis of yours, in place of the embedded one.")
-]
-
-
 def _folder() -> RunFolder:
     return RunFolder(default_run_folder())
-
-
-def _config(path: Path | None, overrides: dict[tuple[str, str], Any]) -> HeadraceConfig:
-    """The file's configuration with the given options over it; ends the command where either is bad."""
-    try:
-        sections: dict[str, dict[str, Any]] = msgspec.to_builtins(load_config(path))
-        for (section, key), value in overrides.items():
-            if value is not None:
-                sections[section][key] = value
-        config = config_from_mapping(sections)
-    except ConfigError as error:
-        fail(str(error), EXIT_USAGE)
-    source = Path(config.model.source).expanduser()
-    if not source.exists():
-        return config
-    # The workers run in other folders.
-    model = msgspec.structs.replace(config.model, source=str(source.absolute()))
-    return msgspec.structs.replace(config, model=model)
 
 
 @app.command()
@@ -78,7 +56,7 @@ def up(
     """Start a cluster on this machine: Redis, Ray, router, prefill and decode workers."""
     from headrace.up import start
 
-    wanted = _config(
+    wanted = configuration(
         config,
         {
             ("model", "source"): model,
@@ -210,6 +188,9 @@ def chat(
         conversation.close()
 
 
+app.command("compile")(compile_model)
+
+
 @app.command()
 def doctor(
     config: ConfigOption = None,
@@ -221,7 +202,7 @@ def doctor(
     """Check this machine; each failed check names its fix. Exits with 1 where `up` would fail."""
     from headrace.doctor import run_checks
 
-    wanted = _config(
+    wanted = configuration(
         config,
         {
             ("model", "source"): model,

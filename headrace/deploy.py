@@ -13,6 +13,7 @@ from ray.serve.schema import DeploymentStatus, LoggingConfig
 
 from cluster.config import HeadraceConfig
 from cluster.model_card import ServedModel
+from headrace.artifacts import Artifacts
 from headrace.probe import NotServingError
 from headrace.replicas import DecodeReplica, PrefillReplica, RouterReplica
 
@@ -30,6 +31,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     config: HeadraceConfig
     """Resolved: see `sizing.resolve`."""
     served: ServedModel
+    artifacts: Artifacts
     redis_url: str
     kv_bytes_per_token: int
     gpus_per_worker: float = 0.0
@@ -41,12 +43,16 @@ def application(workload: Workload) -> serve.Application:
     config = workload.config
     common = (config, workload.served, workload.redis_url)
     gpus = workload.gpus_per_worker
-    roles: list[tuple[type, str, int]] = [(DecodeReplica, "DecodeWorker", config.decode.num_replicas)]
+    roles: list[tuple[type, str, int, str | None]] = [
+        (DecodeReplica, "DecodeWorker", config.decode.num_replicas, workload.artifacts.decode)
+    ]
     if config.prefill.num_replicas:
-        roles.append((PrefillReplica, "PrefillWorker", config.prefill.num_replicas))
+        roles.append(
+            (PrefillReplica, "PrefillWorker", config.prefill.num_replicas, workload.artifacts.prefill)
+        )
     workers = [
-        _deployment(replica, name, num_replicas, gpus).bind(*common, workload.worker_host)
-        for replica, name, num_replicas in roles
+        _deployment(replica, name, num_replicas, gpus).bind(*common, workload.worker_host, artifact)
+        for replica, name, num_replicas, artifact in roles
     ]
     bound = _ABOVE_OUR_BOUND * config.router.max_inflight_requests
     router = _deployment(serve.ingress()(RouterReplica), "Router", config.router.num_replicas)

@@ -17,9 +17,12 @@ from packaging.requirements import Requirement
 
 from cluster.config import HeadraceConfig
 from cluster.placement.embedded import EmbeddedRedisError, find_redis_server
+from headrace.artifacts import facts_of
+from headrace.execution import ExecutionError, choose, summary
 from headrace.ports import PortTakenError, check_free
 from headrace.redis_check import RedisUnusableError, check_redis
 from headrace.run_folder import RunFolder
+from megakernel.manifest import ArtifactError
 from megakernel.model.load import open_model
 from megakernel.model.weights import ModelFormatError
 
@@ -45,7 +48,7 @@ def run_checks(config: HeadraceConfig, folder: RunFolder) -> Iterator[Check]:
     checks: list[Callable[[], Iterable[Check]]] = [
         _system,
         _packages,
-        lambda: [_model(config.model.source)],
+        lambda: _model(config),
         lambda: [_redis(config)],
         lambda: _ports(config, folder),
         lambda: [_memory(), _shared_memory(), _disk(folder)],
@@ -87,13 +90,27 @@ def _packages() -> Iterator[Check]:
         yield Check("packages", "ok", main)
 
 
-def _model(source: str) -> Check:
+def _model(config: HeadraceConfig) -> Iterator[Check]:
     try:
-        opened = open_model(source)
+        opened = open_model(config.model.source)
     except ModelFormatError as error:
-        return Check("model", "problem", str(error), "see the message; `--model` chooses another")
+        yield Check("model", "problem", str(error), "see the message; `--model` chooses another")
+        return
     millions = opened.num_parameters / 1e6
-    return Check("model", "ok", f"{opened.name}, {millions:.0f}M parameters, {opened.quantization}")
+    yield Check("model", "ok", f"{opened.name}, {millions:.0f}M parameters, {opened.quantization}")
+    yield _execution(config, opened.fingerprint)
+
+
+def _execution(config: HeadraceConfig, fingerprint: str) -> Check:
+    """As far as can be known without compiling the model."""
+    try:
+        execution = choose(config, facts_of(config, fingerprint))
+    except (ExecutionError, ArtifactError) as error:
+        return Check("execution", "problem", str(error), "see the message")
+    found = summary(execution.config)
+    if execution.obstacle is None:
+        return Check("execution", "ok", found)
+    return Check("execution", "note", f"{found}: {execution.obstacle.reason}", execution.obstacle.fix)
 
 
 def _redis(config: HeadraceConfig) -> Check:
@@ -153,7 +170,8 @@ def _disk(folder: RunFolder) -> Check:
 
 def _tools() -> Iterator[Check]:
     for what, names, purpose in (
-        ("C compiler", ("cc", "gcc", "clang"), "it will build kernels for this CPU; not needed to serve"),
+        ("C++ compiler", ("c++", "g++", "clang++"), "it compiles the megakernel; PyTorch decodes without it"),
+        ("C compiler", ("cc", "gcc", "clang"), "the CPU is measured with it, once; else with numpy"),
         ("make", ("make",), "the repository's commands use it"),
         ("git", ("git",), "only needed to develop"),
         ("nvcc", ("nvcc",), "only needed to build CUDA kernels"),

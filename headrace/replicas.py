@@ -117,11 +117,11 @@ class _Membership:
 
 class PrefillReplica:
     async def __init__(  # type: ignore[misc]  # Serve awaits constructors
-        self, config: HeadraceConfig, served: ServedModel, redis_url: str, host: str
+        self, config: HeadraceConfig, served: ServedModel, redis_url: str, host: str, artifact: str | None
     ) -> None:
         from headrace.build import prefill_worker
 
-        built = await asyncio.to_thread(prefill_worker, config, served, host)
+        built = await asyncio.to_thread(prefill_worker, config, served, host, artifact)
         self._worker = built.worker
         async with alone(_MEASURING_LOCK):
             bound_host, port = await self._worker.start()
@@ -148,12 +148,14 @@ class PrefillReplica:
 
 class DecodeReplica:
     async def __init__(  # type: ignore[misc]  # Serve awaits constructors
-        self, config: HeadraceConfig, served: ServedModel, redis_url: str, host: str
+        self, config: HeadraceConfig, served: ServedModel, redis_url: str, host: str, artifact: str | None
     ) -> None:
         from headrace.build import decode_worker
 
         self._epoch = Epoch(0)
-        self._worker = await asyncio.to_thread(decode_worker, config, served, host, lambda: self._epoch)
+        self._worker = await asyncio.to_thread(
+            decode_worker, config, served, host, artifact, lambda: self._epoch
+        )
         async with alone(_MEASURING_LOCK):
             grpc_address = await self._worker.start()
         self._membership = _Membership(

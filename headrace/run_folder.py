@@ -17,8 +17,9 @@ from typing import Literal
 
 import msgspec
 
-Phase = Literal["redis", "ray", "deploy", "answer", "ready", "stopping"]
-"""What the supervisor is at: starting Redis, Ray, the deployments, awaiting a first token, then serving."""
+Phase = Literal["redis", "ray", "compile", "deploy", "answer", "ready", "stopping"]
+"""What the supervisor is at: starting Redis and Ray, awaiting the compiled model, starting the deployments,
+awaiting a first token, then serving."""
 
 _MAX_SOCKET_PARENT_CHARS = 21
 """HAProxy takes socket paths of 97 characters, 76 of them below the folder; Ray 107, 64 of them below."""
@@ -30,6 +31,13 @@ _ENTRIES = ("state.json", LOG, ERROR, "redis", "ray", "haproxy", "measuring", LO
 
 class RunFolderError(Exception):
     """The folder cannot be used, or a cluster holds it; the message says which. For the command line."""
+
+
+class BuildProgress(msgspec.Struct, frozen=True):
+    """Of the model's compilation, which also runs while Ray starts."""
+
+    what: str
+    fraction: float
 
 
 class ClusterState(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,6 +57,11 @@ class ClusterState(msgspec.Struct, frozen=True, kw_only=True):
     """Holds a password; None until Redis is there."""
     started_unix_s: float
     phase_seconds: dict[str, float]
+    progress: BuildProgress | None = None
+    execution: str = ""
+    """What runs the model, for a person; empty until it is decided."""
+    note: str = ""
+    """What the user should know of that decision."""
 
     @property
     def http_url(self) -> str:

@@ -10,10 +10,8 @@ import os
 import signal
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -21,17 +19,18 @@ import msgspec
 import psutil
 
 from cluster.config import HeadraceConfig
-from cluster.model_card import ServedModel
 from cluster.placement.embedded import EmbeddedRedis, EmbeddedRedisError
 from headrace import environment
+from headrace.execution import ExecutionError
 from headrace.ports import PortTakenError, internal_ports
+from headrace.prepare import Prepared, prepare
 from headrace.probe import NotServingError, generate_one_token, wait_until_ready
 from headrace.processes import cluster_processes, is_alive, kill_all
 from headrace.redis_check import RedisUnusableError, check_redis
-from headrace.run_folder import ERROR, LOG, ClusterState, Phase, RunFolder, boot_id
-from headrace.served_model import served_model
-from headrace.sizing import Machine, SizingError, gpus_per_worker, resolve
-from megakernel.model.load import open_model
+from headrace.run_folder import ERROR, LOG, RunFolder
+from headrace.sizing import SizingError, gpus_per_worker
+from headrace.state_report import StateReport
+from megakernel.manifest import ArtifactError
 from megakernel.model.weights import ModelFormatError
 
 EXIT_UNUSABLE = 2
@@ -39,12 +38,12 @@ EXIT_UNUSABLE = 2
 STOP_TIMEOUT_S = 20.0
 OBJECT_STORE_BYTES = 80 * 1024 * 1024
 _WATCH_INTERVAL_S = 1.0
-_KV_ELEMENT_BYTES = 4
-"""Of the widest KV that a worker keeps: float32 on a CPU."""
 
 _UNUSABLE = (
     NotServingError,
     ModelFormatError,
+    ArtifactError,
+    ExecutionError,
     SizingError,
     EmbeddedRedisError,
     RedisUnusableError,
@@ -75,8 +74,7 @@ class Supervisor:
         self._stop = threading.Event()
         self._is_starting = True
         self._redis: EmbeddedRedis | None = None
-        self._started_unix_s = time.time()
-        self._phase_seconds: dict[str, float] = {}
+        self._report = StateReport(folder, config)
 
     def request_stop(self, signum: int | None = None, frame: FrameType | None = None) -> None:
         """Also a signal handler; raises StopRequestedError out of whatever the main thread is starting."""
@@ -90,22 +88,24 @@ class Supervisor:
         """Raises what `_UNUSABLE` lists, or what Ray raises."""
         config = self._config
         with ThreadPoolExecutor(max_workers=2) as pool:
-            with self._phase("redis"):
+            with self._report.phase("redis"):
                 redis_url = pool.submit(self._redis_url)
-                opened = pool.submit(_open_model, config)
-            with self._phase("ray"):
+                # A compiler may run for long: beside Ray's start.
+                preparing = pool.submit(prepare, config, self._show_progress)
+            with self._report.phase("ray"):
                 self._start_ray()
                 self._catch_signals()  # Ray has set its own
-            with self._phase("deploy"):
-                model = opened.result()
-                self._deploy(model, redis_url.result())
-        with self._phase("answer"):
-            http_url = self._state("answer").http_url
+            with self._report.phase("compile"):
+                self._report.prepared = prepared = preparing.result()
+            with self._report.phase("deploy"):
+                self._deploy(prepared, redis_url.result())
+        with self._report.phase("answer"):
+            http_url = self._report.state.http_url
             wait_until_ready(http_url)
-            generate_one_token(http_url, model.served.card.name)
+            generate_one_token(http_url, prepared.served.card.name)
         self._is_starting = False
-        self._folder.write_state(self._state("ready", model.served.card.name))
-        _log.info("ready: %s", json.dumps(self._phase_seconds))
+        self._report.write("ready")
+        _log.info("ready: %s", json.dumps(self._report.phase_seconds))
 
     def serve(self) -> None:
         """Until a stop is requested. Raises NotServingError where Ray is gone."""
@@ -130,7 +130,7 @@ class Supervisor:
         force = threading.Timer(STOP_TIMEOUT_S, self._stop_by_force)
         force.daemon = True
         force.start()
-        self._folder.write_state(self._state("stopping"))
+        self._report.write("stopping")
         for end in (_end_ray, self._close_redis):
             try:
                 end()
@@ -154,26 +154,11 @@ class Supervisor:
         if self._redis is not None:
             self._redis.close()
 
-    @contextmanager
-    def _phase(self, phase: Phase) -> Iterator[None]:
-        self._folder.write_state(self._state(phase))
-        started_s = time.monotonic()
-        yield
-        self._phase_seconds[phase] = round(time.monotonic() - started_s, 2)
-
-    def _state(self, phase: Phase, model: str = "") -> ClusterState:
-        return ClusterState(
-            pid=os.getpid(),
-            boot_id=boot_id(),
-            phase=phase,
-            model=model or self._config.model.name or self._config.model.source,
-            host=self._config.router.host,
-            http_port=self._config.router.http_port,
-            grpc_port=self._config.router.grpc_port,
-            redis_url=self._redis.url if self._redis else self._config.placement.redis_url,
-            started_unix_s=self._started_unix_s,
-            phase_seconds=self._phase_seconds,
-        )
+    def _show_progress(self, what: str, fraction: float) -> None:
+        """Of the model's compilation, from its own thread; ends it once a stop is requested."""
+        if self._stop.is_set():
+            raise StopRequestedError
+        self._report.show_progress(what, fraction)
 
     def _redis_url(self) -> str:
         configured = self._config.placement.redis_url
@@ -183,6 +168,7 @@ class Supervisor:
         folder = self._folder.sockets / "redis"
         folder.mkdir(mode=0o700, exist_ok=True)
         self._redis = EmbeddedRedis(directory=folder)
+        self._report.redis_url = self._redis.url
         return self._redis.url
 
     def _start_ray(self) -> None:
@@ -200,7 +186,7 @@ class Supervisor:
             _temp_dir=str(self._folder.sockets / "ray"),
         )
 
-    def _deploy(self, opened: "_Opened", redis_url: str) -> None:
+    def _deploy(self, prepared: Prepared, redis_url: str) -> None:
         import ray
 
         from headrace.deploy import Workload, deploy  # imports Serve: after `apply`
@@ -208,44 +194,18 @@ class Supervisor:
         num_gpus = ray.cluster_resources().get("GPU", 0.0)
         deploy(
             Workload(
-                config=opened.config,
-                served=opened.served,
+                config=prepared.config,
+                served=prepared.served,
+                artifacts=prepared.artifacts,
                 redis_url=redis_url,
-                kv_bytes_per_token=opened.kv_bytes_per_token,
-                gpus_per_worker=gpus_per_worker(num_gpus, opened.config),
+                kv_bytes_per_token=prepared.kv_bytes_per_token,
+                gpus_per_worker=gpus_per_worker(num_gpus, prepared.config),
             )
         )
 
     def _catch_signals(self) -> None:
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(signum, self.request_stop)
-
-
-class _Opened(msgspec.Struct, frozen=True, kw_only=True):
-    served: ServedModel
-    config: HeadraceConfig
-    """Resolved."""
-    kv_bytes_per_token: int
-
-
-def _open_model(config: HeadraceConfig) -> _Opened:
-    shape = open_model(config.model.source).weights.shape
-    kv_bytes_per_token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * _KV_ELEMENT_BYTES
-    resolved = resolve(
-        config,
-        machine=Machine(
-            num_cores=len(os.sched_getaffinity(0)),
-            available_memory_bytes=psutil.virtual_memory().available,
-        ),
-        bytes_per_token=kv_bytes_per_token,
-        trained_context_tokens=shape.max_context_tokens,
-    )
-    model = resolved.model
-    return _Opened(
-        served=served_model(model.source, model.name, model.max_context_tokens),
-        config=resolved,
-        kv_bytes_per_token=kv_bytes_per_token,
-    )
 
 
 def _end_ray() -> None:

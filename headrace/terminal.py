@@ -15,6 +15,7 @@ EXIT_USAGE = 2
 PHASES: dict[Phase, str] = {
     "redis": "starting Redis",
     "ray": "starting Ray",
+    "compile": "opening the model, compiling it for this CPU",
     "deploy": "starting the workers, loading the model",
     "answer": "waiting for the first token",
     "ready": "ready",

@@ -16,6 +16,7 @@ from headrace.launcher import StartFailedError, follow, spawn, stop
 from headrace.live import Look, rates
 from headrace.ports import PortTakenError
 from headrace.probe import NotServingError, fetch_metrics
+from headrace.progress_bar import StatusBar
 from headrace.run_folder import ClusterState, Phase, RunFolder, RunFolderError
 from headrace.terminal import EXIT_USAGE, PHASES, err, fail, out
 
@@ -78,18 +79,20 @@ def _end(folder: RunFolder, process: "subprocess.Popen[bytes] | None") -> None:
 
 
 def _follow(process: "subprocess.Popen[bytes]", folder: RunFolder) -> ClusterState:
-    """With a spinner; where nobody watches, a line a phase."""
+    """With a spinner, and a bar while the model is compiled; where nobody watches, a line a phase."""
     shown: Phase | None = None
-    with err.status("starting") as spinner:
+    with StatusBar(err, "starting") as bar:
 
         def show(state: ClusterState) -> None:
             nonlocal shown
-            if state.phase == shown:
-                return
+            words = PHASES[state.phase]
+            if state.progress is not None:
+                bar.show(f"{words} ({state.progress.what})", state.progress.fraction)
+            else:
+                bar.show(words)
+            if state.phase != shown and not err.is_terminal and state.phase != "ready":
+                err.print(words)
             shown = state.phase
-            spinner.update(PHASES[state.phase])
-            if not err.is_terminal and state.phase != "ready":
-                err.print(PHASES[state.phase])
 
         return follow(process, folder, show)
 
@@ -98,6 +101,9 @@ def _announce(state: ClusterState, seconds: float) -> None:
     body = json.dumps({"model": state.model, "messages": [{"role": "user", "content": "Hello"}]})
     parts = ", ".join(f"{phase} {taken:.1f}" for phase, taken in state.phase_seconds.items())
     out.print(f"[bold green]ready[/] in {seconds:.1f} s ({parts}): {escape(state.model)}")
+    out.print(f"  {state.execution}")
+    if state.note:
+        out.print(f"  [yellow]note:[/] {escape(state.note)}", soft_wrap=True)
     out.print(f"  HTTP  {state.http_url}/v1    gRPC  {state.grpc_address}")
     out.print(
         f"  curl {state.http_url}/v1/chat/completions -H 'content-type: application/json' -d "

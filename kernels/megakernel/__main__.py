@@ -5,22 +5,23 @@ import hashlib
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import msgspec
 
 from megakernel.default_plan import default_plan
 from megakernel.graph import DEFAULT_SPLIT_TOKENS, usual_formats
-from megakernel.machine import Machine, load_machine, machine_names
+from megakernel.machine import PROBED, Machine, load_machine, machine_names
 from megakernel.model.load import open_model
 from megakernel.model.shape import ModelShape
-from megakernel.model.weights import ModelFormatError
+from megakernel.model.weights import ModelFormatError, Weights
 from megakernel.pipeline import STAGE_NAMES, compile_program, encode_program, ir_after
 from megakernel.program import Opcode, Program
 from megakernel.report import compile_report
-from megakernel.search import Progress, SearchResult, search
+from megakernel.search_command import SearchQuestion, searched_plan
 from megakernel.shapes import SHAPES
+from megakernel.timeline_svg import schedule_svg
+from megakernel.validate import Proof, validate
 
 
 class CompiledModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,6 +30,8 @@ class CompiledModel(msgspec.Struct, frozen=True, kw_only=True):
     shape: ModelShape
     formats: Mapping[str, str]
     fingerprint: str
+    weights: Weights | None = None
+    """None for a shape alone: it can be compiled, but not run."""
 
 
 def model_named(name: str) -> CompiledModel:
@@ -42,10 +45,12 @@ def model_named(name: str) -> CompiledModel:
     except ModelFormatError as error:
         raise ModelFormatError(f"{error}; shapes known without weights: {', '.join(SHAPES)}") from error
     weights = opened.weights
-    return CompiledModel(shape=weights.shape, formats=weights.formats, fingerprint=opened.fingerprint)
+    return CompiledModel(
+        shape=weights.shape, formats=weights.formats, fingerprint=opened.fingerprint, weights=weights
+    )
 
 
-def summary(program: Program, machine: Machine) -> str:
+def summary(program: Program, machine: Machine, proof: Proof) -> str:
     instructions = [instruction for worker in program.workers for instruction in worker]
     opcodes = Counter(instruction.opcode for instruction in instructions)
     by_opcode = ", ".join(f"{opcodes[code]} {code.name.lower()}" for code in Opcode if opcodes[code])
@@ -57,42 +62,31 @@ def summary(program: Program, machine: Machine) -> str:
         "instructions": f"{len(instructions)} ({by_opcode}), at most {longest} a worker",
         "counters": str(program.num_counters),
         "signals": str(sum(instruction.signal >= 0 for instruction in instructions)),
-        "waits": str(sum(len(instruction.waits) for instruction in instructions)),
+        "waits": str(proof.num_waits),
+        "proved": f"no deadlock, no race in {proof.num_ordered_accesses} accesses; at most "
+        f"{proof.peak_pages} of {program.num_pages} scratch pages at once",
     }
     return "\n".join(f"{name:14}{value}" for name, value in lines.items())
-
-
-def searched(model: CompiledModel, machine: Machine, arguments: argparse.Namespace) -> SearchResult:
-    """The plan of a schedule search, which shows a person at a terminal how far it is."""
-    is_watched = sys.stderr.isatty()
-
-    def show(progress: Progress) -> None:
-        is_last = progress.evaluations == progress.of
-        print(
-            f"\r{progress.evaluations} of {progress.of} plans, {progress.baseline_us:.0f} us before, "
-            f"{progress.best_us:.0f} us now ",
-            end="\n" if is_last else "",
-            file=sys.stderr,
-            flush=True,
-        )
-
-    return search(
-        model.shape,
-        model.fingerprint,
-        machine,
-        arguments.bucket,
-        partial(compile_program, split_tokens=arguments.split_tokens),
-        formats=model.formats,
-        seed=arguments.seed,
-        on_progress=show if is_watched else None,
-    )
 
 
 def compile_command(arguments: argparse.Namespace) -> None:
     model = model_named(arguments.model)
     machine = load_machine(arguments.machine)
-    found = searched(model, machine, arguments) if arguments.search else None
-    plan = found.plan if found else default_plan(model.shape, machine, arguments.bucket, model.formats)
+    plan = default_plan(model.shape, machine, arguments.bucket, model.formats)
+    baseline_us = None
+    if arguments.search:
+        question = SearchQuestion(
+            shape=model.shape,
+            formats=model.formats,
+            fingerprint=model.fingerprint,
+            # Only the CPU in hand can be measured, and only with weights.
+            weights=model.weights if arguments.machine == PROBED else None,
+            machine=machine,
+            bucket=arguments.bucket,
+            split_tokens=arguments.split_tokens,
+            seed=arguments.seed,
+        )
+        plan, baseline_us = searched_plan(question)
     if arguments.stop_after is not None:
         module = ir_after(
             model.shape,
@@ -114,11 +108,13 @@ def compile_command(arguments: argparse.Namespace) -> None:
         split_tokens=arguments.split_tokens,
         formats=model.formats,
     )
+    proof = validate(program, machine, model.formats)
     if arguments.out is not None:
         emit(encode_program(program), arguments.out)
-    print(summary(program, machine))
+    if arguments.picture is not None:
+        arguments.picture.write_text(schedule_svg(program, machine, model.formats), encoding="utf-8")
+    print(summary(program, machine, proof))
     if arguments.report:
-        baseline_us = found.baseline_us if found else None
         report = compile_report(
             model.shape, machine, program, plan, formats=model.formats, baseline_us=baseline_us
         )
@@ -145,9 +141,16 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--bucket", type=int, default=1, help="rows of a step")
     command.add_argument("--split-tokens", type=int, default=DEFAULT_SPLIT_TOKENS)
     command.add_argument("--stop-after", metavar="PASS", help=f"print the IR after {', '.join(STAGE_NAMES)}")
-    command.add_argument("--search", action="store_true", help="search for a better schedule, up to a minute")
+    command.add_argument(
+        "--search",
+        action="store_true",
+        help="search for a better schedule, up to a minute; on this CPU the best are measured too",
+    )
     command.add_argument("--seed", type=int, default=0, help="of the search")
     command.add_argument("--report", action="store_true", help="scratch memory and predicted time as well")
+    command.add_argument(
+        "--picture", type=Path, metavar="FILE.svg", help="where the predicted schedule is drawn"
+    )
     command.add_argument("--out", type=Path, help="where the program (msgpack) or the IR is written")
     command.set_defaults(run=compile_command)
     return top

@@ -4,13 +4,14 @@ Vectors (norms, biases) are float32; matrices are packed an op at a time (`pack.
 share, the embedding and a tied head, lies there once.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from megakernel.model.gguf import GgufWeights, RawTensor
+from megakernel.model.shape import ModelShape
 from megakernel.model.weights import Weights
 from megakernel.pack import (
     BLOCK,
@@ -29,6 +30,7 @@ _FLOAT_FORMATS = ("F32", "F16", "BF16")
 Progress = Callable[[str, float], None]
 """What is being done, and how much of it is done, 0 to 1."""
 WeightNames = tuple[str, ...]
+Bytes = npt.NDArray[np.uint8]
 
 
 class Segment(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,10 +76,18 @@ def lay_out_weights(program: Program, formats: Mapping[str, str]) -> WeightLayou
 
 
 def pack_weights(
-    layout: WeightLayout, weights: Weights, out: npt.NDArray[np.uint8], progress: Progress | None = None
+    layout: WeightLayout, weights: Weights, out: Bytes, progress: Progress | None = None
 ) -> None:
     """Fills `out`, `[layout.num_bytes]`."""
     assert len(out) == layout.num_bytes
+    for segment, data in packed_segments(layout, weights, progress):
+        out[segment.offset : segment.offset + len(data)] = data
+
+
+def packed_segments(
+    layout: WeightLayout, weights: Weights, progress: Progress | None = None
+) -> Iterator[tuple[Segment, Bytes]]:
+    """Ascending by offset, one in memory at a time. Between them lie zeros, up to the next alignment."""
     for done, segment in enumerate(layout.segments.values()):
         if progress is not None:
             progress(" ".join(segment.weights), done / len(layout.segments))
@@ -85,7 +95,29 @@ def pack_weights(
         assert len(data) == segment.num_bytes, (
             f"{segment.weights}: {len(data)} bytes, not {segment.num_bytes}"
         )
-        out[segment.offset : segment.offset + len(data)] = data
+        yield segment, data
+
+
+def packed_formats(shape: ModelShape, formats: Mapping[str, str]) -> dict[str, str]:
+    """By weight name, what each is packed as: its own format, or F32 where an op's differ or have no kernel.
+
+    Compile with these, and the compiler reckons with the bytes that are read.
+    """
+    hidden, q_columns = shape.hidden_size, shape.num_heads * shape.head_dim
+    ops: list[tuple[WeightNames, int]] = [(("embed",), hidden), (("head",), hidden)]
+    for layer in range(shape.num_layers):
+        for parts, in_features in (
+            ("q k v", hidden),
+            ("o", q_columns),
+            ("gate up", hidden),
+            ("down", shape.intermediate_size),
+        ):
+            ops.append((tuple(f"layers.{layer}.{part}" for part in parts.split()), in_features))
+    packed = dict.fromkeys(formats, "F32")
+    for names, in_features in ops:
+        if names[0] in formats:
+            packed |= dict.fromkeys(names, _common_format([formats[name] for name in names], in_features))
+    return packed
 
 
 def _segments(op: Op, program: Program, formats: Mapping[str, str]) -> Iterable[Segment]:
@@ -139,7 +171,7 @@ def _vector_size(name: str, geometry: Geometry) -> int:
             return geometry.hidden_size
 
 
-def _packed(segment: Segment, weights: Weights) -> npt.NDArray[np.uint8]:
+def _packed(segment: Segment, weights: Weights) -> Bytes:
     if not segment.is_matrix:
         return np.concatenate([weights.dense(name) for name in segment.weights]).view(np.uint8)
     tensors = [_tensor(weights, name, segment.format) for name in segment.weights]

@@ -17,12 +17,16 @@ from megakernel.program import Epilogue, Instruction, Op, Opcode, OpKind, Progra
 
 KvFormat = Literal["float16", "float32"]
 _KV_TYPES: dict[KvFormat, str] = {"float16": "Half", "float32": "float"}
-MAX_ROWS = 64
+MAX_ROWS = 256
 """`kMaxRows` of step.h."""
 _LANES = 16
 _LINE_BYTES = 64
-_AHEAD_LINES = 512
+_WAITING_LINES = 512
 """Weights fetched while waiting, at most: 32 KB stay in L2."""
+_ATTENDING_LINES = 4096
+"""Weights fetched during attention, at most: a quarter of a megabyte stays in L2."""
+_HAS_LOGITS = "s.head.num_rows() > 0"
+_HAS_FULL_ROWS = "s.head.num_full > 0"
 
 
 class CodegenError(ValueError):
@@ -88,6 +92,21 @@ def _buffer_offsets(programs: Sequence[Program]) -> tuple[dict[str, int], int]:
     return offsets, max(end, _LINE_BYTES)
 
 
+class Ahead(msgspec.Struct, frozen=True):
+    """Weights to come: where they start, and how many cache lines they are; none: nothing to come."""
+
+    offset: int
+    num_lines: int
+    is_head: bool = False
+    """Of no use to a step without full rows: restricted ones read elsewhere."""
+    else_offset: int = 0
+    """What such a step reads in their place."""
+
+    @property
+    def place(self) -> str:
+        return f"{_HAS_FULL_ROWS} ? {self.offset} : {self.else_offset}" if self.is_head else f"{self.offset}"
+
+
 def _f32(value: float) -> str:
     return f"{value!r}f"
 
@@ -107,6 +126,8 @@ class _Source:
         self.offsets = offsets
         self.activation_bytes = activation_bytes
         self.kv_format = kv_format
+        self.last_kv_op = max(op.index for op in self.first.ops if op.epilogue is Epilogue.ROPE_APPEND)
+        """What comes after it is for logits alone: a step in which no row wants any computes none of it."""
 
     def text(self) -> str:
         return "\n".join(self.lines()) + "\n"
@@ -161,44 +182,66 @@ class _Source:
 
     def body(self, program: Program, worker: int) -> Iterator[str]:
         """One worker's whole step."""
-        yield f"bool {_body_name(program.bucket, worker)}(Worker<Step>& w) {{"
+        # A list of calls: optimizing it further would take longer than all kernels, and gain nothing.
+        yield f'__attribute__((optimize("O1"))) bool {_body_name(program.bucket, worker)}(Worker<Step>& w) {{'
         yield "  const Step& s = *w.step;"
         arrivals = _arrivals(program)
         prepared: tuple[int, ...] | None = None
+        following = self.weights_after(program, worker)
         for number, instruction in enumerate(program.workers[worker]):
             op = program.ops[instruction.op]
             yield f"  // {number}: {op.name} [{instruction.n0}, {instruction.n1})"
             yield f"  w.reach({number});"
+            is_for_logits = op.index > self.last_kv_op
             for wait in instruction.waits:
-                ahead, num_lines = self.ahead(op, instruction)
+                own = self.ahead(op, instruction)
+                ahead = own if own.num_lines else following[number]
+                num_lines = min(ahead.num_lines, _WAITING_LINES)
+                lines = f"{num_lines}"
+                if (is_for_logits or ahead.is_head) and num_lines:
+                    lines = f"{_HAS_FULL_ROWS if ahead.is_head else _HAS_LOGITS} ? {num_lines} : 0"
                 yield (
                     f"  if (!w.wait({wait.counter}, {wait.target}u, {arrivals[wait.counter]}u, "
-                    f"s.weights + {ahead}, {num_lines})) return false;"
+                    f"s.weights + {ahead.offset}, {lines})) return false;"
                 )
             yield f"  w.start({number});"
+            if is_for_logits:
+                yield f"  if ({_HAS_LOGITS}) {{"
             if instruction.opcode in (Opcode.LINEAR, Opcode.LINEAR_PARTIAL):
                 wanted = _input_of(op, instruction)
                 if wanted != prepared:
                     yield f"  {self.prologue(program, op, instruction)}"
                     prepared = wanted
-            yield f"  {self.call(program, op, instruction)}"
+            yield f"  {self.call(program, op, instruction, following[number])}"
+            if is_for_logits:
+                yield "  }"
             if instruction.signal >= 0:
                 yield f"  w.signal({instruction.signal});"
             yield f"  w.end({number});"
         yield "  return true;"
         yield "}"
 
-    def ahead(self, op: Op, instruction: Instruction) -> tuple[int, str]:
-        """Where an instruction's weights start, and how many cache lines of them to fetch while waiting."""
+    def ahead(self, op: Op, instruction: Instruction) -> Ahead:
+        """An instruction's own weights."""
         if op.kind is not OpKind.LINEAR or instruction.opcode is Opcode.REDUCE:
-            return 0, "0"
+            return Ahead(0, 0)
         segment = self.layout.at(*op.weights)
         group = group_bytes(segment.format, op.in_features)
         first, end = instruction.n0 // GROUP, -(-instruction.n1 // GROUP)
-        num_lines = str(min((end - first) * group // _LINE_BYTES, _AHEAD_LINES))
-        if op.epilogue is Epilogue.LOGITS:
-            num_lines = f"s.head.num_full ? {num_lines} : 0"  # restricted rows read elsewhere
-        return segment.offset + first * group, num_lines
+        num_lines = (end - first) * group // _LINE_BYTES
+        return Ahead(segment.offset + first * group, num_lines, op.epilogue is Epilogue.LOGITS)
+
+    def weights_after(self, program: Program, worker: int) -> list[Ahead]:
+        """By instruction: the weights that the worker reads next after its own; after the last, the first."""
+        instructions = program.workers[worker]
+        found = [self.ahead(program.ops[instruction.op], instruction) for instruction in instructions]
+        following = []
+        upcoming = next((ahead for ahead in found if ahead.num_lines), Ahead(0, 0))
+        first = upcoming
+        for ahead in reversed(found):
+            following.append(msgspec.structs.replace(upcoming, else_offset=first.offset))
+            upcoming = ahead if ahead.num_lines else upcoming
+        return following[::-1]
 
     def prologue(self, program: Program, op: Op, instruction: Instruction) -> str:
         source = self.buffer(program, op.input)
@@ -217,7 +260,7 @@ class _Source:
             case _:
                 return f"prepare_plain<{self.format(op)}, {k0}, {k1}>(s, {source}, {rows});"
 
-    def call(self, program: Program, op: Op, instruction: Instruction) -> str:
+    def call(self, program: Program, op: Op, instruction: Instruction, then: Ahead) -> str:
         n0, n1, r0, r1 = instruction.n0, instruction.n1, instruction.r0, instruction.r1
         match instruction.opcode:
             case Opcode.EMBED:
@@ -233,7 +276,7 @@ class _Source:
                 parts = f"{instruction.part}, {instruction.num_parts}"
                 return (
                     f"attention<Shape>(s, {op.layer}, {n0}, {n1}, {parts}, {r0}, {r1}, {queries}, {out}, "
-                    "w.scratch + kPreparedBytes);"
+                    f"w.scratch + kPreparedBytes, {then.place}, {min(then.num_lines, _ATTENDING_LINES)});"
                 )
             case Opcode.REDUCE:
                 summands = self.buffer(program, program.partial_buffers[op.index])
@@ -243,9 +286,9 @@ class _Source:
                     f"{columns}, {r0}, {r1}, {self.sink(program, op, r0)});"
                 )
             case _:
-                return self.linear(program, op, instruction)
+                return self.linear(program, op, instruction, then)
 
-    def linear(self, program: Program, op: Op, instruction: Instruction) -> str:
+    def linear(self, program: Program, op: Op, instruction: Instruction, then: Ahead) -> str:
         k0, k1 = _k_range(op, instruction)
         if instruction.opcode is Opcode.LINEAR_PARTIAL:
             if op.out_features % GROUP:
@@ -258,7 +301,7 @@ class _Source:
         return (
             f"linear<{self.format(op)}, {op.in_features}, {k0}, {k1}, {_rows_of(op)}>(s, {offset}, "
             f"{_whole_groups(instruction.n0)}, {_whole_groups(instruction.n1)}, {instruction.r0}, "
-            f"{instruction.r1}, w.scratch, {sink});"
+            f"{instruction.r1}, w.scratch, {then.place}, {sink});"
         )
 
     def sink(self, program: Program, op: Op, r0: int) -> str:

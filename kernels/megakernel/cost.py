@@ -39,6 +39,8 @@ class Stalls(msgspec.Struct, frozen=True, kw_only=True):
 class Trace(msgspec.Struct, frozen=True, kw_only=True):
     """Times are microseconds from the step's start, by worker and instruction."""
 
+    ready_us: tuple[tuple[float, ...], ...]
+    """When an instruction's waits were satisfied and its worker was free; its tile may still be loading."""
     starts_us: tuple[tuple[float, ...], ...]
     ends_us: tuple[tuple[float, ...], ...]
     makespan_us: float
@@ -88,6 +90,7 @@ class _Simulation:
         self.live_from = [[_weights_from(i, at) for at, i in enumerate(worker)] for worker in program.workers]
         self.pending = [[len(instruction.waits) for instruction in worker] for worker in program.workers]
         self.landed = [[False] * len(worker) for worker in program.workers]
+        self.ready: list[list[float]] = [[] for _ in program.workers]
         self.starts: list[list[float]] = [[] for _ in program.workers]
         self.ends: list[list[float]] = [[] for _ in program.workers]
         self.num_ending = [0] * len(program.workers)
@@ -202,6 +205,7 @@ class _Simulation:
         satisfied = max(self.turn_us[worker], self.awake_us[worker][at])
         self.barrier_us += satisfied - self.turn_us[worker]
         self.load_us += self.now - satisfied
+        self.ready[worker].append(satisfied)
         self.starts[worker].append(self.now)
 
     def _streamed_end_us(self, worker: int, at: int, cost_us: float) -> float:
@@ -244,6 +248,7 @@ class _Simulation:
         idle_us = sum(makespan_us - turn for turn in self.turn_us)
         total_us = makespan_us * len(self.ends)
         return Trace(
+            ready_us=tuple(map(tuple, self.ready)),
             starts_us=tuple(map(tuple, self.starts)),
             ends_us=tuple(map(tuple, self.ends)),
             makespan_us=makespan_us,

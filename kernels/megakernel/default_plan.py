@@ -1,62 +1,27 @@
-"""A plan without search: tiles of equal shares, K split where an op has too few tiles for its workers."""
+"""A plan without search: tiles of equal shares, the fewest that keep all workers about equally busy."""
 
 from collections.abc import Mapping
-from itertools import pairwise, product
-
-import msgspec
 
 from megakernel.graph import usual_formats
+from megakernel.k_tiles import num_k_tiles
+from megakernel.linear_tiles import (
+    COST_TOLERANCE,
+    MAX_STAGES,
+    LinearRole,
+    candidates,
+    even_columns,
+    linear_roles,
+)
 from megakernel.machine import Machine
-from megakernel.memory import ROW_CHUNK, linear_footprint, max_stages
 from megakernel.model.shape import ModelShape
-from megakernel.passes.context import PlanError
 from megakernel.plan import OpPlan, Plan
-from megakernel.program import Epilogue
-from megakernel.tiles import epilogue_grain, k_bounds, max_k_tiles, packed_grain
-from megakernel.weight_formats import WEIGHT_BITS, activation_bits
-
-MAX_RUN_TILES = 64
-"""Tiles of an op that a worker takes in turn, at most, unless smaller ones must be to fit its scratch."""
-MAX_K_TILES = 16
-MAX_STAGES = 4
-COST_TOLERANCE = 0.02
-"""Costs that differ by no more, as a part of the least, count as the same: the simpler plan is taken."""
-K_SPLIT_MARGIN = 0.1
-"""K-splits must promise more than this, as a part of the op's time: the estimate is a rough one."""
-
-
-class LinearRole(msgspec.Struct, frozen=True, kw_only=True):
-    """What the size of a role's tiles depends on."""
-
-    name: str
-    in_features: int
-    out_features: int
-    grain: int
-    formats: tuple[str, ...]
-
-    @property
-    def weight_bits(self) -> float:
-        return max(WEIGHT_BITS[name] for name in self.formats)
-
-
-class Candidate(msgspec.Struct, frozen=True, kw_only=True):
-    """Sizes for a role, and what they are estimated to cost."""
-
-    tile_columns: int
-    num_k_tiles: int
-    stages: int
-    run: int
-    """Tiles of the worker with the most."""
-    cost_us: float
+from megakernel.tiles import packed_grain
 
 
 def default_plan(
     shape: ModelShape, machine: Machine, bucket: int, formats: Mapping[str, str] | None = None
 ) -> Plan:
-    """The same for every bucket, so that a row's K-tiles are summed alike in all programs of an artifact.
-
-    Raises PlanError where even the smallest tile does not fit a worker's scratch memory.
-    """
+    """The same for every bucket. Raises ScratchError where even the smallest tile does not fit."""
     del bucket
     stored = usual_formats(shape) if formats is None else formats
     ops = {role.name: plan_linear(role, machine) for role in linear_roles(shape, stored)}
@@ -65,91 +30,13 @@ def default_plan(
     return Plan(ops=ops, prefetch_instructions=MAX_STAGES - 1)
 
 
-def linear_roles(shape: ModelShape, formats: Mapping[str, str]) -> list[LinearRole]:
-    q_columns = shape.num_heads * shape.head_dim
-    kv_columns = shape.num_kv_heads * shape.head_dim
-    hidden, mlp = shape.hidden_size, shape.intermediate_size
-
-    def role(name: str, k: int, columns: int, epilogue: Epilogue, *weights: str) -> LinearRole:
-        stored = {
-            formats[f"layers.{layer}.{weight}"] for layer in range(shape.num_layers) for weight in weights
-        }
-        return LinearRole(
-            name=name,
-            in_features=k,
-            out_features=columns,
-            grain=epilogue_grain(epilogue, shape.head_dim),
-            formats=tuple(sorted(stored)),
-        )
-
-    head = formats["embed" if shape.has_tied_head else "head"]
-    return [
-        role("qkv", hidden, q_columns + 2 * kv_columns, Epilogue.ROPE_APPEND, "q", "k", "v"),
-        role("o", q_columns, hidden, Epilogue.RESIDUAL, "o"),
-        role("gate_up", hidden, 2 * mlp, Epilogue.SWIGLU, "gate", "up"),
-        role("down", mlp, hidden, Epilogue.RESIDUAL, "down"),
-        LinearRole(
-            name="head",
-            in_features=hidden,
-            out_features=shape.vocab_size,
-            grain=epilogue_grain(Epilogue.LOGITS, shape.head_dim),
-            formats=(head,),
-        ),
-    ]
-
-
 def plan_linear(role: LinearRole, machine: Machine) -> OpPlan:
-    """K is split only where that gives workers a more equal share by more than its wave costs."""
-    found = candidates(role, machine)
-    if not found:
-        raise PlanError(
-            f"{role.name}: no tile of {role.grain} columns or more fits the {machine.scratch_bytes} scratch "
-            f"bytes of a worker of {machine.name}"
-        )
+    """Of the tiles that cost about the least, those of which a worker takes the fewest."""
+    k_tiles = num_k_tiles(role, machine)
+    found = [candidate for candidate in candidates(role, machine) if candidate.num_k_tiles == k_tiles]
     bearable_us = min(candidate.cost_us for candidate in found) * (1 + COST_TOLERANCE)
     best = min(
         (candidate for candidate in found if candidate.cost_us <= bearable_us),
-        key=lambda candidate: (candidate.num_k_tiles, candidate.run, candidate.tile_columns),
+        key=lambda candidate: (candidate.run, candidate.tile_columns),
     )
-    return OpPlan(tile_columns=best.tile_columns, num_k_tiles=best.num_k_tiles, stages=best.stages)
-
-
-def candidates(role: LinearRole, machine: Machine) -> list[Candidate]:
-    grain = packed_grain(role.grain)
-    widths = {
-        even_columns(role.out_features, grain, machine.num_workers * run)
-        for run in range(1, MAX_RUN_TILES + 1)
-    }
-    splits = range(1, min(MAX_K_TILES, max_k_tiles(role.in_features)) + 1)
-    fitting = (candidate(role, machine, width, parts) for width, parts in product(widths | {grain}, splits))
-    return [found for found in fitting if found is not None]
-
-
-def candidate(role: LinearRole, machine: Machine, width: int, parts: int) -> Candidate | None:
-    """None where the tile does not fit, or has no room for the next one's weights beside its own."""
-    bounds = k_bounds(role.in_features, parts)
-    k = max(end - start for start, end in pairwise(bounds))
-    needed = linear_footprint(
-        columns=width,
-        k=k,
-        rows=ROW_CHUNK,
-        weight_bits=role.weight_bits,
-        input_bits=activation_bits(role.formats),
-    )
-    stages = min(max_stages(needed, machine), MAX_STAGES)
-    if stages == 0:
-        return None
-    run = -(-(-(-role.out_features // width) * parts) // machine.num_workers)
-    worker_bytes_a_us = 1e3 * machine.bandwidth_gb_s / machine.num_workers
-    cost_us = run * (needed.weight_stage_bytes / worker_bytes_a_us + machine.instruction_us)
-    if stages == 1 and not machine.computes_while_loading:  # nothing is loaded ahead
-        cost_us += run * machine.load_latency_us
-    if parts > 1:
-        wave_us = machine.sync_us + machine.load_latency_us + machine.instruction_us
-        cost_us = cost_us * (1 + K_SPLIT_MARGIN) + wave_us
-    return Candidate(tile_columns=width, num_k_tiles=parts, stages=stages, run=run, cost_us=cost_us)
-
-
-def even_columns(columns: int, grain: int, num_tiles: int) -> int:
-    """The narrowest whole grains of which `num_tiles` cover the columns."""
-    return grain * -(-columns // (grain * num_tiles))
+    return OpPlan(tile_columns=best.tile_columns, num_k_tiles=k_tiles, stages=best.stages)

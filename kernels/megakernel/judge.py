@@ -1,4 +1,5 @@
-"""Prices plans: the program a plan compiles to, cut to a few layers while searching, is simulated."""
+"""Prices plans: the program a plan compiles to, cut to a few layers while searching, is simulated; the few
+that may be chosen are compiled whole and proved."""
 
 import math
 from collections.abc import Mapping
@@ -7,12 +8,14 @@ from typing import Protocol
 import msgspec
 
 from megakernel.cost import bandwidth_bound_us, extrapolated_us, simulate
+from megakernel.graph import usual_formats
 from megakernel.machine import Machine
 from megakernel.memory import ScratchError
 from megakernel.model.shape import ModelShape
 from megakernel.plan import Plan
 from megakernel.program import Program
 from megakernel.schedule import STATS_SPAN
+from megakernel.validate import validate
 
 _SIMULATED_LAYERS = 3
 """The last two give the period of a layer."""
@@ -93,12 +96,19 @@ class Judge:
         return extrapolated_us(program, trace, self.shape.num_layers, self.shape.vocab_size)
 
     def full_us(self, plan: Plan) -> tuple[float, float]:
-        """Makespan and bandwidth bound of the whole model."""
-        program = self._program(self.shape, plan)
+        """Makespan and bandwidth bound of the whole model. Raises ScheduleError where `prove` does."""
+        program = self.prove(plan)
         trace = simulate(program, self.machine, self._formats, self._context_tokens)
         return trace.makespan_us, bandwidth_bound_us(
             program, self.machine, self._formats, self._context_tokens
         )
+
+    def prove(self, plan: Plan) -> Program:
+        """The whole model's program. Raises ScheduleError for one that is not safe: a compiler's error."""
+        program = self._program(self.shape, plan)
+        formats = usual_formats(self.shape) if self._formats is None else self._formats
+        validate(program, self.machine, formats)
+        return program
 
     def _program(self, shape: ModelShape, plan: Plan) -> Program:
         return self._compile_program(

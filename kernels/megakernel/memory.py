@@ -1,130 +1,22 @@
-"""Scratch memory: what a tile needs of it, how many weight stages fit, and which pages hold what when.
+"""Scratch memory: which pages hold what when.
 
-The constraint has three dimensions, as in the Ada-MK paper (arXiv 2605.11581): the hardware's capacity, the
-model's shapes, and the row bucket. An instruction holds its weight tile, its input and its output. The
-weights may be loaded `live_from` instructions ahead, into pages that earlier inputs, outputs and weights have
-left. K-splitting halves a weight tile, and so doubles the tiles that can be in flight.
+An instruction holds its weight tile, its input and its output (`footprint.py`). The weights may be loaded
+`live_from` instructions ahead, into pages that earlier inputs, outputs and weights have left.
 """
 
 from collections.abc import Mapping
 
 import msgspec
 
+from megakernel.footprint import PageNeeds, footprint, page_needs
 from megakernel.machine import Machine
 from megakernel.plan import OpPlan, Plan
-from megakernel.program import Geometry, Instruction, Op, Opcode, PageRole, PageUse, Program
-from megakernel.weight_formats import activation_bits, column_bits, op_formats
-
-ROW_CHUNK = 16
-"""Rows whose input and output are in scratch memory at once; larger buckets take a tile chunk by chunk."""
-KV_CHUNK_TOKENS = 32
-"""Tokens of K and V that attention has in scratch memory at once, while as many again are loaded."""
-_FLOAT_BYTES = 4
-_KV_ELEMENT_BYTES = 2
+from megakernel.program import Instruction, Op, PageRole, PageUse, Program
+from megakernel.weight_formats import op_formats
 
 
 class ScratchError(ValueError):
     """A tile that does not fit a worker's scratch memory; names the op, the need and the capacity."""
-
-
-class Footprint(msgspec.Struct, frozen=True, kw_only=True):
-    """Scratch bytes of one instruction."""
-
-    weight_stage_bytes: int
-    input_bytes: int
-    output_bytes: int
-
-    def total_bytes(self, stages: int) -> int:
-        return stages * self.weight_stage_bytes + self.input_bytes + self.output_bytes
-
-
-class PageNeeds(msgspec.Struct, frozen=True):
-    weights: int
-    input: int
-    output: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.input + self.output
-
-
-def linear_footprint(*, columns: int, k: int, rows: int, weight_bits: float, input_bits: float) -> Footprint:
-    """Of a linear tile: `weight_bits` and `input_bits` are an element's, `rows` the bucket's."""
-    chunk = min(rows, ROW_CHUNK)
-    return Footprint(
-        weight_stage_bytes=_bytes(columns * k * weight_bits),
-        input_bytes=_bytes(chunk * k * input_bits),
-        output_bytes=chunk * columns * _FLOAT_BYTES,
-    )
-
-
-def attention_footprint(*, kv_heads: int, geometry: Geometry, rows: int) -> Footprint:
-    """Of one attention instruction: queries and two chunks of K and V in, its heads' partial results out."""
-    chunk = min(rows, ROW_CHUNK)
-    heads = kv_heads * (geometry.num_heads // geometry.num_kv_heads)
-    keys_and_values = 2 * kv_heads * geometry.head_dim * KV_CHUNK_TOKENS * _KV_ELEMENT_BYTES
-    return Footprint(
-        weight_stage_bytes=0,
-        input_bytes=chunk * heads * geometry.head_dim * _FLOAT_BYTES + 2 * keys_and_values,
-        output_bytes=chunk * heads * (geometry.head_dim + 2) * _FLOAT_BYTES,
-    )
-
-
-def footprint(
-    program: Program, instruction: Instruction, formats: Mapping[str, str] | None = None
-) -> Footprint:
-    """Of an instruction of a program; `formats` by weight name, usual ones where it does not say."""
-    op = program.ops[instruction.op]
-    rows = instruction.r1 - instruction.r0
-    columns = instruction.n1 - instruction.n0
-    match instruction.opcode:
-        case Opcode.ATTENTION:
-            return attention_footprint(kv_heads=columns, geometry=program.geometry, rows=rows)
-        case Opcode.EMBED:  # row by row: a token's weights in, its activations out
-            bits = column_bits(op, program.geometry, op_formats(op, formats), 0, columns)
-            return Footprint(
-                weight_stage_bytes=0, input_bytes=_bytes(bits), output_bytes=columns * _FLOAT_BYTES
-            )
-        case Opcode.REDUCE:  # part by part, on top of the sum
-            sums = min(rows, ROW_CHUNK) * columns * _FLOAT_BYTES
-            return Footprint(weight_stage_bytes=0, input_bytes=sums, output_bytes=sums)
-        case _:
-            stored = op_formats(op, formats)
-            bits = column_bits(op, program.geometry, stored, instruction.n0, instruction.n1)
-            return linear_footprint(
-                columns=columns,
-                k=num_k(op, instruction),
-                rows=rows,
-                weight_bits=bits / columns,
-                input_bits=activation_bits(stored),
-            )
-
-
-def num_k(op: Op, instruction: Instruction) -> int:
-    """Elements of K that a linear instruction multiplies."""
-    if instruction.opcode is Opcode.LINEAR_PARTIAL:
-        return instruction.k1 - instruction.k0
-    return op.in_features
-
-
-def page_needs(needed: Footprint, page_bytes: int) -> PageNeeds:
-    return PageNeeds(
-        -(-needed.weight_stage_bytes // page_bytes),
-        -(-needed.input_bytes // page_bytes),
-        -(-needed.output_bytes // page_bytes),
-    )
-
-
-def max_stages(needed: Footprint, machine: Machine) -> int:
-    """Weight tiles that fit beside input and output; 0 where not even one does.
-
-    A tile without weights counts as one stage if it fits.
-    """
-    needs = page_needs(needed, machine.page_bytes)
-    left = machine.num_pages - needs.input - needs.output
-    if left < 0:
-        return 0
-    return left // needs.weights if needs.weights else 1
 
 
 def plan_pages(
@@ -135,12 +27,11 @@ def plan_pages(
     Weights are held from up to `Plan.prefetch_instructions` ahead, but never more than the role's `stages`
     tiles at once, and later where pages are short. Raises ScratchError.
     """
-    needs = _NeedsByTile(program, machine, formats)
+    paged = msgspec.structs.replace(program, num_pages=machine.num_pages, page_bytes=machine.page_bytes)
+    needs = _NeedsByTile(paged, machine, formats)
     depths = [_prefetch_depth(op, plan) for op in program.ops]
     workers = tuple(_allocate(worker, needs, depths, machine.num_pages) for worker in program.workers)
-    return msgspec.structs.replace(
-        program, workers=workers, num_pages=machine.num_pages, page_bytes=machine.page_bytes
-    )
+    return msgspec.structs.replace(paged, workers=workers)
 
 
 def role_of(op: Op) -> str:
@@ -271,7 +162,3 @@ def _highest_run(free: int, count: int, num_pages: int) -> int | None:
         return num_pages
     starts = _run_starts(free, count)
     return starts.bit_length() - 1 if starts else None
-
-
-def _bytes(bits: float) -> int:
-    return -int(-bits // 8)

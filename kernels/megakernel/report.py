@@ -4,15 +4,19 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
+from megakernel.bubbles import bubble_totals, bubbles, shown_totals
 from megakernel.cost import Trace, bandwidth_bound_us, simulate
+from megakernel.footprint import Footprint, max_stages
 from megakernel.machine import Machine
-from megakernel.memory import Footprint, max_stages, role_of
+from megakernel.memory import role_of
 from megakernel.model.shape import ModelShape
 from megakernel.plan import ROLES, OpPlan, Plan
 from megakernel.program import Program
 from megakernel.schedule import RoleShape, geometry_of, k_tile_choices, role_shapes, tile_footprint
+from megakernel.timeline import Timeline, predicted_timeline
 from megakernel.work import DEFAULT_CONTEXT_TOKENS, work_of
 
+_NUM_BUBBLES = 5
 DOUBLE_BUFFERED = 2
 """Stages at which peaks are compared: one tile is computed while the next is loaded."""
 
@@ -60,8 +64,9 @@ def _split_row(
     smallest = next((choice for choice in k_tile_choices(role) if choice > 1), 1)
     num_k_tiles = op_plan.num_k_tiles if op_plan.num_k_tiles > 1 else smallest
     columns = min(op_plan.tile_columns, role.columns)
-    whole = tile_footprint(role, geometry, OpPlan(tile_columns=columns), bucket)
-    split = tile_footprint(role, geometry, OpPlan(tile_columns=columns, num_k_tiles=num_k_tiles), bucket)
+    whole = tile_footprint(role, geometry, OpPlan(tile_columns=columns), bucket, machine)
+    split_plan = OpPlan(tile_columns=columns, num_k_tiles=num_k_tiles)
+    split = tile_footprint(role, geometry, split_plan, bucket, machine)
     return SplitRow(
         role=role.role,
         tile_columns=columns,
@@ -129,6 +134,7 @@ def compile_report(
         _memory_section(rows, machine, program.bucket),
         _makespan_section(trace, machine, program, bound_us, baseline_us, context_tokens),
         _role_section(role_rows(program, machine, trace, formats, context_tokens)),
+        _bubble_section(predicted_timeline(program, machine, formats, context_tokens)),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -207,6 +213,14 @@ def _role_section(rows: Sequence[RoleRow]) -> str:
             for row in rows
         ],
     )
+
+
+def _bubble_section(timeline: Timeline) -> str:
+    total_us = sum(bubble.us for bubble in bubbles(timeline))
+    share = 100 * total_us / timeline.total_us
+    groups = [shown_totals(group, timeline) for group in bubble_totals(timeline)[:_NUM_BUBBLES]]
+    heading = f"Predicted bubbles: {share:.1f}% of the workers' time"
+    return "\n  ".join([heading, *groups])
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

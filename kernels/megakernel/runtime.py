@@ -10,11 +10,12 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from megakernel.artifact import Progress, pack_weights
-from megakernel.build import build
-from megakernel.codegen_cpu import KvFormat, generate
+from megakernel.artifact import Progress
+from megakernel.codegen_cpu import KvFormat
+from megakernel.compiled import Compiled, compile_here
 from megakernel.head import Reductions
 from megakernel.model.rope import rope_frequencies
+from megakernel.model.shape import ModelShape
 from megakernel.model.weights import Weights
 from megakernel.program import Program
 
@@ -31,6 +32,10 @@ _DTYPES: dict[KvFormat, type[np.generic]] = {"float16": np.float16, "float32": n
 
 class StepError(RuntimeError):
     """A step that was refused or failed; after a failure of the workers every later step fails too."""
+
+
+class LibraryError(RuntimeError):
+    """A compiled library that the system does not load; the message says why, and what helps."""
 
 
 class Rows(msgspec.Struct, frozen=True, kw_only=True, eq=False):
@@ -93,13 +98,50 @@ class _EngineConfig(ctypes.Structure):
 
 
 class Runtime:
-    """One model on this CPU. `run` and `copy_slots` are for one thread; `write_kv` may run beside them.
+    """One model on this CPU. `run` and `copy_slots` are for one thread; `write_kv` and `read_kv` may run
+    beside them, for slots that they leave alone.
 
-    `num_blocks` blocks of `block_size_tokens` tokens, a multiple of 16. Raises BuildError, CodegenError.
+    `num_blocks` blocks of `block_size_tokens` tokens, a multiple of 16. Raises LibraryError for a library
+    that does not load here, and what `Compiled.fill_weights` raises.
     """
 
     def __init__(
         self,
+        compiled: Compiled,
+        num_blocks: int,
+        block_size_tokens: int,
+        *,
+        wait_limit_s: float = WAIT_LIMIT_S,
+    ) -> None:
+        if block_size_tokens <= 0 or block_size_tokens % TOKENS_A_SMALL_BLOCK:
+            raise ValueError(
+                f"block size {block_size_tokens}: a multiple of {TOKENS_A_SMALL_BLOCK} is needed"
+            )
+        self.compiled = compiled
+        self.num_blocks = num_blocks
+        self.block_size_tokens = block_size_tokens
+        self._dtype = np.dtype(_DTYPES[compiled.kv_format])
+        self._shape = compiled.shape
+        self._packed = _arena(compiled.layout.num_bytes)
+        compiled.fill_weights(self._packed)
+        self._library = _load(compiled.library)
+        frequencies = np.ascontiguousarray(rope_frequencies(compiled.shape), dtype=np.float64)
+        config = _EngineConfig(
+            weights=self._packed.ctypes.data,
+            frequencies=frequencies.ctypes.data,
+            num_blocks=num_blocks,
+            block_size_tokens=block_size_tokens,
+            spins=SPINS,
+            wait_limit_ns=int(wait_limit_s * 1e9),
+        )
+        self._engine = self._library.headrace_open(ctypes.byref(config))
+        self.num_blocks, self.block_size_tokens = num_blocks, block_size_tokens
+        self._input = _StepInput()
+        self._raise_if(self._library.headrace_error(self._engine) or None)
+
+    @classmethod
+    def of(
+        cls,
         programs: Sequence[Program],
         weights: Weights,
         num_blocks: int,
@@ -110,32 +152,30 @@ class Runtime:
         extra_flags: Sequence[str] = (),
         wait_limit_s: float = WAIT_LIMIT_S,
         progress: Progress | None = None,
-    ) -> None:
-        if block_size_tokens <= 0 or block_size_tokens % TOKENS_A_SMALL_BLOCK:
-            raise ValueError(
-                f"block size {block_size_tokens}: a multiple of {TOKENS_A_SMALL_BLOCK} is needed"
-            )
-        self.programs = tuple(programs)
-        self.generated = generate(programs, weights.formats, kv_format)
-        path = build(self.generated.source, folder=library_folder, extra_flags=extra_flags, progress=progress)
-        self._dtype = np.dtype(_DTYPES[kv_format])
-        self._shape = weights.shape
-        self._num_workers = len(self.programs[0].workers)
-        self._packed = _arena(self.generated.layout.num_bytes)
-        pack_weights(self.generated.layout, weights, self._packed, progress)
-        self._library = _load(path)
-        frequencies = np.ascontiguousarray(rope_frequencies(weights.shape), dtype=np.float64)
-        config = _EngineConfig(
-            weights=self._packed.ctypes.data,
-            frequencies=frequencies.ctypes.data,
-            num_blocks=num_blocks,
-            block_size_tokens=block_size_tokens,
-            spins=SPINS,
-            wait_limit_ns=int(wait_limit_s * 1e9),
+    ) -> "Runtime":
+        """Of programs compiled on the spot, as they are. Raises BuildError, CodegenError."""
+        compiled = compile_here(
+            programs,
+            weights,
+            kv_format=kv_format,
+            library_folder=library_folder,
+            extra_flags=extra_flags,
+            progress=progress,
         )
-        self._engine = self._library.headrace_open(ctypes.byref(config))
-        self._input = _StepInput()
-        self._raise_if(self._library.headrace_error(self._engine) or None)
+        return cls(compiled, num_blocks, block_size_tokens, wait_limit_s=wait_limit_s)
+
+    @property
+    def shape(self) -> ModelShape:
+        return self._shape
+
+    @property
+    def kv_format(self) -> KvFormat:
+        return self.compiled.kv_format
+
+    @property
+    def max_rows(self) -> int:
+        """Of a step: the largest bucket."""
+        return self.compiled.buckets[-1]
 
     def run(self, rows: Rows, stats: FloatArray | None = None, stamps: Stamps | None = None) -> FloatArray:
         """The logits of `step`."""
@@ -144,6 +184,7 @@ class Runtime:
     def step(self, rows: Rows, stats: FloatArray | None = None, stamps: Stamps | None = None) -> StepOutput:
         """One step; KV of all rows goes to their slots.
 
+        Where no row asks for anything, the step computes nothing past the last layer's K and V.
         `stats`, `[rows over the whole vocabulary, spans, 3]`, is filled where given. Raises StepError.
         """
         step = self._input
@@ -165,7 +206,7 @@ class Runtime:
 
     def new_stamps(self, num_rows: int) -> Stamps:
         """Room for one step of `num_rows` rows."""
-        program = next(program for program in self.programs if program.bucket >= num_rows)
+        program = next(program for program in self.compiled.programs if program.bucket >= num_rows)
         return Stamps(tuple(np.zeros((len(worker), 3), dtype=np.int64) for worker in program.workers))
 
     def copy_slots(self, source: IntArray, destination: IntArray) -> None:
@@ -192,21 +233,21 @@ class Runtime:
         )
         self._raise_if(problem)
 
-    def read_kv(self, layer: int, slots: IntArray) -> bytes:
-        """What `write_kv` takes. Raises StepError."""
+    def read_kv(self, layer: int, slots: IntArray) -> memoryview:
+        """What `write_kv` takes, in memory of its own. Raises StepError."""
         slots = _int32(slots)
         wire = np.empty(self._wire_bytes(len(slots)), dtype=np.uint8)
         problem = self._library.headrace_read_kv(
             self._engine, layer, slots.ctypes.data, len(slots), wire.ctypes.data
         )
         self._raise_if(problem)
-        return wire.tobytes()
+        return wire.data
 
     def buffer(self, name: str, bucket: int) -> FloatArray:
         """A copy of a buffer between ops, `[bucket, columns]`, as the last step left it."""
-        program = next(program for program in self.programs if program.bucket == bucket)
+        program = next(program for program in self.compiled.programs if program.bucket == bucket)
         columns = next(buffer.columns for buffer in program.buffers if buffer.name == name)
-        start = self._library.headrace_activations(self._engine) + self.generated.buffer_offsets[name]
+        start = self._library.headrace_activations(self._engine) + self.compiled.buffer_offsets[name]
         held = (ctypes.c_float * (bucket * columns)).from_address(start)
         return np.array(held, dtype=np.float32).reshape(bucket, columns)
 
@@ -282,7 +323,10 @@ def _address(array: IntArray | BoolArray | None) -> int | None:
 
 
 def _load(path: Path) -> Any:
-    library = ctypes.CDLL(str(path))
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise LibraryError(f"{error}: it was built for another system; compile the model here") from None
     pointer, i32 = ctypes.c_void_p, ctypes.c_int32
     library.headrace_open.restype = pointer
     library.headrace_activations.restype = pointer
@@ -304,7 +348,8 @@ def _load(path: Path) -> Any:
 
 def _arena(num_bytes: int) -> npt.NDArray[np.uint8]:
     """Page-aligned, in large pages where the system has them: decode reads all of it every step."""
-    memory = mmap.mmap(-1, max(num_bytes, mmap.PAGESIZE))
+    # Private: shared memory gets no large pages.
+    memory = mmap.mmap(-1, max(num_bytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, dtype=np.uint8, count=num_bytes)

@@ -2,19 +2,24 @@
 
 Ops are scheduled in dependency order, the tiles of each by longest processing time first. Tile sizes follow
 one rule: the widest tile of which two stages fit the scratch memory and which leaves no worker without one.
+K-tiles are those that all programs of an artifact share (`k_tiles.py`).
 """
 
 import heapq
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import msgspec
 
+from megakernel.footprint import Footprint, attention_footprint, linear_footprint, max_stages
+from megakernel.k_tiles import shared_k_tiles
 from megakernel.machine import Machine
-from megakernel.memory import Footprint, ScratchError, attention_footprint, linear_footprint, max_stages
+from megakernel.memory import ScratchError
 from megakernel.model.shape import ModelShape
 from megakernel.plan import ROLES, OpPlan, Plan
 from megakernel.program import Geometry
+from megakernel.tiles import k_bounds
 from megakernel.weight_formats import (
     FLOAT_ACTIVATION_BITS,
     QUANTIZED,
@@ -138,10 +143,18 @@ def _linear_role(
     )
 
 
-def tile_footprint(role: RoleShape, geometry: Geometry, op_plan: OpPlan, bucket: int) -> Footprint:
+def tile_footprint(
+    role: RoleShape, geometry: Geometry, op_plan: OpPlan, bucket: int, machine: Machine
+) -> Footprint:
     """Of the role's largest tile."""
     if role.role == "attention":
-        return attention_footprint(kv_heads=op_plan.tile_columns, geometry=geometry, rows=bucket)
+        return attention_footprint(
+            kv_heads=op_plan.tile_columns,
+            geometry=geometry,
+            rows=bucket,
+            num_pages=machine.num_pages,
+            page_bytes=machine.page_bytes,
+        )
     columns = min(op_plan.tile_columns, role.columns)
     k = largest_k_tile(role, op_plan.num_k_tiles)
     return linear_footprint(
@@ -150,11 +163,8 @@ def tile_footprint(role: RoleShape, geometry: Geometry, op_plan: OpPlan, bucket:
 
 
 def largest_k_tile(role: RoleShape, num_k_tiles: int) -> int:
-    """Elements, in whole quantization blocks where K is split."""
-    if num_k_tiles == 1:
-        return role.in_features
-    blocks = -(-role.in_features // K_GRANULE)
-    return min(role.in_features, -(-blocks // num_k_tiles) * K_GRANULE)
+    """Elements."""
+    return max(end - start for start, end in pairwise(k_bounds(role.in_features, num_k_tiles)))
 
 
 def k_tile_choices(role: RoleShape) -> tuple[int, ...]:
@@ -175,41 +185,35 @@ def list_schedule(
     bucket: int,
     formats: Mapping[str, str] | None = None,
     *,
-    num_k_tiles: Mapping[str, int] | None = None,
     split_tokens: int = SPLIT_TOKENS,
 ) -> Plan:
     """The baseline plan, for programs of `split_tokens`.
 
-    `num_k_tiles` fixes K-splits by role: programs of one artifact share them.
     Raises ScratchError where even the smallest tile does not fit.
     """
     geometry = geometry_of(shape)
+    k_tiles = shared_k_tiles(shape, machine, formats)
     ops = {
-        role.role: _plan_role(role, geometry, machine, bucket, (num_k_tiles or {}).get(role.role))
+        role.role: _plan_role(role, geometry, machine, bucket, k_tiles.get(role.role, 1))
         for role in role_shapes(shape, formats, split_tokens=split_tokens).values()
     }
     return Plan(ops=ops, prefetch_instructions=1)
 
 
-def _plan_role(
-    role: RoleShape, geometry: Geometry, machine: Machine, bucket: int, fixed_k_tiles: int | None
-) -> OpPlan:
+def _plan_role(role: RoleShape, geometry: Geometry, machine: Machine, bucket: int, k_tiles: int) -> OpPlan:
     if role.role == "embed":
         return OpPlan(tile_columns=role.columns)
     if role.role == "attention":
         return with_workers(role, OpPlan(tile_columns=1), machine)
-    choices = (fixed_k_tiles,) if fixed_k_tiles else k_tile_choices(role)
     for stages in (2, 1):
-        for k_tiles in choices:
-            for columns in _tile_widths(role, machine, k_tiles):
-                op_plan = OpPlan(tile_columns=columns, num_k_tiles=k_tiles, stages=stages)
-                if max_stages(tile_footprint(role, geometry, op_plan, bucket), machine) >= stages:
-                    return with_workers(role, op_plan, machine)
-    smallest = tile_footprint(
-        role, geometry, OpPlan(tile_columns=role.granule, num_k_tiles=choices[-1]), bucket
-    )
+        for columns in _tile_widths(role, machine, k_tiles):
+            op_plan = OpPlan(tile_columns=columns, num_k_tiles=k_tiles, stages=stages)
+            if max_stages(tile_footprint(role, geometry, op_plan, bucket, machine), machine) >= stages:
+                return with_workers(role, op_plan, machine)
+    narrowest = OpPlan(tile_columns=role.granule, num_k_tiles=k_tiles)
+    smallest = tile_footprint(role, geometry, narrowest, bucket, machine)
     raise ScratchError(
-        f"{role.role}: its smallest tile, {role.granule} columns in {choices[-1]} K-tiles of {bucket} rows, "
+        f"{role.role}: its smallest tile, {role.granule} columns in {k_tiles} K-tiles of {bucket} rows, "
         f"needs {smallest.total_bytes(1)} bytes; a worker of {machine.name} has {machine.scratch_bytes}"
     )
 

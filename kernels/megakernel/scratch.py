@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from itertools import accumulate
 
+from megakernel.footprint import footprint, page_needs
 from megakernel.machine import Machine
-from megakernel.memory import footprint, page_needs
 from megakernel.program import PageRole, PageUse, Program
 from megakernel.schedule_error import Hazard, ScheduleError, instruction_name
 

@@ -4,6 +4,7 @@ Each role's tilings are ranked by a closed estimate, then annealing moves betwee
 turns assignments against each other so that gaps are filled, and changes how far ahead weights are loaded.
 A plan is judged by simulating the program it compiles to, on a model of few layers, extrapolated; in the end
 the winner and the baseline are compiled and simulated in full, and the winner is never the worse of the two.
+Every plan of a result is proved: the validator has accepted the whole model's program.
 
 The result depends on the seed and the number of evaluations alone, unless the time budget ends first
 (`SearchResult.is_complete` says).
@@ -28,14 +29,14 @@ from megakernel.tilings import CONTIGUOUS, Tilings
 from megakernel.user_cache import cache_folder, read_if_there, write_atomically
 from megakernel.work import DEFAULT_CONTEXT_TOKENS
 
-_VERSION = 1
+_VERSION = 2
 """Of the search and the cost model: raised when their results change."""
 _MAX_PREFETCH = 4
 _NUM_FINALISTS = 4
 _NUM_COMPARED = 2
 """Plans that are simulated in full beside the baseline."""
 _RESERVED_SHARE = 1.5
-"""Of what the baseline's full simulation took, kept for each of them."""
+"""Of what the baseline's proof and full simulation took, kept for each of the finalists."""
 _START_PREFETCH = 2
 _TRIES_AN_EVALUATION = 20
 _NEIGHBOURHOOD = 8
@@ -103,7 +104,6 @@ def search(
     *,
     formats: Mapping[str, str] | None = None,
     context_tokens: int = DEFAULT_CONTEXT_TOKENS,
-    num_k_tiles: Mapping[str, int] | None = None,
     starts: Sequence[Plan] = (),
     budget: Budget | None = None,
     seed: int = 0,
@@ -113,14 +113,14 @@ def search(
 ) -> SearchResult:
     """The best plan found for one bucket.
 
-    `num_k_tiles` fixes K-splits by role: all programs of an artifact share them, or rows would differ in bits
-    between buckets. `starts` are judged with the plans found, so that none of them is better than the result
-    on a few layers. `folder` holds results of equal searches (None: the user's cache folder). Raises
-    ScratchError where no tile fits.
+    K-tiles are what `k_tiles.py` says, in every bucket: rows would differ in bits otherwise. `starts` are
+    judged with the plans found, so that none of them is better than the result on a few layers. `folder`
+    holds results of equal searches (None: the user's cache folder). Raises ScratchError where no tile fits,
+    PlanError for a start with other K-tiles.
     """
     budget = budget or Budget()
     judge = Judge(shape, fingerprint, machine, bucket, compile_program, formats, context_tokens)
-    baseline = list_schedule(shape, machine, bucket, formats, num_k_tiles=num_k_tiles)
+    baseline = list_schedule(shape, machine, bucket, formats)
     split_tokens = judge.split_tokens(baseline)
     question = (
         _VERSION,
@@ -129,7 +129,6 @@ def search(
         bucket,
         _sorted(formats),
         context_tokens,
-        _sorted(num_k_tiles),
         starts,
         split_tokens,
     )
@@ -137,10 +136,8 @@ def search(
     cached = _cached(path)
     if cached is not None:
         return cached
-    baseline = list_schedule(
-        shape, machine, bucket, formats, num_k_tiles=num_k_tiles, split_tokens=split_tokens
-    )
-    tilings = Tilings(shape, machine, bucket, formats, num_k_tiles, (baseline, *starts), split_tokens)
+    baseline = list_schedule(shape, machine, bucket, formats, split_tokens=split_tokens)
+    tilings = Tilings(shape, machine, bucket, formats, (baseline, *starts), split_tokens)
     result = _Search(judge, tilings, baseline, starts, budget, seed, on_progress, clock).run()
     write_atomically(path, msgspec.json.encode(result))
     return result
@@ -191,7 +188,7 @@ class _Search:
 
     def run(self) -> SearchResult:
         baseline_us, bound_us = self._judge.full_us(self._baseline)
-        self._reserved_s = _RESERVED_SHARE * _NUM_COMPARED * (self._clock() - self._begin_s)
+        self._reserved_s = _RESERVED_SHARE * _NUM_FINALISTS * (self._clock() - self._begin_s)
         quick_baseline_us = self._judge.quick_us(self._baseline)
         judged = [(self._judge.quick_us(plan), plan) for plan in self._starts]
         self._anneal(self._starting_points(), quick_baseline_us)
@@ -199,6 +196,8 @@ class _Search:
         better = [pair for pair in judged if pair[0] < quick_baseline_us]
         best = [plan for _, plan in sorted(better, key=lambda pair: pair[0])]
         plan, predicted_us = self._baseline, baseline_us
+        for finalist in best[_NUM_COMPARED:_NUM_FINALISTS]:
+            self._judge.prove(finalist)
         for finalist in best[:_NUM_COMPARED]:
             full_us, full_bound_us = self._judge.full_us(finalist)
             if full_us < predicted_us:
@@ -284,7 +283,7 @@ def _with(values: tuple[int, ...], index: int, value: int) -> tuple[int, ...]:
     return (*values[:index], value, *values[index + 1 :])
 
 
-def _sorted(mapping: Mapping[str, str] | Mapping[str, int] | None) -> list[tuple[str, str | int]]:
+def _sorted(mapping: Mapping[str, str] | None) -> list[tuple[str, str]]:
     return sorted((mapping or {}).items())
 
 

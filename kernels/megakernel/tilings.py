@@ -4,16 +4,18 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from megakernel.footprint import max_stages
+from megakernel.k_tiles import shared_k_tiles
 from megakernel.machine import Machine
-from megakernel.memory import ScratchError, max_stages
+from megakernel.memory import ScratchError
 from megakernel.model.shape import ModelShape
+from megakernel.passes.context import PlanError
 from megakernel.plan import OpPlan, Plan
 from megakernel.schedule import (
     MAX_STAGES,
     SPLIT_TOKENS,
     RoleShape,
     geometry_of,
-    k_tile_choices,
     largest_k_tile,
     num_tiles,
     role_shapes,
@@ -35,7 +37,10 @@ _PARTIAL_BYTES = 8
 
 
 class Tilings:
-    """Raises ScratchError where no tile of a role fits."""
+    """K-tiles are the artifact's, never a choice here: a bucket's search must not change a row's bits.
+
+    Raises ScratchError where no tile of a role fits, PlanError for a known plan with other K-tiles.
+    """
 
     def __init__(
         self,
@@ -43,14 +48,13 @@ class Tilings:
         machine: Machine,
         bucket: int,
         formats: Mapping[str, str] | None = None,
-        num_k_tiles: Mapping[str, int] | None = None,
         known: Sequence[Plan] = (),
         split_tokens: int = SPLIT_TOKENS,
     ) -> None:
         self._machine = machine
         self._bucket = bucket
         self._geometry = geometry_of(shape)
-        self._fixed = num_k_tiles or {}
+        self._k_tiles = shared_k_tiles(shape, machine, formats)
         self._known = known
         self.roles = tuple(role_shapes(shape, formats, split_tokens=split_tokens).values())
         self.ranked = tuple(self._rank(role) for role in self.roles)
@@ -88,25 +92,25 @@ class Tilings:
                 f"of a worker of {self._machine.name}"
             )
         if role.in_features:
-            fitting.sort(key=lambda op_plan: (self.estimate_us(role, op_plan), op_plan.num_k_tiles))
+            fitting.sort(key=lambda op_plan: self.estimate_us(role, op_plan))
         chosen = fitting[:_MAX_RANKED]
         chosen += [op_plan for op_plan in fitting[_MAX_RANKED:] if _sizes(op_plan) in known]
         return tuple(with_workers(role, op_plan, self._machine) for op_plan in chosen)
 
     def _candidates(self, role: RoleShape, known: set[tuple[int, int]]) -> list[OpPlan]:
-        fixed = self._fixed.get(role.role)
-        choices = (fixed,) if fixed else k_tile_choices(role)
+        k_tiles = self._k_tiles.get(role.role, 1)
+        if other := sorted({known_k_tiles for _, known_k_tiles in known} - {k_tiles}):
+            raise PlanError(f"{role.role}: a plan has {other[0]} K-tiles, all programs have {k_tiles}")
         granules = -(-role.columns // role.granule)
         widths = [width for width in _WIDTHS if width <= granules] or [1]
-        sizes = {(width * role.granule, k_tiles) for width in widths for k_tiles in choices} | known
+        sizes = {width * role.granule for width in widths} | {columns for columns, _ in known}
         return [
-            self._staged(role, OpPlan(tile_columns=columns, num_k_tiles=k_tiles))
-            for columns, k_tiles in sorted(sizes)
+            self._staged(role, OpPlan(tile_columns=columns, num_k_tiles=k_tiles)) for columns in sorted(sizes)
         ]
 
     def _staged(self, role: RoleShape, op_plan: OpPlan) -> OpPlan:
         """With as many stages as fit; 0 where it does not fit at all."""
-        needed = tile_footprint(role, self._geometry, op_plan, self._bucket)
+        needed = tile_footprint(role, self._geometry, op_plan, self._bucket, self._machine)
         return msgspec.structs.replace(op_plan, stages=min(max_stages(needed, self._machine), MAX_STAGES))
 
     def estimate_us(self, role: RoleShape, op_plan: OpPlan) -> float:

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 import msgspec
 
+from megakernel.footprint import num_k
 from megakernel.machine import Machine, MachineError
-from megakernel.memory import num_k
 from megakernel.program import Instruction, Op, Opcode, Program, Prologue
 from megakernel.weight_formats import activation_bits, column_bits, op_formats
 

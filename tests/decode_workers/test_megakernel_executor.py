@@ -1,4 +1,3 @@
-import msgspec
 import numpy as np
 import pytest
 
@@ -7,10 +6,12 @@ from decode_workers.megakernel_executor import MegaKernelExecutor
 from decode_workers.step_batch import NO_PARENT, StepBatch
 from decode_workers.torch_executor import TorchExecutor
 from megakernel.build import BuildError, find_compiler
+from megakernel.compiled import compile_here
 from megakernel.machine import Machine
 from megakernel.pipeline import compile_program
 from megakernel.reference import reference_generate, reference_logits
-from megakernel.schedule_error import Hazard, ScheduleError
+from prefill_workers.engine import PrefillJob
+from prefill_workers.torch_engine import TorchPrefillEngine
 from tests.decode_workers.head_asks import check_asks
 from tests.tiny_model import tiny_weights
 
@@ -45,25 +46,10 @@ def executor(tmp_path_factory):
         for bucket in BUCKETS
     ]
     folder = tmp_path_factory.mktemp("libraries")
-    made = MegaKernelExecutor(
-        programs, weights, "model", NUM_BLOCKS, BLOCK, dtype="float32", library_folder=folder
-    )
+    compiled = compile_here(programs, weights, kv_format="float32", library_folder=folder)
+    made = MegaKernelExecutor(compiled, "model", NUM_BLOCKS, BLOCK)
     yield made
     made.close()
-
-
-def test_a_program_that_is_not_proved_is_refused(tmp_path):
-    weights = tiny_weights(1)
-    program = compile_program(weights.shape, "model", TWO_CORES, 1, formats=weights.formats)
-    unordered = tuple(
-        tuple(msgspec.structs.replace(instruction, waits=()) for instruction in worker)
-        for worker in program.workers
-    )
-    racy = msgspec.structs.replace(program, workers=unordered)
-    with pytest.raises(ScheduleError) as refusal:
-        MegaKernelExecutor([racy], weights, "model", NUM_BLOCKS, BLOCK, library_folder=tmp_path)
-    assert refusal.value.hazard is Hazard.RAW
-    assert list(tmp_path.iterdir()) == []  # nothing was compiled
 
 
 def step(tokens, parents, context, table, needs_logits=None) -> StepBatch:
@@ -147,6 +133,31 @@ def test_kv_from_another_executor_continues_its_sequence(executor):
         executor.write_kv(layer, slots, memoryview(wire))
     logits = executor.run(step(tokens[20:], [NO_PARENT], 20, table)).logits
     np.testing.assert_allclose(logits[0], reference_logits(tiny_weights(1), tokens)[-1], atol=2e-4)
+
+
+def test_float16_kv_of_a_torch_prefill_continues_its_sequence(tmp_path):
+    """As `headrace up` has it where prefill runs in PyTorch: float32 arithmetic, float16 in the pool."""
+    weights = tiny_weights(1)
+    program = compile_program(weights.shape, "model", TWO_CORES, 32, formats=weights.formats)
+    compiled = compile_here([program], weights, kv_format="float16", library_folder=tmp_path)
+    tokens, table = random_tokens(21, seed=4), [3, 8]
+    prefill = TorchPrefillEngine(
+        weights, "model", NUM_BLOCKS, BLOCK, max_tokens_per_step=64, num_threads=1, kv_dtype="float16"
+    )
+    chunks = []
+    job = PrefillJob(request_id="r", token_ids=tuple(tokens[:20]), first_token=0, tenant="")
+    prefill.admit(job, chunks.append)
+    prefill.step()
+    executor = MegaKernelExecutor(compiled, "model", NUM_BLOCKS, BLOCK)
+    assert executor.layout.fingerprint == prefill.layout.fingerprint
+    slots = np.array([table[at // BLOCK] * BLOCK + at % BLOCK for at in range(20)], dtype=np.int32)
+    for chunk in chunks:
+        executor.write_kv(chunk.layer, slots[chunk.first_token :][: chunk.num_tokens], chunk.data)
+    handed = executor.run(step(tokens[20:], [NO_PARENT], 20, table)).logits
+    straight = executor.run(step(tokens, chain(21), 0, [5, 6])).logits[-1]
+    executor.close()
+    np.testing.assert_allclose(handed[0], straight, atol=5e-3)
+    np.testing.assert_allclose(straight, reference_logits(weights, tokens)[-1], atol=2e-2)
 
 
 def test_measure_touches_nobodys_blocks(executor):

@@ -1,4 +1,10 @@
-"""Greedy output of the cluster is the single-process oracle's, token by token, by every path."""
+"""Greedy output of the PyTorch executors is the single-process oracle's, token by token, by every path.
+
+The megakernel multiplies quantized activations, as llama.cpp does: `tests/megakernel` compares it with a
+model of its own arithmetic.
+"""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -6,9 +12,20 @@ import torch
 from megakernel.model.load import open_model
 from megakernel.reference import reference_generate
 from tests.e2e.inference import generate_all, greedy
+from tests.e2e.local_cluster import LocalCluster
 from tests.e2e.prompts import LENGTHS, prompt_token_ids
 
 pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def torch_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    """The packaged model in PyTorch, in float32 throughout."""
+    cluster = LocalCluster.at(tmp_path_factory.mktemp("torch") / "home")
+    cluster.up("--executor", "torch")
+    yield cluster
+    cluster.down()
+    cluster.assert_nothing_left()
 
 
 def _oracle(prompts, num_tokens):
@@ -37,11 +54,12 @@ def _check(cluster, tokenizer, lengths, num_tokens):
     assert handoffs - handoffs_before == 2 * len(prompts)
 
 
-def test_a_few_prompts(cluster, tokenizer):
-    _check(cluster, tokenizer, (5, 16, 33, 150), 12)
+def test_a_few_prompts(torch_cluster, tokenizer):
+    assert torch_cluster.state()["execution"] == "decode torch, prefill torch, KV float32"
+    _check(torch_cluster, tokenizer, (5, 16, 33, 150), 12)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_twenty_prompts_of_5_to_600_tokens(cluster, tokenizer):
-    _check(cluster, tokenizer, LENGTHS, 64)
+def test_twenty_prompts_of_5_to_600_tokens(torch_cluster, tokenizer):
+    _check(torch_cluster, tokenizer, LENGTHS, 64)

@@ -30,6 +30,22 @@ def test_whatever_is_not_well_names_a_fix(tmp_path):
     assert all(check.fix for check in checks(tmp_path).values() if check.verdict != "ok")
 
 
+def test_what_will_run_the_model_is_said(tmp_path):
+    check = checks(tmp_path)["execution"]
+    assert (check.verdict, check.found[:19]) == ("ok", "decode megakernel, ")
+
+
+def test_without_a_compiler_pytorch_decodes_and_the_fix_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("CXX", raising=False)
+    check = checks(tmp_path)["execution"]
+    assert check.verdict == "note"
+    assert "decode torch" in check.found
+    assert "no C++ compiler" in check.found
+    assert "apt-get install g++" in check.fix
+
+
 def test_a_taken_port_blocks(tmp_path):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -65,7 +81,7 @@ def test_no_redis_server_names_the_packages(tmp_path, monkeypatch):
 def test_missing_tools_are_notes_only(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor.shutil, "which", lambda name, path=None: None)
     found = checks(tmp_path)
-    for what in ("C compiler", "make", "git", "nvcc", "GPU"):
+    for what in ("C++ compiler", "C compiler", "make", "git", "nvcc", "GPU"):
         assert found[what].verdict == "note"
 
 

@@ -33,6 +33,25 @@ def small_machine(num_workers: int = 3) -> Machine:
     return msgspec.structs.replace(load_machine("l4"), num_workers=num_workers, name="small")
 
 
+def cpu_machine(num_workers: int = 2, scratch_bytes: int = 1 << 20) -> Machine:
+    """A desktop's cores, without a probe."""
+    return Machine(
+        name="some-cpu",
+        kind="cpu",
+        num_workers=num_workers,
+        scratch_bytes=scratch_bytes,
+        page_bytes=1024,
+        bandwidth_gb_s=20.0,
+        worker_bandwidth_gb_s=14.0,
+        load_latency_us=0.1,
+        sync_us=0.2,
+        macs_per_us={"Q4_1": 195e3, "Q8_0": 195e3, "F16": 49e3, "BF16": 49e3, "F32": 49e3},
+        instruction_us=0.05,
+        row_group=4,
+        computes_while_loading=True,
+    )
+
+
 def small_plan(**changes: OpPlan) -> Plan:
     ops = {
         "embed": OpPlan(tile_columns=32),

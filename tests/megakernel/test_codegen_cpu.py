@@ -42,6 +42,24 @@ def test_an_input_is_prepared_once_for_all_of_a_workers_tiles():
     assert source.count("// 0: embed") == 1
 
 
+def test_what_is_for_logits_alone_runs_where_some_row_wants_them():
+    program = programs(8)[0]
+    last_kv_op = max(index for index, op in enumerate(program.ops) if op.name.endswith(".qkv"))
+    source = generate([program], WEIGHTS.formats).source
+    for worker, instructions in enumerate(program.workers):
+        body = source.split(f"bool rows8_worker{worker}(")[1].split("\n}\n")[0]
+        parts = re.split(r"^  // \d+: .*$", body, flags=re.MULTILINE)[1:]
+        for instruction, part in zip(instructions, parts, strict=True):
+            is_for_logits = instruction.op > last_kv_op
+            assert ("  if (s.head.num_rows() > 0) {" in part) == is_for_logits
+            if is_for_logits:
+                fetched = re.findall(r"s\.weights \+ \d+, (.*)\)\) return", part)
+                assert all(
+                    re.fullmatch(r"0|s\.head\.(num_rows\(\)|num_full) > 0 \? \d+ : 0", lines)
+                    for lines in fetched
+                )
+
+
 def test_a_tied_head_and_the_embedding_lie_there_once():
     tied = lay_out_weights(programs(1)[0], WEIGHTS.formats)
     assert [names for names in tied.segments if "embed" in names] == [("embed",)]
@@ -79,7 +97,7 @@ def test_buckets_share_buffers():
     [
         (list, "at least one program"),
         (lambda: programs(8, 1), "ascending by bucket"),
-        (lambda: programs(128), "bucket 128 has more than 64 rows"),
+        (lambda: programs(512), "bucket 512 has more than 256 rows"),
         (
             lambda: [*programs(1), *programs(8, recipe=Recipe(workers=3, k_tiles={"down": 2}))],
             "the same workers",

@@ -10,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megakernel.codegen_cpu import MAX_ROWS
+from megakernel.graph import usual_formats
 from megakernel.hazards import find_hazard
 from megakernel.machine import Machine, load_machine
 from megakernel.model.load import PACKAGED_MODEL, open_model
@@ -22,6 +24,7 @@ from megakernel.shapes import SHAPES
 from megakernel.validate import validate
 from megakernel.vm import Vm
 from megakernel.vm_state import NO_PARENT, kv_for
+from tests.megakernel.compiler_cases import cpu_machine
 from tests.megakernel.mutations import MUTATIONS
 from tests.megakernel.vm_steps import BLOCK_SIZE, Rows, Sequence, step_of
 from tests.tiny_model import TinyWeights, tiny_weights
@@ -111,12 +114,12 @@ def test_every_shape_compiles_to_a_proved_and_right_program(
 @pytest.mark.parametrize(
     ("plan", "sizes"),
     [
-        (None, [(3, 1), (3, 4), (3, 8)]),
+        (None, [(1, 1), (2, 1), (3, 4), (8, 8)]),
         (SPLIT_PLAN, [(1, 1), (3, 1), (2, 4), (5, 8)]),
     ],
     ids=["default plan", "K-split"],
 )
-def test_a_row_has_the_same_bits_in_every_bucket_and_one_plan_on_any_number_of_workers(plan, sizes):
+def test_a_row_has_the_same_bits_in_every_bucket_and_on_any_number_of_workers(plan, sizes):
     weights = tiny_weights(8, "qwen3", hidden_size=64, max_context_tokens=64)
     tokens = np.random.default_rng(2).integers(0, 160, 16).tolist()
     expected = None
@@ -126,6 +129,16 @@ def test_a_row_has_the_same_bits_in_every_bucket_and_one_plan_on_any_number_of_w
         logits = logits_of(program, weights, tokens, bucket)
         expected = logits if expected is None else expected
         np.testing.assert_array_equal(logits, expected)
+
+
+def test_the_widest_bucket_of_the_cpu_is_proved_and_right():
+    weights = tiny_weights(8, "qwen3", num_layers=1, hidden_size=64, max_context_tokens=160)
+    program, machine = compiled(weights, workers=2, bucket=MAX_ROWS)
+    validate(program, machine, weights.formats)
+    tokens = np.random.default_rng(2).integers(0, 160, 150).tolist()
+    np.testing.assert_allclose(
+        logits_of(program, weights, tokens, MAX_ROWS), reference_logits(weights, tokens), **TOLERANCE
+    )
 
 
 def test_too_few_pages_for_a_tile_are_found():
@@ -171,13 +184,37 @@ def test_no_harmful_mutant_of_a_compiled_program_is_accepted(capsys):
     assert outcomes["rejected"] > 150
 
 
+BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+MACHINES = ("l20", "l4", "rtx4090", "h100")
+
+
+def prove_full_size(shape: str, machine: Machine, buckets: tuple[int, ...]) -> None:
+    formats = usual_formats(SHAPES[shape])
+    for bucket in buckets:
+        program = compile_program(SHAPES[shape], "test", machine, bucket)
+        assert validate(program, machine, formats).num_instructions > machine.num_workers
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("machine", ["l20", "h100"])
-def test_full_size_programs_are_proved(shape, machine):
-    target = load_machine(machine)
-    program = compile_program(SHAPES[shape], "test", target, 4)
-    assert validate(program, target).num_instructions > target.num_workers
+@pytest.mark.parametrize("machine", MACHINES)
+def test_every_packaged_model_is_proved_on_every_packaged_machine(shape, machine):
+    prove_full_size(shape, load_machine(machine), BUCKETS)
+
+
+@pytest.mark.parametrize(
+    ("shape", "machine", "bucket"),
+    [("smollm2-135m", "l4", 64), ("smollm2-135m", "h100", 2), ("qwen2.5-1.5b", "l20", 16)],
+)
+def test_some_packaged_models_are_proved(shape, machine, bucket):
+    prove_full_size(shape, load_machine(machine), (bucket,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES)
+def test_packaged_models_are_proved_on_a_cpu(shape):
+    for workers in (1, 8):
+        prove_full_size(shape, cpu_machine(workers), (1, 64))
 
 
 class FloatActivations:

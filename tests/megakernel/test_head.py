@@ -42,7 +42,7 @@ def library_folder(tmp_path_factory):
 
 
 def opened(weights, program, library_folder) -> Runtime:
-    return Runtime(
+    return Runtime.of(
         [program],
         weights,
         NUM_BLOCKS,
@@ -261,7 +261,9 @@ def test_the_heads_weights_are_fetched_ahead_only_for_full_rows(stored):
         line for number, line in enumerate(source) if "s.weights" in line and "head" in _op(source, number)
     ]
     assert heads
-    assert all("s.head.num_full ? " in line for line in heads)
+    assert all("s.head.num_full > 0 ? " in line for line in heads)
+    before = [line for line in source if "linear<" in line and "num_full > 0 ? " in line]
+    assert len(before) >= len(program.workers)
 
 
 def _op(source: list[str], number: int) -> str:

@@ -7,19 +7,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megakernel.machine import Machine, load_machine
-from megakernel.memory import (
+from megakernel.footprint import (
     Footprint,
-    ScratchError,
+    attention_footprint,
+    attention_row_chunk,
     footprint,
     linear_footprint,
     max_stages,
     page_needs,
-    plan_pages,
 )
+from megakernel.machine import Machine, load_machine
+from megakernel.memory import ScratchError, plan_pages
 from megakernel.model.shape import ModelShape
 from megakernel.plan import ROLES, OpPlan, Plan
 from megakernel.program import Instruction, Opcode, PageRole, Program
+from megakernel.schedule import geometry_of
+from megakernel.shapes import SHAPES
 from tests.megakernel.model.model_files import tiny_shape
 from tests.megakernel.programs import Recipe, build_program
 
@@ -212,3 +215,38 @@ def test_a_large_bucket_of_a_whole_model_plans_within_capacity():
     paged = plan_pages(program, small_machine(64), plan_of(2, 3))
     opcodes = {instruction.opcode for worker in paged.workers for instruction in worker}
     assert {Opcode.EMBED, Opcode.LINEAR, Opcode.ATTENTION} <= opcodes
+
+
+QWEN = geometry_of(SHAPES["qwen2.5-1.5b"])
+
+
+@pytest.mark.parametrize(
+    ("kib", "rows", "chunk"), [(99, 8, 8), (99, 12, 8), (99, 64, 8), (227, 64, 16), (40, 64, 1), (8, 64, 1)]
+)
+def test_attention_takes_as_many_rows_at_once_as_fit(kib, rows, chunk):
+    """Six heads of 128 a KV head: 6,168 bytes a row, beside 32 KB of K and V."""
+    size = {"kv_heads": 1, "geometry": QWEN, "rows": rows, "num_pages": kib, "page_bytes": 1024}
+    assert attention_row_chunk(**size) == chunk
+    assert attention_footprint(**size).output_bytes == chunk * 6 * 130 * 4
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    heads=st.integers(1, 16),
+    dim=st.sampled_from([16, 64, 128]),
+    rows=st.integers(1, 80),
+    num_pages=st.integers(1, 300),
+)
+def test_a_row_chunk_is_the_largest_power_of_two_that_fits(heads, dim, rows, num_pages):
+    geometry = msgspec.structs.replace(QWEN, num_heads=2 * heads, num_kv_heads=2, head_dim=dim)
+    size = {"kv_heads": 1, "geometry": geometry, "num_pages": num_pages, "page_bytes": 1024}
+
+    def fits(chunk: int) -> bool:
+        # With room for everything, as many rows as there are, up to 16, are taken at once.
+        whole = attention_footprint(**size | {"rows": chunk, "num_pages": 10_000})
+        return page_needs(whole, 1024).total <= num_pages
+
+    chunk = attention_row_chunk(**size, rows=rows)
+    assert chunk == 1 or fits(chunk)
+    larger = [size for size in (2, 4, 8, min(rows, 16)) if chunk < size <= min(rows, 16)]
+    assert not any(map(fits, larger))

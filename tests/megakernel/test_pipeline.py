@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megakernel.__main__ import main
-from megakernel.default_plan import default_plan
 from megakernel.dialect import parse
 from megakernel.machine import load_machine
 from megakernel.memory import plan_pages
@@ -18,6 +17,7 @@ from megakernel.passes.context import PlanError
 from megakernel.pipeline import compile_program, decode_program, encode_program, ir_after
 from megakernel.plan import OpPlan, Plan
 from megakernel.program import Instruction, Opcode, Program, Space, max_splits
+from megakernel.schedule_error import Hazard, ScheduleError
 from megakernel.shapes import SHAPES
 from megakernel.validate import validate
 from tests.megakernel.compiler_cases import small_machine, small_plan, small_shape
@@ -187,13 +187,6 @@ def test_compiling_leaves_the_cached_graph_as_it_was():
     assert compile_program(small_shape(), "f", small_machine(), 1, small_plan()) == before
 
 
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("machine", ["l20", "h100"])
-def test_default_plans_split_k_alike_for_all_buckets(name: str, machine: str):
-    plans_by_bucket = [default_plan(SHAPES[name], load_machine(machine), bucket) for bucket in (1, 8, 64)]
-    assert plans_by_bucket[0] == plans_by_bucket[1] == plans_by_bucket[2]
-
-
 def test_a_full_model_compiles_for_a_whole_gpu():
     program = compile_program(SHAPES["qwen3-1.7b"], "f", load_machine("l20"), 1)
     assert len(program.workers) == 92
@@ -213,6 +206,17 @@ def test_the_command_prints_a_summary_and_writes_the_program(
     assert program.bucket == 8
     assert "ops           152" in printed
     assert f"counters      {program.num_counters}" in printed
+    assert "proved        no deadlock, no race in" in printed
+
+
+def test_the_command_writes_nothing_that_is_not_proved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object) -> None:
+        raise ScheduleError(Hazard.RAW, "of this test")
+
+    monkeypatch.setattr("megakernel.__main__.validate", refuse)
+    out = tmp_path / "program"
+    assert main(["compile", "smollm2-135m", "--machine", "l4", "--out", str(out)]) == 2
+    assert not out.exists()
 
 
 def test_the_command_reports_scratch_memory_and_time(capsys: pytest.CaptureFixture[str]):

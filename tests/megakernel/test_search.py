@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 
 from megakernel.cost import simulate
 from megakernel.default_plan import default_plan
+from megakernel.footprint import max_stages
 from megakernel.judge import truncated, with_head_for
 from megakernel.machine import Machine, load_machine
-from megakernel.memory import ScratchError, max_stages
+from megakernel.memory import ScratchError
 from megakernel.model.shape import ModelShape
+from megakernel.passes.context import PlanError
 from megakernel.pipeline import compile_program
 from megakernel.plan import ROLES, OpPlan, Plan
 from megakernel.program import Opcode, Program
@@ -106,25 +108,23 @@ def test_list_schedule_fits_the_scratch_memory(name, machine, bucket):
     for role in role_shapes(shape).values():
         op_plan = plan.ops[role.role]
         if role.in_features:
-            needed = tile_footprint(role, geometry_of(shape), op_plan, bucket)
+            needed = tile_footprint(role, geometry_of(shape), op_plan, bucket, target)
             assert max_stages(needed, target) >= op_plan.stages
         if op_plan.tile_workers is not None:
             assert set(op_plan.tile_workers) <= set(range(target.num_workers))
 
 
-def test_k_splits_can_be_fixed_for_all_buckets_of_an_artifact():
-    fixed = {"gate_up": 2, "down": 4}
-    plan = list_schedule(SHAPE, EIGHT, 1, num_k_tiles=fixed)
-    assert {role: plan.ops[role].num_k_tiles for role in fixed} == fixed
-    tilings = Tilings(SHAPE, EIGHT, 1, None, fixed)
-    for role, ranked in zip(tilings.roles, tilings.ranked, strict=True):
-        if role.role in fixed:
-            assert {op_plan.num_k_tiles for op_plan in ranked} == {fixed[role.role]}
+def test_a_start_with_other_k_tiles_is_refused():
+    plan = list_schedule(SHAPE, EIGHT, 1)
+    down = msgspec.structs.replace(plan.ops["down"], num_k_tiles=plan.ops["down"].num_k_tiles + 1)
+    other = msgspec.structs.replace(plan, ops=plan.ops | {"down": down})
+    with pytest.raises(PlanError, match=r"down: a plan has \d K-tiles, all programs have \d"):
+        Tilings(SHAPE, EIGHT, 1, known=[other])
 
 
 def test_a_model_that_cannot_fit_is_refused_with_the_role():
     machine = msgspec.structs.replace(L20, name="tight", scratch_bytes=2048)
-    with pytest.raises(ScratchError, match=r"qkv: .*a worker of tight has 2048"):
+    with pytest.raises(ScratchError, match=r"qkv: .*2048 scratch bytes of a worker of tight"):
         list_schedule(SHAPE, machine, 1)
     with pytest.raises(ScratchError, match="of tight"):
         Tilings(SHAPE, machine, 1)

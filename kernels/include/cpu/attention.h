@@ -1,16 +1,29 @@
 // Attention of rows over their committed context and their ancestors, split by absolute position.
 //
 // K is stored transposed in small blocks of 16 tokens, [dim][16], so that a lane is a token; V as [16][dim],
-// so that a lane is a dimension. Query heads that share K and V, of one row or of several of a sequence, are
-// done together: that shares loads, and changes no lane's arithmetic. A row's result is the same bits
+// so that a lane is a dimension. Query heads that share K and V, of one row or of neighbours that read the same
+// small blocks (a sequence's tree, or sequences with a cached prefix in common), are done together: that
+// shares loads, and changes no lane's arithmetic. A row's result is the same bits
 // whether a token is committed, or an ancestor whose K and V are gathered into a small block of the same form.
 #pragma once
+
+#include <array>
+#include <numeric>
 
 #include "cpu/step.h"
 
 namespace headrace {
 
 constexpr int kSplitTokensMax = 512;
+
+// How many queries are worth doing together, and how many sums of 16 lanes fit the registers beside operands.
+#if defined(__AVX512F__)
+constexpr int kQueriesTogether = 6, kSums = 24;
+#else  // two registers of sixteen to 16 lanes
+constexpr int kQueriesTogether = 6, kSums = 6;
+#endif
+
+constexpr int power_of_two_within(int limit) { return limit < 2 ? 1 : 2 * power_of_two_within(limit / 2); }
 
 template <class Kv_, int kHeads_, int kKvHeads_, int kDim_, int kSplitTokens_>
 struct AttentionShape {
@@ -20,9 +33,20 @@ struct AttentionShape {
     static constexpr int kBlocksASplit = kSplitTokens / kTokensABlock;
     static constexpr int kBlockElements = kTokensABlock * kDim;
     static constexpr int kColumns = kDim + 2;  // of one head in one split: maximum, sum, values
-    // Rows done together: as many queries as leave registers for the loads.
-    static constexpr int kRowsTogether = kGroup >= 8 ? 1 : kGroup >= 4 ? 2 : kGroup == 3 ? 4 : kGroup == 2 ? 4 : 8;
+    static constexpr int kRowsTogether = power_of_two_within(std::min(8, kQueriesTogether / kGroup));
     static_assert(kHeads % kKvHeads == 0 && kDim % kLanes == 0 && kSplitTokens % kTokensABlock == 0);
+};
+
+// The weights that come after attention, fetched while it computes.
+struct Ahead {
+    const std::byte *at, *end;
+
+    void fetch() {
+        for (int line = 0; line < kLines && at < end; line++, at += 64) __builtin_prefetch(at, 0, 2);
+    }
+
+   private:
+    static constexpr int kLines = 4;  // at each of the places where K or V are fetched
 };
 
 // One of the 16 parts of a small block towards the cache.
@@ -37,9 +61,8 @@ inline void fetch_part(const typename Shape::Kv* block, int part) {
 // as many small blocks from `next` on, the V to come, are fetched.
 template <class Shape, int kQueries>
 inline void score_blocks(const float* const* queries, const typename Shape::Kv* const* blocks,
-                         const typename Shape::Kv* const* next, int count, float* scores) {
-    // Two chains a query at least, or the multiply-adds wait for each other.
-    constexpr int kTogether = kQueries >= 8 ? 1 : kQueries >= 4 ? 2 : 4;
+                         const typename Shape::Kv* const* next, int count, float* scores, Ahead& ahead) {
+    constexpr int kTogether = power_of_two_within(std::min(8, kSums / kQueries));
     int block = 0;
     const auto some = [&](auto together) {
         constexpr int kBlocks = decltype(together)::value;
@@ -49,9 +72,11 @@ inline void score_blocks(const float* const* queries, const typename Shape::Kv* 
         for (int d = 0; d < Shape::kDim; d++) {
             Lanes keys[kBlocks];
             for (int b = 0; b < kBlocks; b++) keys[b] = load(blocks[block + b] + d * kTokensABlock);
-            if (d % (Shape::kDim / kTokensABlock) == 0)
+            if (d % (Shape::kDim / kTokensABlock) == 0) {
                 for (int b = 0; b < kBlocks; b++)
                     fetch_part<Shape>(next[block + b], d / (Shape::kDim / kTokensABlock));
+                ahead.fetch();
+            }
             for (int q = 0; q < kQueries; q++) {
                 const Lanes query = splat(queries[q][d]);
                 for (int b = 0; b < kBlocks; b++) sums[b][q] = fma(query, keys[b], sums[b][q]);
@@ -63,6 +88,10 @@ inline void score_blocks(const float* const* queries, const typename Shape::Kv* 
         block += kBlocks;
     };
     while (block + kTogether <= count) some(std::integral_constant<int, kTogether>{});
+    if constexpr (kTogether > 4)
+        if (block + 4 <= count) some(std::integral_constant<int, 4>{});
+    if constexpr (kTogether > 2)
+        if (block + 2 <= count) some(std::integral_constant<int, 2>{});
     while (block < count) some(std::integral_constant<int, 1>{});
 }
 
@@ -72,8 +101,8 @@ template <class Shape, int kQueries>
 inline void add_values(const float* weights, const typename Shape::Kv* const* blocks, int tokens,
                        const typename Shape::Kv* const* next, int num_next, float* const* values) {
     constexpr int kVectors = Shape::kDim / kLanes;
-    constexpr int kWanted = kQueries >= 8 ? 1 : kQueries >= 4 ? 2 : 4;
-    constexpr int kTogether = kVectors % kWanted == 0 ? kWanted : 1;
+    constexpr int kWanted = power_of_two_within(std::min(8, kSums / kQueries));
+    constexpr int kTogether = std::gcd(kVectors, kWanted);
     for (int vector = 0; vector < kVectors; vector += kTogether) {
         Lanes sums[kTogether][kQueries];
         for (int v = 0; v < kTogether; v++)
@@ -138,12 +167,15 @@ class RowKv {
 
     static constexpr size_t kScratchBytes = 2 * kMaxTailBlocks * Shape::kBlockElements * sizeof(Kv);
 
-    RowKv(const HeadPool<Shape>& pool, const Row& row, std::byte* scratch)
+    // A block's lanes past the row's tokens keep what was there: `soften` overwrites their scores.
+    // The tail is gathered as far as it lies in splits `part` modulo `num_parts`.
+    RowKv(const HeadPool<Shape>& pool, const Row& row, int part, int num_parts, std::byte* scratch)
         : pool_(pool),
           row_(row),
           tail_keys_(reinterpret_cast<Kv*>(scratch)),
           tail_values_(tail_keys_ + kMaxTailBlocks * Shape::kBlockElements) {
-        for (int position = row.tail_start; position < row.num_tokens(); position++) gather(position);
+        for (int position = row.tail_start; position < row.num_tokens(); position++)
+            if (position / Shape::kSplitTokens % num_parts == part) gather(position);
     }
 
     // `keys` and `values` of `count` small blocks from `first` on.
@@ -171,8 +203,6 @@ class RowKv {
         const int64_t from = slot / kTokensABlock * Shape::kBlockElements;
         const int64_t to = int64_t{at / kTokensABlock} * Shape::kBlockElements;
         const int from_token = slot % kTokensABlock, to_token = at % kTokensABlock;
-        if (to_token == 0)
-            std::memset(static_cast<void*>(tail_keys_ + to), 0, Shape::kBlockElements * sizeof(Kv));
         copy_key<Kv, Shape::kDim>(pool_.keys + from + from_token, tail_keys_ + to + to_token);
         std::memcpy(tail_values_ + to + to_token * Shape::kDim, pool_.values + from + from_token * Shape::kDim,
                     Shape::kDim * sizeof(Kv));
@@ -183,12 +213,12 @@ class RowKv {
     Kv *tail_keys_, *tail_values_;
 };
 
-// One split of kRows rows (of one sequence, where there are several) for one KV head.
-// `shared_tokens` positions of the split, whole small blocks, are the same for all of them. The split that is
+// One split of kRows rows for one KV head. `shared_tokens` positions of the split, whole small blocks, are the same for all of them. The split that is
 // done after this one is `stride` further.
 template <class Shape, int kRows>
 inline void attend_split(const float* queries, int64_t query_stride, float* out, int64_t out_stride, int split,
-                         int stride, const RowKv<Shape>* rows, const int* num_tokens, int shared_tokens) {
+                         int stride, const RowKv<Shape>* rows, const int* num_tokens, int shared_tokens,
+                         Ahead& ahead) {
     using Kv = typename Shape::Kv;
     constexpr int kQueries = kRows * Shape::kGroup;
     alignas(64) float scores[kQueries * Shape::kSplitTokens];
@@ -207,14 +237,14 @@ inline void attend_split(const float* queries, int64_t query_stride, float* out,
         return std::min(num_tokens[row] - split * Shape::kSplitTokens, Shape::kSplitTokens) - shared_tokens;
     };
     rows[0].blocks(first, shared_blocks, keys, values);
-    if (shared_blocks > 0) score_blocks<Shape, kQueries>(query_of, keys, values, shared_blocks, scores);
+    if (shared_blocks > 0) score_blocks<Shape, kQueries>(query_of, keys, values, shared_blocks, scores, ahead);
     const Kv *own_keys[kRows][Shape::kBlocksASplit], *own_values[kRows][Shape::kBlocksASplit];
     for (int row = 0; row < kRows; row++) {
         const int blocks = (rest_tokens(row) + kTokensABlock - 1) / kTokensABlock;
         rows[row].blocks(first + shared_blocks, blocks, own_keys[row], own_values[row]);
         if (blocks > 0)
             score_blocks<Shape, Shape::kGroup>(query_of + row * Shape::kGroup, own_keys[row], own_values[row], blocks,
-                                               scores + row * Shape::kGroup * Shape::kSplitTokens + shared_tokens);
+                                               scores + row * Shape::kGroup * Shape::kSplitTokens + shared_tokens, ahead);
     }
     for (int q = 0; q < kQueries; q++)
         soften(scores + q * Shape::kSplitTokens, shared_tokens + rest_tokens(q / Shape::kGroup), value_of[q] - 2,
@@ -231,19 +261,20 @@ inline void attend_split(const float* queries, int64_t query_stride, float* out,
                                              value_of + row * Shape::kGroup);
 }
 
-// Rows [row, row + kRows) of one sequence; splits `part`, `part` + `num_parts`, ... as far as each row has any.
+// Rows [row, row + kRows); splits `part`, `part` + `num_parts`, ... as far as each row has any.
 template <class Shape, int kRows>
 void attend_rows(const Step& step, const HeadPool<Shape>& pool, int head, int row, int part, int num_parts,
-                 const float* queries, int64_t query_stride, float* out, int64_t out_stride, std::byte* scratch) {
+                 const float* queries, int64_t query_stride, float* out, int64_t out_stride, std::byte* scratch,
+                 Ahead& ahead) {
     const auto kv = [&]<size_t... I>(std::index_sequence<I...>) {
         return std::array<RowKv<Shape>, kRows>{
-            RowKv<Shape>(pool, step.rows[row + I], scratch + I * RowKv<Shape>::kScratchBytes)...};
+            RowKv<Shape>(pool, step.rows[row + I], part, num_parts, scratch + I * RowKv<Shape>::kScratchBytes)...};
     }(std::make_index_sequence<kRows>{});
-    int num_tokens[kRows], shared_end = INT_MAX, longest = 0;
+    int num_tokens[kRows], shared_end = step.rows[row].tokens_in_blocks(), longest = 0;
     for (int i = 0; i < kRows; i++) {
         const Row& one = step.rows[row + i];
         num_tokens[i] = one.num_tokens();
-        shared_end = std::min(shared_end, std::min(num_tokens[i], one.tail_start) / kTokensABlock * kTokensABlock);
+        if (i > 0) shared_end = std::min(shared_end, one.shared_tokens);
         longest = std::max(longest, num_tokens[i]);
     }
     const int64_t split_stride = int64_t{Shape::kHeads} * Shape::kColumns;
@@ -253,35 +284,53 @@ void attend_rows(const Step& step, const HeadPool<Shape>& pool, int head, int ro
         float* to = out + row * out_stride + split * split_stride + head * Shape::kGroup * Shape::kColumns;
         const int shared = std::clamp(shared_end - start, 0, Shape::kSplitTokens);
         if (shared > 0 || kRows == 1) {
-            attend_split<Shape, kRows>(own_queries, query_stride, to, out_stride, split, num_parts, kv.data(), num_tokens, shared);
+            attend_split<Shape, kRows>(own_queries, query_stride, to, out_stride, split, num_parts, kv.data(), num_tokens, shared, ahead);
             continue;
         }
         for (int i = 0; i < kRows; i++)
             if (start < num_tokens[i])
                 attend_split<Shape, 1>(own_queries + i * query_stride, query_stride, to + i * out_stride, out_stride,
-                                       split, num_parts, &kv[i], num_tokens + i, 0);
+                                       split, num_parts, &kv[i], num_tokens + i, 0, ahead);
     }
 }
 
-// KV heads [n0, n1), splits `part` modulo `num_parts`, of rows [r0, r1).
+// How many rows from `row` on, at most `limit`, are best done together: one more is taken where that saves no
+// fewer loads of shared tokens than leaving it.
+inline int rows_sharing(const Step& step, int row, int limit) {
+    int count = 1, shared = step.rows[row].tokens_in_blocks();
+    for (; count < limit; count++) {
+        const int with_next = std::min(shared, step.rows[row + count].shared_tokens);
+        if (with_next == 0 || count * with_next < (count - 1) * shared) break;
+        shared = with_next;
+    }
+    return count;
+}
+
+// The largest power of two of rows within `count`; how many those are.
+template <class Shape, int kRows, class... Rest>
+int attend_group(int count, const Step& step, const HeadPool<Shape>& pool, int head, int row, Ahead& ahead,
+                 Rest... rest) {
+    if constexpr (kRows > 1)
+        if (count < kRows) return attend_group<Shape, kRows / 2>(count, step, pool, head, row, ahead, rest...);
+    attend_rows<Shape, kRows>(step, pool, head, row, rest..., ahead);
+    return kRows;
+}
+
+// KV heads [n0, n1), splits `part` modulo `num_parts`, of rows [r0, r1). Meanwhile `ahead_lines` lines of the
+// weights that the worker reads next are fetched.
 template <class Shape>
 __attribute__((noinline)) void attention(const Step& step, int layer, int n0, int n1, int part, int num_parts, int r0,
                                          int r1, const float* queries, int64_t query_stride, float* out,
-                                         int64_t out_stride, std::byte* scratch) {
+                                         int64_t out_stride, std::byte* scratch, int64_t ahead_weights,
+                                         int ahead_lines) {
+    Ahead ahead{step.weights + ahead_weights, step.weights + ahead_weights + 64 * int64_t{ahead_lines}};
     const int end = std::min(r1, step.num_rows);
     for (int head = n0; head < n1; head++) {
         const HeadPool<Shape> pool(step, layer, head);
-        for (int sequence = 0; sequence < step.num_sequences; sequence++) {
-            int row = std::max(r0, step.sequence_starts[sequence]);
-            const int stop = std::min(end, step.sequence_starts[sequence + 1]);
-            constexpr int kTogether = Shape::kRowsTogether;
-            for (; row + kTogether <= stop; row += kTogether)
-                attend_rows<Shape, kTogether>(step, pool, head, row, part, num_parts, queries, query_stride, out,
-                                              out_stride, scratch);
-            for (; row < stop; row++)
-                attend_rows<Shape, 1>(step, pool, head, row, part, num_parts, queries, query_stride, out, out_stride,
-                                      scratch);
-        }
+        for (int row = r0; row < end;)
+            row += attend_group<Shape, Shape::kRowsTogether>(
+                rows_sharing(step, row, std::min(Shape::kRowsTogether, end - row)), step, pool, head, row, ahead, part,
+                num_parts, queries, query_stride, out, out_stride, scratch);
     }
 }
 

@@ -24,9 +24,9 @@ MK_INLINE Floats load_weights(const uint8_t* p) {
 }
 
 // k in [K0, K1) of one group: tile[r * tile_stride + c] for rows r0 .. r0 + R. Even and odd k are summed apart,
-// each ascending, then added: two chains where one would wait for itself.
+// each ascending, then added: two chains where one would wait for itself. `stream` as for quantized weights.
 template <Format F, int K0, int K1, int R>
-MK_INLINE void float_group(const uint8_t* group, FloatRows x, int r0, int64_t ahead, float* tile,
+MK_INLINE void float_group(const uint8_t* group, FloatRows x, int r0, Stream* stream, float* tile,
                            int tile_stride) {
   constexpr int bytes = step_bytes(F), lane_bytes = bytes / kGroup, pairs = (K1 - K0) / 2;
   MK_UNROLL for (int lane = 0; lane < kGroup; lane += kLanes) {
@@ -35,7 +35,7 @@ MK_INLINE void float_group(const uint8_t* group, FloatRows x, int r0, int64_t ah
     Floats even[R], odd[R];
     MK_UNROLL for (int r = 0; r < R; ++r) even[r] = odd[r] = Floats::zero();
     for (int p = 0; p < pairs; ++p, weights += 2 * bytes, row += 2) {
-      if (ahead >= 0 && lane == 0) prefetch(weights + ahead, 2 * bytes);
+      if (stream && lane == 0) stream->fetch(2 * bytes, 2 * bytes);
       const Floats w0 = load_weights<F>(weights), w1 = load_weights<F>(weights + bytes);
       MK_UNROLL for (int r = 0; r < R; ++r) {
         even[r] = fma(w0, Floats::splat(row[r * x.stride]), even[r]);

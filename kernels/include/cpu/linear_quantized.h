@@ -42,9 +42,9 @@ MK_INLINE void block_dots(const uint8_t* body, const Q8Block& x, int row, DotOf<
 }
 
 // Blocks [K0 / 32, K1 / 32) of one group: tile[r * tile_stride + c] for rows r0 .. r0 + R, all of one panel.
-// `ahead`: fetch the memory that many bytes past what is read; negative: none.
+// `stream`: fetched meanwhile, as much as is read; null: nothing.
 template <Format F, int K, int K0, int K1, int R>
-MK_INLINE void quantized_group(const uint8_t* group, const Q8Block* x, int r0, int64_t ahead, float* tile,
+MK_INLINE void quantized_group(const uint8_t* group, const Q8Block* x, int r0, Stream* stream, float* tile,
                                int tile_stride) {
   constexpr int first = K0 / kBlock, blocks = K1 / kBlock - first, all_blocks = K / kBlock;
   constexpr int64_t fetch = divide_up(group_bytes(F, K) / all_blocks, 64) * 64;
@@ -53,14 +53,10 @@ MK_INLINE void quantized_group(const uint8_t* group, const Q8Block* x, int r0, i
   MK_UNROLL for (int lane = 0; lane < kGroup; lane += kLanes) {
     const uint8_t* header = group + first * block_header_bytes(F) + 2 * lane;
     const uint8_t* body = group + group_header_bytes(F, K) + first * step_bytes(F) + 4 * lane;
-    const uint8_t* next = group + group_bytes(F, K) * first / all_blocks + ahead;
     Floats sums[R];
     MK_UNROLL for (int r = 0; r < R; ++r) sums[r] = Floats::zero();
     for (int b = 0; b < blocks; ++b) {
-      if (ahead >= 0 && lane == 0) {
-        prefetch(next, fetch);
-        next += group_bytes(F, K) / all_blocks;
-      }
+      if (stream && lane == 0) stream->fetch(fetch, group_bytes(F, K) / all_blocks);
       const Q8Block& block = panel[b];
       DotOf<F> dots[R];
       MK_UNROLL for (int r = 0; r < R; ++r) dots[r] = start_dot<F>(block.minus_sum[row + r]);

@@ -46,6 +46,30 @@ constexpr int64_t group_bytes(Format format, int K) {
   return group_header_bytes(format, K) + divide_up(body, 64) * 64;
 }
 
+// Memory towards the cache in the order in which it will be read: to the end of one stretch, then another, such
+// as the next op's weights, which depend on nothing.
+struct Stream {
+  const uint8_t* at;
+  const uint8_t* end;
+  const uint8_t* then;
+
+  Stream(const uint8_t* at, const uint8_t* end, const uint8_t* then) : at(at), end(end), then(then) { turn_at_end(); }
+
+  // `bytes` from here on, of which the next call's overlap all but `advance`.
+  MK_INLINE void fetch(int64_t bytes, int64_t advance) {
+    prefetch(at, bytes);
+    at += advance;
+    turn_at_end();
+  }
+
+ private:
+  MK_INLINE void turn_at_end() {
+    if (at < end) return;
+    at = then + (at - end);
+    end = at + (int64_t{1} << 40);
+  }
+};
+
 // Of the group that holds column n, a multiple of 16.
 template <Format F, int K>
 MK_INLINE const uint8_t* group_of(const uint8_t* packed, int64_t n) {

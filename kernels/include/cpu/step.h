@@ -11,7 +11,7 @@
 
 namespace headrace {
 
-constexpr int kMaxRows = 64;
+constexpr int kMaxRows = 256;
 constexpr int kTokensABlock = kLanes;  // of the pool's own small blocks, in which K is stored transposed
 constexpr int kNoParent = -1;
 // A row's ancestors span at most kMaxRows positions, with a part of a small block on either side.
@@ -39,8 +39,11 @@ struct Row {
     int32_t tail_start;
     const int32_t* blocks;
     int32_t tail_slots[kMaxTailBlocks * kTokensABlock];
+    // Leading tokens that this row and the one before it read from the same small blocks, whole ones.
+    int32_t shared_tokens;
 
     int num_tokens() const { return position + 1; }
+    int tokens_in_blocks() const { return std::min(num_tokens(), tail_start) / kTokensABlock * kTokensABlock; }
 };
 
 struct Step {
@@ -81,6 +84,7 @@ class StepReader {
         for (int i = 0; i <= input.num_sequences; i++) step_.sequence_starts[i] = input.sequence_starts[i];
         for (int i = 0; i < input.num_sequences; i++)
             if (const char* problem = read_sequence(input, i)) return problem;
+        find_shared();
         return nullptr;
     }
 
@@ -169,6 +173,26 @@ class StepReader {
         for (int at = row.tail_start; at <= row.position; at++)
             row.tail_slots[at - row.tail_start] =
                 at < context ? static_cast<int32_t>(table_slot(blocks, at)) : path[at - context];
+    }
+
+    // Of neighbours: rows of one sequence, and sequences that have a cached prefix in common.
+    void find_shared() {
+        step_.rows[0].shared_tokens = 0;
+        for (int sequence = 0; sequence < step_.num_sequences; sequence++) {
+            const int first = step_.sequence_starts[sequence], end = step_.sequence_starts[sequence + 1];
+            for (int row = std::max(first, 1); row < end; row++) {
+                const Row& before = step_.rows[row - 1];
+                Row& own = step_.rows[row];
+                const int most = std::min(own.tokens_in_blocks(), before.tokens_in_blocks());
+                own.shared_tokens = row > first ? most : std::min(most, common_tokens(sequence - 1, sequence));
+            }
+        }
+    }
+
+    int common_tokens(int one, int other) const {
+        const std::vector<int32_t>&a = blocks_[one], &b = blocks_[other];
+        const auto differing = std::mismatch(a.begin(), a.end(), b.begin(), b.end()).first;
+        return static_cast<int>(differing - a.begin()) * kTokensABlock;
     }
 
     void turn(int position, float* out) const {

@@ -39,8 +39,9 @@ MK_INLINE float float_of_bits(uint32_t bits) {
   return value;
 }
 
-// One cache line at `address` towards L1; any address is allowed.
-MK_INLINE void prefetch_line(const void* address) { __builtin_prefetch(address, 0, 3); }
+// One cache line at `address` into L2, from where the core fetches what it streams; any address is allowed. L1 is
+// too small for the distance that memory needs.
+MK_INLINE void prefetch_line(const void* address) { __builtin_prefetch(address, 0, 2); }
 
 // The hook for what comes next, such as the first tiles of the next op: `bytes` from `address` on.
 MK_INLINE void prefetch(const void* address, int64_t bytes) {

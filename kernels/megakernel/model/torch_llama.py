@@ -43,6 +43,8 @@ class _Layer(msgspec.Struct, frozen=True, eq=False):
 class TorchLlama:
     """Weights on a device; the KV pool is the caller's (`new_kv`), so one model may serve several.
 
+    `dtype` is of weights and arithmetic, `kv_dtype` of what is kept of each token (None: the same).
+
     `has_head=False` leaves the LM head out, for a worker that computes KV alone. On a CPU the head is held
     packed beside the embedding it may be tied to: the one matrix that is twice in memory, for a head three
     times as fast. The process's intra-op threads are the caller's to set, before the first forward.
@@ -54,11 +56,13 @@ class TorchLlama:
         device: torch.device | str = "cpu",
         dtype: DtypeName = "float32",
         has_head: bool = True,
+        kv_dtype: DtypeName | None = None,
     ) -> None:
         self.shape = shape = weights.shape
         self.device = torch.device(device)
         self.dtype_name: DtypeName = dtype
         self._dtype = TORCH_DTYPES[dtype]
+        self._kv_dtype_name: DtypeName = kv_dtype or dtype
         self._weights = weights
         self._tiles_by_shape: dict[tuple[int, int, bool], tuple[int, ...]] = {}
         with torch.inference_mode():
@@ -73,7 +77,7 @@ class TorchLlama:
         del self._weights
 
     def new_kv(self, num_slots: int) -> PagedKv:
-        return PagedKv(self.shape, num_slots, self.dtype_name, self.device)
+        return PagedKv(self.shape, num_slots, self._kv_dtype_name, self.device)
 
     @torch.inference_mode()
     def forward(
@@ -136,8 +140,9 @@ class TorchLlama:
         # Products and sums apart: a multiply-add fused in some lanes only would break row equality.
         turned = torch.cat((second, first), -1).mul_(sin).add_(rotated * cos).to(self._dtype)
         queries, keys = torch.split(turned, [shape.num_heads, shape.num_kv_heads], 1)
-        kv.keys[index].index_copy_(1, slots, keys[:num_rows].transpose(0, 1))
-        kv.values[index].index_copy_(1, slots, heads[:num_rows, num_rotated:].transpose(0, 1))
+        kv.keys[index].index_copy_(1, slots, keys[:num_rows].transpose(0, 1).to(kv.dtype))
+        values = heads[:num_rows, num_rotated:].transpose(0, 1)
+        kv.values[index].index_copy_(1, slots, values.to(kv.dtype))
         return queries * (1.0 / math.sqrt(shape.head_dim))
 
     def _mlp(self, layer: _Layer, hidden: torch.Tensor) -> torch.Tensor:

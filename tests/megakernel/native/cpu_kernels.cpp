@@ -26,9 +26,9 @@ void run(const uint8_t* packed, int n0, int n1, const float* x, int64_t x_stride
   if constexpr (is_quantized(F)) {
     Blocks blocks(q8_blocks(K1 - K0, rows));
     quantize_rows<K1 - K0>(x + K0, x_stride, rows, blocks.data);
-    linear_tile<F, K, W, K0, K1>(packed, n0, n1, blocks.data, rows, sink);
+    linear_tile<F, K, W, K0, K1>(packed, n0, n1, blocks.data, rows, packed, sink);
   } else {
-    linear_tile<F, K, W, K0, K1>(packed, n0, n1, FloatRows{x + K0, x_stride}, rows, sink);
+    linear_tile<F, K, W, K0, K1>(packed, n0, n1, FloatRows{x + K0, x_stride}, rows, packed, sink);
   }
 }
 

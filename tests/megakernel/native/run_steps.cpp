@@ -1,12 +1,19 @@
-// Runs steps of a generated source (GENERATED) by itself, for sanitizers: chains, trees, copies, failures.
+// Runs steps of a generated source (GENERATED) by itself, for sanitizers: chains, trees, copies, refused steps, and
+// all the while another thread writes KV to slots that no step reads.
 #include GENERATED
 
 #include <fstream>
 #include <iterator>
+#include <thread>
 
 namespace {
 
 constexpr int kBlockSize = 16, kBlocks = 12;
+#ifndef HANDED_OVER_BLOCK
+#define HANDED_OVER_BLOCK 11  // the fifth of the steps' table, which they do not reach
+#endif
+constexpr int kHandedOverBlock = HANDED_OVER_BLOCK;
+constexpr int kMaxInstructions = 4096;
 
 bool is_finite(const std::vector<float>& values) {
     return std::all_of(values.begin(), values.end(), [](float value) { return std::isfinite(value); });
@@ -57,10 +64,42 @@ const char* step(void* engine, int context, int count, bool is_tree) {
     const headrace::HeadInput head{wanted.data(), nullptr, nullptr, nullptr, logits.data(), stats.data()};
     const headrace::StepInput input{count,          1,      kBlocks,  tokens.data(), positions.data(), slots.data(),
                                     parents.data(), starts, contexts, table.data(),  head};
-    const char* problem = headrace_run(engine, &input, nullptr);
+    std::vector<headrace::Stamp> stamps(size_t(kFacts.num_workers) * kMaxInstructions);
+    std::vector<headrace::Stamp*> stamps_by_worker;
+    for (int i = 0; i < kFacts.num_workers; i++) stamps_by_worker.push_back(&stamps[size_t(i) * kMaxInstructions]);
+    const char* problem = headrace_run(engine, &input, count % 2 ? stamps_by_worker.data() : nullptr);
     if (problem) return problem;
     if (!is_finite(logits)) return "a logit is not finite";
     return ask_less(engine, input, logits);
+}
+
+// Rows of a token that does not exist: refused, and the next step runs.
+const char* refused_step(void* engine) {
+    const int32_t token = kFacts.vocab_size, zero = 0, none = -1, starts[] = {0, 1};
+    const uint8_t wanted = 1;
+    std::vector<float> logits(kFacts.vocab_size);
+    const headrace::HeadInput head{&wanted, nullptr, nullptr, nullptr, logits.data(), nullptr};
+    const headrace::StepInput input{1, 1, 1, &token, &zero, &zero, &none, starts, &zero, &zero, head};
+    return headrace_run(engine, &input, nullptr) ? nullptr : "a token outside the vocabulary was taken";
+}
+
+// A hand-off: layer after layer, again and again, until told to stop; what comes back is what was written.
+const char* hand_over(void* engine, const std::atomic<bool>& is_over) {
+    constexpr int kElements = 2 * kBlockSize * Shape::kKvHeads * Shape::kDim;
+    std::vector<Shape::Kv> written(kElements), read(kElements);
+    std::vector<int32_t> slots(kBlockSize);
+    for (int i = 0; i < kBlockSize; i++) slots[i] = kHandedOverBlock * kBlockSize + (i * 7) % kBlockSize;
+    for (int round = 1; !is_over || round == 1; round++)
+        for (int layer = 0; layer < kFacts.num_layers; layer++) {
+            std::memset(written.data(), round % 64, written.size() * sizeof(Shape::Kv));
+            if (const char* problem = headrace_write_kv(engine, layer, slots.data(), kBlockSize, written.data()))
+                return problem;
+            if (const char* problem = headrace_read_kv(engine, layer, slots.data(), kBlockSize, read.data()))
+                return problem;
+            if (std::memcmp(written.data(), read.data(), written.size() * sizeof(Shape::Kv)))
+                return "KV came back otherwise than it was written";
+        }
+    return nullptr;
 }
 
 const char* all_steps(void* engine) {
@@ -72,7 +111,11 @@ const char* all_steps(void* engine) {
     for (const int count : {7, 5})
         if (const char* problem = step(engine, context, count, true)) return problem;
     const int32_t from[] = {3, 4, 5}, to[] = {4, 5, 6};
-    return headrace_copy_slots(engine, from, to, 3);
+    if (const char* problem = headrace_copy_slots(engine, from, to, 3)) return problem;
+    if (const char* problem = refused_step(engine)) return problem;
+    for (int i = 0; i < 12; i++)
+        if (const char* problem = step(engine, context++, 1, false)) return problem;
+    return nullptr;
 }
 
 }  // namespace
@@ -87,7 +130,13 @@ int main(int, char** arguments) {
     const headrace::EngineConfig config{static_cast<const std::byte*>(weights), frequencies.data(), kBlocks, kBlockSize,
                                         200, int64_t{20000000000}};
     void* engine = headrace_open(&config);
+    std::atomic<bool> is_over{false};
+    const char* handed_over = nullptr;
+    std::thread other([&] { handed_over = hand_over(engine, is_over); });
     const char* problem = all_steps(engine);
+    is_over = true;
+    other.join();
+    if (!problem) problem = handed_over;
     if (problem) fprintf(stderr, "%s\n", problem);
     headrace_close(engine);
     free(weights);

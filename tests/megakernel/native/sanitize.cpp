@@ -33,9 +33,9 @@ void exercise(int rows) {
   if constexpr (is_quantized(F)) {
     auto blocks = buffer<Q8Block>(q8_blocks(K, rows));
     quantize_rows<K>(x.get(), K, rows, blocks.get());
-    linear_tile<F, K>(packed.get(), 0, N, blocks.get(), rows, sink);
+    linear_tile<F, K>(packed.get(), 0, N, blocks.get(), rows, packed.get(), sink);
   } else {
-    linear_tile<F, K>(packed.get(), 0, N, FloatRows{x.get(), K}, rows, sink);
+    linear_tile<F, K>(packed.get(), 0, N, FloatRows{x.get(), K}, rows, packed.get(), sink);
   }
 }
 

@@ -1,0 +1,75 @@
+import pytest
+
+from cluster.config import config_from_mapping
+from headrace.execution import ExecutionError, Facts, Obstacle, choose, summary
+
+NO_COMPILER = Obstacle("no C++ compiler", "install g++")
+
+
+def chosen(config=None, *, has_cuda=False, obstacle=None):
+    facts = Facts(has_cuda=has_cuda, obstacle=obstacle)
+    return choose(config_from_mapping(config or {}), facts)
+
+
+@pytest.mark.parametrize(
+    ("config", "facts", "expected"),
+    [
+        ({}, {}, "decode megakernel, prefill megakernel, KV float16"),
+        ({}, {"has_cuda": True}, "decode torch, prefill torch, KV float32"),
+        ({}, {"obstacle": NO_COMPILER}, "decode torch, prefill torch, KV float32"),
+        ({"prefill": {"num_replicas": 0}}, {}, "decode megakernel, prefill none, KV float16"),
+        ({"prefill": {"engine": "torch"}}, {}, "decode megakernel, prefill torch, KV float16"),
+        ({"decode": {"executor": "torch"}}, {}, "decode torch, prefill torch, KV float32"),
+        ({"decode": {"executor": "noop"}}, {}, "decode noop, prefill torch, KV float32"),
+        (
+            {"decode": {"executor": "torch"}, "prefill": {"engine": "megakernel"}},
+            {},
+            "decode torch, prefill megakernel, KV float32",
+        ),
+        ({"model": {"kv_dtype": "float32"}}, {}, "decode megakernel, prefill megakernel, KV float32"),
+        (
+            {"model": {"kv_dtype": "float16"}, "decode": {"executor": "torch"}},
+            {},
+            "decode torch, prefill torch, KV float16",
+        ),
+        (
+            {"decode": {"executor": "megakernel"}},
+            {"has_cuda": True},
+            "decode megakernel, prefill megakernel, KV float16",
+        ),
+        (
+            {"decode": {"block_size_tokens": 8}},
+            {},
+            "decode torch, prefill torch, KV float32",
+        ),
+    ],
+)
+def test_choices(config, facts, expected):
+    assert summary(chosen(config, **facts).config) == expected
+
+
+def test_nothing_is_left_to_be_chosen():
+    config = chosen().config
+    assert "auto" not in (config.decode.executor, config.prefill.engine, config.model.kv_dtype)
+
+
+def test_what_nobody_asked_for_is_explained():
+    assert chosen(obstacle=NO_COMPILER).obstacle == NO_COMPILER
+    assert "CUDA" in chosen(has_cuda=True).obstacle.reason
+    assert "multiple of 16" in chosen({"decode": {"block_size_tokens": 24}}).obstacle.reason
+    assert chosen({"decode": {"block_size_tokens": 24}}).obstacle.fix.endswith("32")
+
+
+@pytest.mark.parametrize("config", [{}, {"decode": {"executor": "torch"}}, {"decode": {"executor": "noop"}}])
+def test_what_was_asked_for_needs_no_explanation(config):
+    assert chosen(config).obstacle is None
+    if config:
+        assert chosen(config, obstacle=NO_COMPILER).obstacle is None
+
+
+@pytest.mark.parametrize(
+    "config", [{"decode": {"executor": "megakernel"}}, {"prefill": {"engine": "megakernel"}}]
+)
+def test_the_megakernel_by_name_is_an_error_where_it_cannot_be(config):
+    with pytest.raises(ExecutionError, match=r"is megakernel, .*no C\+\+ compiler\. Fix: install g\+\+"):
+        chosen(config, obstacle=NO_COMPILER)
