@@ -1,269 +1,214 @@
-"""Decode steps of the compiled megakernel beside llama.cpp's: one run, interleaved rounds, the same GGUF.
+"""Decode steps and prompts of the compiled megakernel beside other engines: one run, interleaved rounds.
 
-`python benchmarks/decode.py [--quick] [--json FILE] [--model FILE.gguf] [--threads N]`. Without
-llama-cpp-python the ratios to it are left out. Both run greedy steps without speculation over a context that
-is there already; sampling is not timed. Sequences of a batch share their context's KV in both. The figure
-of a cell is the median over rounds; a round times the two one after the other.
+`python benchmarks/decode.py [--quick] [--json FILE] [--model FILE.gguf] [--threads N]`. Peers are llama.cpp,
+OpenVINO GenAI and transformers, as far as they are installed; all take the same GGUF's values and as many
+threads. Steps are greedy, without speculation, over a context that is there already. Sampling is left out
+for ours, llama.cpp and transformers; OpenVINO's own clock includes its argmax. Sequences of a batch share
+their context's KV in ours and in llama.cpp. The longest context is one short of what the model takes.
+
+A figure is the median over rounds, a ratio the median of the rounds' ratios; its spread is printed.
 """
 
+import json
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "kernels"))
 
+from benchmarks import host_time
+from benchmarks.decode_ours import Cell, OurDecode, OurModel, OurPrefill
+from benchmarks.decode_peers import LlamaCpp, OpenVino, Transformers, open_if_installed
 from benchmarks.harness import parser, write_figures
-from decode_workers.megakernel_executor import MegaKernelExecutor
-from decode_workers.step_batch import NO_PARENT, StepBatch
-from megakernel.artifact_cache import ArtifactCache
-from megakernel.buckets import BUCKETS
-from megakernel.machine import load_machine
 from megakernel.model.gguf import GgufWeights
-from megakernel.model.load import PACKAGED_MODEL, open_model
+from megakernel.model.load import PACKAGED_MODEL
 from megakernel.probe import measure_memory
-from megakernel.recipe import recipe_for
 
-BLOCK_TOKENS = 32
 CONTEXTS, CONTEXTS_QUICK = (64, 512, 2048, 8192), (64, 512, 2048)
 BATCHES, BATCHES_QUICK = (1, 4, 16), (1,)
+OTHER_PEERS_CONTEXTS, OTHER_PEERS_CONTEXTS_QUICK = (64, 512), (64,)
+"""Of OpenVINO and transformers, at batch 1."""
 ROWS_CONTEXT = 512
-ROUNDS, ROUNDS_QUICK = 7, 5
+PROMPT_TOKENS = 512
+ROUNDS, ROUNDS_QUICK = 9, 5
 STEPS, STEPS_QUICK = 24, 12
-WARM_UP_STEPS = 3
+FEWEST_STEPS = 3
+ROUND_S = 0.6
+"""A round of steps that take this long is not made longer, whatever STEPS says."""
+WARM_UP_STEPS = 2
 SETTLE_S = 0.05
-"""Between the two, so that neither's idle threads still spin."""
+"""Between two engines, so that neither's idle threads still spin."""
+
+MeanMs = Callable[[Cell, int], float]
+"""(cell, most steps) -> milliseconds a step."""
+Rounds = dict[str, list[float]]
+"""Milliseconds by whose and round."""
 
 
-class Cell(NamedTuple):
-    """Rows of one step, each of a sequence of its own, after `context` tokens."""
+def stepping(step: Callable[[Cell], None]) -> MeanMs:
+    def mean_ms(cell: Cell, steps: int) -> float:
+        for _ in range(WARM_UP_STEPS):
+            step(cell)
+        started_s = time.perf_counter()
+        done = 0
+        while done < FEWEST_STEPS or (done < steps and time.perf_counter() - started_s < ROUND_S):
+            step(cell)
+            done += 1
+        return (time.perf_counter() - started_s) * 1e3 / done
 
-    rows: int
-    context: int
+    return mean_ms
 
 
-Step = Callable[[Cell], None]
+class Figures:
+    """Collects medians and ratios, and shows each as it comes."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+
+    def put(self, name: str, value: float, note: str = "") -> None:
+        self.values[name] = value
+        print(f"  {name:32} {value:9.4g}  {note}", flush=True)
+
+    def ratio(self, name: str, others: list[float], ours: list[float]) -> None:
+        ratios = [other / own for other, own in zip(others, ours, strict=True)]
+        self.put(name, statistics.median(ratios), f"({min(ratios):.3g} to {max(ratios):.3g})")
 
 
-class Ours:
-    def __init__(self, model: str, threads: int, max_context: int) -> None:
-        opened = open_model(model)
-        self.weights = opened.weights
-        recipe = recipe_for(opened, load_machine("cpu"), threads, "float16")
-        self.artifact = ArtifactCache().find_or_build(recipe, opened.weights).artifact
-        self.context_blocks = -(-max_context // BLOCK_TOKENS)
-        num_blocks = self.context_blocks + -(-BUCKETS[-1] // BLOCK_TOKENS)
-        self.executor = MegaKernelExecutor(self.artifact.load(), opened.fingerprint, num_blocks, BLOCK_TOKENS)
-        rng = np.random.default_rng(0)
-        self.tokens = rng.integers(0, opened.weights.shape.vocab_size, max_context).astype(np.int32)
-        self._fill()
-
-    def step(self, cell: Cell) -> None:
-        self.executor.run(self._batch(cell))
-
-    def streamed_bytes(self) -> int:
-        """Of weights, read once a step, as the file stores them."""
-        assert isinstance(self.weights, GgufWeights)
-        skipped = set() if self.weights.shape.has_tied_head else {"embed"}
-        tensors = [self.weights.raw(name) for name in self.weights.names - skipped]
-        return sum(tensor.data.nbytes for tensor in tensors if len(tensor.shape) > 1)
-
-    def _fill(self) -> None:
-        """The whole context, as chains of rows."""
-        table = np.arange(self.context_blocks, dtype=np.int32)[None, :]
-        for start in range(0, len(self.tokens), BUCKETS[-1]):
-            tokens = self.tokens[start : start + BUCKETS[-1]]
-            at = np.arange(start, start + len(tokens), dtype=np.int32)
-            self.executor.run(
-                StepBatch(
-                    token_ids=tokens,
-                    positions=at,
-                    slots=at,
-                    parents=np.arange(-1, len(tokens) - 1, dtype=np.int32),
-                    sequence_starts=np.array([0, len(tokens)], dtype=np.int32),
-                    context_lengths=np.array([start], dtype=np.int32),
-                    block_tables=table,
-                    needs_logits=np.zeros(len(tokens), dtype=np.bool_),
-                )
-            )
-
-    def _batch(self, cell: Cell) -> StepBatch:
-        rows = cell.rows
-        table = np.arange(self.context_blocks, dtype=np.int32)
-        first_slot = self.context_blocks * BLOCK_TOKENS
-        return StepBatch(
-            token_ids=self.tokens[:rows],
-            positions=np.full(rows, cell.context, dtype=np.int32),
-            slots=np.arange(first_slot, first_slot + rows, dtype=np.int32),
-            parents=np.full(rows, NO_PARENT, dtype=np.int32),
-            sequence_starts=np.arange(rows + 1, dtype=np.int32),
-            context_lengths=np.full(rows, cell.context, dtype=np.int32),
-            block_tables=np.tile(table, (rows, 1)),
-            needs_logits=np.ones(rows, dtype=np.bool_),
+class Comparison:
+    def __init__(self, model: str, threads: int, is_quick: bool) -> None:
+        self.is_quick = is_quick
+        self.rounds, self.steps = (ROUNDS_QUICK, STEPS_QUICK) if is_quick else (ROUNDS, STEPS)
+        self.threads = threads
+        self.model = OurModel(model, threads)
+        assert isinstance(self.model.weights, GgufWeights), "llama.cpp reads GGUF files only"
+        self.most = self.model.weights.shape.max_context_tokens - 1
+        self.batches = BATCHES_QUICK if is_quick else BATCHES
+        self.contexts = [self.fitting(context) for context in (CONTEXTS_QUICK if is_quick else CONTEXTS)]
+        self.decode = OurDecode(self.model, max(self.contexts), max(16, *self.batches))
+        path, tokens = self.model.weights.path, self.decode.tokens
+        self.llama = open_if_installed(
+            "llama.cpp", LlamaCpp, path, threads, max(self.contexts), max(self.batches), tokens
         )
-
-
-class LlamaCpp:
-    """llama.cpp's decode call, with as little of Python around it as there can be."""
-
-    def __init__(self, model: Path, threads: int, max_context: int, max_rows: int, tokens: Any) -> None:
-        import llama_cpp
-
-        self.api = llama_cpp
-        self.quiet = llama_cpp.llama_log_callback(lambda *_: None)  # kept: C calls it until the end
-        llama_cpp.llama_log_set(self.quiet, None)
-        llama_cpp.llama_backend_init()
-        self.model = llama_cpp.llama_model_load_from_file(
-            str(model).encode(), llama_cpp.llama_model_default_params()
+        self.openvino = open_if_installed("OpenVINO", OpenVino, path, threads, tokens)
+        self.transformers = open_if_installed(
+            "transformers", Transformers, self.model.weights, threads, tokens, "float32"
         )
-        assert self.model, f"llama.cpp cannot load {model}"
-        parameters = llama_cpp.llama_context_default_params()
-        parameters.n_ctx = max_context + 2 * max_rows + 64
-        parameters.n_batch = parameters.n_ubatch = 512
-        parameters.n_threads = parameters.n_threads_batch = threads
-        parameters.n_seq_max = max_rows
-        parameters.kv_unified = True
-        self.context = llama_cpp.llama_init_from_model(self.model, parameters)
-        assert self.context, "llama.cpp makes no context"
-        self.memory = llama_cpp.llama_get_memory(self.context)
-        self.batch = llama_cpp.llama_batch_init(512, 0, max_rows)
-        self.tokens = tokens
-        self.max_rows = max_rows
-        self.filled = 0
+        self.figures = Figures()
 
-    def prepare(self, cell: Cell) -> None:
-        """The first `cell.context` tokens in every sequence; contexts only grow."""
-        assert cell.context >= self.filled
-        for start in range(self.filled, cell.context, 512):
-            end = min(start + 512, cell.context)
-            self._decode([(int(self.tokens[at]), at, 0) for at in range(start, end)], wants_logits=False)
-        for sequence in range(1, self.max_rows):
-            self.api.llama_memory_seq_cp(self.memory, 0, sequence, -1, -1)
-        self.filled = cell.context
+    def fitting(self, context: int) -> int:
+        """Rotary positions end where the model's context does, and the step itself needs one."""
+        return min(context, self.most)
 
-    def step(self, cell: Cell) -> None:
-        self._decode(
-            [(int(self.tokens[row]), cell.context, row) for row in range(cell.rows)], wants_logits=True
-        )
-        for row in range(cell.rows):
-            self.api.llama_memory_seq_rm(self.memory, row, cell.context, -1)
+    def run(self) -> dict[str, float]:
+        bandwidths = [measure_memory(self.threads).bandwidth_gb_s]
+        self.measure_prompts()
+        times = {cell: self.measure_cell(cell) for cell in self.cells()}
+        bandwidths.append(measure_memory(self.threads).bandwidth_gb_s)
+        one = times[Cell(1, ROWS_CONTEXT)]["ours"]
+        for rows in (8, 16):
+            median_ms = statistics.median(times[Cell(rows, ROWS_CONTEXT)]["ours"])
+            self.figures.put(f"rows{rows}_over_rows1", median_ms / statistics.median(one))
+        first_ms = statistics.median(times[Cell(1, self.contexts[0])]["ours"])
+        self.figures.put("read_bandwidth_gb_s", max(bandwidths))
+        fraction = self.model.streamed_bytes() / (first_ms * 1e6) / max(bandwidths)
+        self.figures.put("bandwidth_fraction_b1_c64", fraction)
+        self.decode.close()
+        if self.llama is not None:
+            self.llama.close()
+        return self.figures.values
 
-    def close(self) -> None:
-        self.api.llama_batch_free(self.batch)
-        self.api.llama_free(self.context)
-        self.api.llama_model_free(self.model)
+    def cells(self) -> list[Cell]:
+        """Ascending by context: a peer's context only grows."""
+        compared = {Cell(rows, context) for rows in self.batches for context in self.contexts}
+        rows_cells = {Cell(rows, ROWS_CONTEXT) for rows in (1, 8, 16)}
+        return sorted(compared | rows_cells, key=lambda cell: (cell.context, cell.rows))
 
-    def _decode(self, entries: list[tuple[int, int, int]], wants_logits: bool) -> None:
-        batch = self.batch
-        batch.n_tokens = len(entries)
-        for i, (token, position, sequence) in enumerate(entries):
-            batch.token[i], batch.pos[i], batch.logits[i] = token, position, wants_logits
-            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
-        status = self.api.llama_decode(self.context, batch)
-        assert status == 0, f"llama_decode says {status}"
-        self.api.llama_synchronize(self.context)
-
-
-@contextmanager
-def llama_cpp_if_there(*arguments: Any) -> Iterator[LlamaCpp | None]:
-    try:
-        theirs = LlamaCpp(*arguments)
-    except ImportError:
-        print("llama-cpp-python is not installed (pip install 'headrace[bench]'): ours alone is measured")
-        yield None
-        return
-    try:
-        yield theirs
-    finally:
-        theirs.close()
-
-
-def mean_ms(step: Step, cell: Cell, steps: int) -> float:
-    """Of steps in a row, after a few that warm up."""
-    time.sleep(SETTLE_S)
-    for _ in range(WARM_UP_STEPS):
-        step(cell)
-    started = time.perf_counter()
-    for _ in range(steps):
-        step(cell)
-    return (time.perf_counter() - started) * 1e3 / steps
-
-
-Medians = dict[tuple[str, Cell], float]
-"""Milliseconds a step, by whose and which."""
-
-
-def measure(
-    ours: Ours, theirs: LlamaCpp | None, cells: list[Cell], compared: set[Cell], quick: bool
-) -> Medians:
-    rounds, steps = (ROUNDS_QUICK, STEPS_QUICK) if quick else (ROUNDS, STEPS)
-    medians: Medians = {}
-    for cell in cells:
-        runners: dict[str, Step] = {"ours": ours.step}
-        if theirs is not None and cell in compared:
-            theirs.prepare(cell)
-            runners["llamacpp"] = theirs.step
-        times: dict[str, list[float]] = {name: [] for name in runners}
-        for _ in range(rounds):
-            for name, step in runners.items():
-                times[name].append(mean_ms(step, cell, steps))
+    def measure_cell(self, cell: Cell) -> Rounds:
+        print(f"rows {cell.rows}, context {cell.context}", flush=True)
+        self.decode.prepare(cell)
+        runners: dict[str, MeanMs] = {"ours": stepping(self.decode.step), **self.peers(cell)}
+        times: Rounds = {name: [] for name in runners}
+        for _ in range(self.rounds):
+            for name, mean_ms in runners.items():
+                time.sleep(SETTLE_S)
+                times[name].append(mean_ms(cell, self.steps))
+        label = f"b{cell.rows}_c{'8192' if cell.context == self.most else cell.context}"
         for name, values in times.items():
-            medians[name, cell] = statistics.median(values)
-        shown = ", ".join(f"{name} {medians[name, cell]:.3f} ms" for name in times)
-        print(f"rows {cell.rows:2}, context {cell.context:5}: {shown}", flush=True)
-    return medians
+            self.figures.put(f"{name}_ms_{label}", statistics.median(values))
+            if name != "ours":
+                self.figures.ratio(f"vs_{name}_{label}", values, times["ours"])
+        return times
+
+    def peers(self, cell: Cell) -> dict[str, MeanMs]:
+        found: dict[str, MeanMs] = {}
+        if self.llama is not None and cell.rows in self.batches and cell.context in self.contexts:
+            self.llama.prepare(cell)
+            found["llamacpp"] = stepping(self.llama.step)
+        others = OTHER_PEERS_CONTEXTS_QUICK if self.is_quick else OTHER_PEERS_CONTEXTS
+        if cell.rows == 1 and cell.context in others:
+            if self.openvino is not None:
+                found["openvino"] = self.openvino.mean_ms
+            if self.transformers is not None:
+                self.transformers.prepare(cell)
+                found["transformers"] = stepping(self.transformers.step)
+        return found
+
+    def measure_prompts(self) -> None:
+        """A prompt of 512 tokens, a new one each round, into an empty cache."""
+        print(f"prompts of {PROMPT_TOKENS} tokens", flush=True)
+        ours = OurPrefill(self.model, PROMPT_TOKENS)
+        runners: dict[str, Callable[[np.ndarray], None]] = {"ours": ours.prompt}
+        if self.llama is not None:
+            runners["llamacpp"] = self.llama.prompt
+        times: Rounds = {name: [] for name in runners}
+        rng = np.random.default_rng(1)
+        for round_number in range(self.rounds + 1):
+            tokens = rng.integers(0, self.model.weights.shape.vocab_size, PROMPT_TOKENS).astype(np.int32)
+            for name, prompt in runners.items():
+                time.sleep(SETTLE_S)
+                started_s = time.perf_counter()
+                prompt(tokens)
+                if round_number > 0:  # the first warms up
+                    times[name].append((time.perf_counter() - started_s) * 1e3)
+        ours.close()
+        for name, values in times.items():
+            self.figures.put(f"{name}_prefill512_tokens_s", PROMPT_TOKENS / statistics.median(values) * 1e3)
+        if "llamacpp" in times:
+            self.figures.ratio("prefill512_vs_llamacpp", times["llamacpp"], times["ours"])
 
 
-def figures_of(medians: Medians, ours: Ours, bandwidth_gb_s: float) -> dict[str, float]:
-    figures: dict[str, float] = {}
-    for (name, cell), ms in medians.items():
-        at = f"b{cell.rows}_c{cell.context}"
-        figures[f"{name}_ms_{at}"] = ms
-        if name == "llamacpp":
-            figures[f"vs_llamacpp_{at}"] = ms / medians["ours", cell]
-    first = medians["ours", Cell(1, 64)]
-    figures["read_bandwidth_gb_s"] = bandwidth_gb_s
-    figures["bandwidth_fraction_b1_c64"] = ours.streamed_bytes() / (first * 1e6) / bandwidth_gb_s
-    one = medians["ours", Cell(1, ROWS_CONTEXT)]
-    for rows in (8, 16):
-        figures[f"rows{rows}_over_rows1"] = medians["ours", Cell(rows, ROWS_CONTEXT)] / one
-    return figures
+def peak_memory(model: str, threads: int) -> dict[str, float]:
+    """Of a process that does nothing but decode: see peak_memory.py."""
+    script = Path(__file__).with_name("peak_memory.py")
+    command = [sys.executable, str(script), "--model", model, "--threads", str(threads)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    report: dict[str, float] = json.loads(done.stdout)
+    return report
+
+
+def show(title: str, figures: Iterable[tuple[str, float]], into: Figures) -> None:
+    print(title, flush=True)
+    for name, value in figures:
+        into.put(name, value)
 
 
 def main() -> int:
-    options = parser("Decode steps of the compiled megakernel beside llama.cpp's, on the same GGUF.")
+    options = parser("Decode steps and prompts of the compiled megakernel beside other engines.")
     options.add_argument("--model", default=PACKAGED_MODEL, help="a GGUF file or the packaged model's name")
     options.add_argument("--threads", type=int, default=2)
     arguments = options.parse_args()
-
-    contexts = CONTEXTS_QUICK if arguments.quick else CONTEXTS
-    batches = BATCHES_QUICK if arguments.quick else BATCHES
-    # Rotary positions end where the model's context does: the step itself needs one.
-    most = open_model(arguments.model).weights.shape.max_context_tokens - 1
-    compared = {Cell(rows, min(context, most)) for rows in batches for context in contexts}
-    cells = compared | {Cell(rows, ROWS_CONTEXT) for rows in (1, 8, 16)}
-    ordered = sorted(cells, key=lambda cell: (cell.context, cell.rows))
-
-    ours = Ours(arguments.model, arguments.threads, ordered[-1].context)
-    assert isinstance(ours.weights, GgufWeights), "llama.cpp reads GGUF files only"
-    before = measure_memory(arguments.threads).bandwidth_gb_s
-    largest = max(batches)
-    with llama_cpp_if_there(
-        ours.weights.path, arguments.threads, ordered[-1].context, largest, ours.tokens
-    ) as theirs:
-        medians = measure(ours, theirs, ordered, compared, arguments.quick)
-    after = measure_memory(arguments.threads).bandwidth_gb_s
-    figures = figures_of(medians, ours, max(before, after))
-    ours.executor.close()
-    for name, value in figures.items():
-        print(f"{name:28} {value:.4g}")
-    write_figures(arguments.json, figures, runs=ROUNDS_QUICK if arguments.quick else ROUNDS)
+    comparison = Comparison(arguments.model, arguments.threads, arguments.quick)
+    comparison.run()
+    figures = comparison.figures
+    show("peak memory", peak_memory(arguments.model, arguments.threads).items(), figures)
+    show("host time a step", host_time.measured(arguments.quick).items(), figures)
+    write_figures(arguments.json, figures.values, runs=comparison.rounds)
     return 0
 
 

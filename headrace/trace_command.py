@@ -40,8 +40,11 @@ def trace(
     model = model or PACKAGED_MODEL
     try:
         with err.status("compiling the model for this machine; the first time takes a minute") as status:
-            shown = lambda what, _done: status.update(f"{what}")  # noqa: E731
-            with opened(model, rows, context, shown) as ready:
+
+            def show(what: str, _done: float) -> None:
+                status.update(f"preparing the model: {what}")
+
+            with opened(model, rows, context, show) as ready:
                 status.update(f"running {steps} steps")
                 traced = trace_steps(ready, rows, context, steps)
         folder.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from megakernel.model.shape import ModelShape
 from megakernel.plan import ROLES, OpPlan, Plan
 from megakernel.program import Program
 from megakernel.schedule import RoleShape, geometry_of, k_tile_choices, role_shapes, tile_footprint
-from megakernel.timeline import Timeline, predicted_timeline
+from megakernel.timeline import Timeline, bytes_read, simulated_timeline
 from megakernel.work import DEFAULT_CONTEXT_TOKENS, work_of
 
 _NUM_BUBBLES = 5
@@ -129,12 +129,13 @@ def compile_report(
     """Text for a person. `baseline_us` is plain list scheduling's makespan, where a search was made."""
     trace = simulate(program, machine, formats, context_tokens)
     bound_us = bandwidth_bound_us(program, machine, formats, context_tokens)
+    bytes_of = bytes_read(program, machine, formats, context_tokens)
     rows = split_rows(shape, machine, program.bucket, plan, formats)
     sections = [
         _memory_section(rows, machine, program.bucket),
         _makespan_section(trace, machine, program, bound_us, baseline_us, context_tokens),
         _role_section(role_rows(program, machine, trace, formats, context_tokens)),
-        _bubble_section(predicted_timeline(program, machine, formats, context_tokens)),
+        _bubble_section(simulated_timeline(program, trace, bytes_of)),
     ]
     return "\n\n".join(sections) + "\n"
 

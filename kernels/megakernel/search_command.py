@@ -1,5 +1,6 @@
 """`compile --search`: the search, then measuring on the CPU in hand, with bars and a table for a person."""
 
+import os
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -20,6 +21,9 @@ from megakernel.search import Progress, SearchResult, search
 from megakernel.work import DEFAULT_CONTEXT_TOKENS
 
 _BAR_WIDTH = 30
+_QUIET_LOAD = 0.5
+"""Running threads a core, above which steps are not timed: two workers that wait for each other lose a
+scheduler's whole turn wherever one of them has lost its core."""
 
 
 class SearchQuestion(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,6 +40,7 @@ class SearchQuestion(msgspec.Struct, frozen=True, kw_only=True):
 
 def searched_plan(question: SearchQuestion) -> tuple[Plan, float]:
     """The plan to take, and list scheduling's predicted time. Says on standard error how it came to it."""
+    load = load_average()  # before the search adds to it
     usual = default_plan(question.shape, question.machine, question.bucket, question.formats)
     found = search(
         question.shape,
@@ -52,7 +57,7 @@ def searched_plan(question: SearchQuestion) -> tuple[Plan, float]:
         f"{found.evaluations} plans searched: {found.predicted_us:.0f} us predicted, {found.baseline_us:.0f} "
         f"by list scheduling, at least {found.bandwidth_bound_us:.0f} by bandwidth"
     )
-    refined = _refined(question, plans_to_measure(found, usual))
+    refined = _refined(question, plans_to_measure(found, usual), load)
     if refined is None:
         return found.plan, found.baseline_us
     _say(table(refined))
@@ -79,12 +84,23 @@ def table(refined: Refinement) -> str:
     return "\n".join(lines)
 
 
-def _refined(question: SearchQuestion, plans: Mapping[str, Plan]) -> Refinement | None:
+def load_average() -> float:
+    """Threads that wanted to run during the last minute."""
+    return os.getloadavg()[0]
+
+
+def _refined(question: SearchQuestion, plans: Mapping[str, Plan], load: float) -> Refinement | None:
     """None where nothing can be measured, which is then said."""
     if question.weights is None:
         return None
     if not can_measure(question.bucket, DEFAULT_CONTEXT_TOKENS, question.shape):
         _say(f"not measured: {question.bucket} rows after {DEFAULT_CONTEXT_TOKENS} tokens cannot run here")
+        return None
+    if load > _QUIET_LOAD * question.machine.num_workers:
+        _say(
+            f"not measured: other work keeps this machine busy (load average {load:.1f} on "
+            f"{question.machine.num_workers} cores). Run this again when it is quiet: the search is kept"
+        )
         return None
     try:
         return refine_on_this_cpu(

@@ -15,7 +15,7 @@ from megakernel.step_rows import BLOCK_TOKENS, decode_rows, fill_context, num_bl
 
 CONTEXTS = (64, 512, 2048)
 _MOST_REPEATS = 5
-_ENOUGH_S = 0.25
+_ENOUGH_S = 0.1
 """A cell that has been measured this long is not repeated further."""
 
 

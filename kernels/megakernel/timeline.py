@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
-from megakernel.cost import simulate
+from megakernel.cost import Trace, simulate
 from megakernel.machine import Machine
 from megakernel.memory import role_of
 from megakernel.plan import ROLES
@@ -124,6 +124,10 @@ def predicted_timeline(
 ) -> Timeline:
     """As the cost model sees it. Raises SimulationError."""
     trace = simulate(program, machine, formats, context_tokens)
+    return simulated_timeline(program, trace, bytes_read(program, machine, formats, context_tokens))
+
+
+def simulated_timeline(program: Program, trace: Trace, bytes_of: BytesOf) -> Timeline:
     times = [
         [
             Times(reached, ready, start, end)
@@ -133,7 +137,7 @@ def predicted_timeline(
         else []
         for readies, starts, ends in zip(trace.ready_us, trace.starts_us, trace.ends_us, strict=True)
     ]
-    return timeline_of(program, times, bytes_read(program, machine, formats, context_tokens))
+    return timeline_of(program, times, bytes_of)
 
 
 def bytes_read(

@@ -72,15 +72,16 @@ def runs_of(lane: Sequence[Slice], panel: Panel) -> list[Run]:
                 and start - last.end_us < closeness_us
             ):
                 last.end_us = end
+                last.title = f"{piece.name}: {shown_time(end - last.start_us)} of several tiles"
                 continue
-            title = f"{name}: {shown_time(end - start)}" + (
-                f", {piece.gb_s:.1f} GB/s" if kind == piece.role else f" of {kind}"
-            )
+            detail = f", {piece.gb_s:.1f} GB/s" if kind == piece.role else f" of {kind}"
+            title = f"{name}: {shown_time(end - start)}{detail}"
             runs.append(Run(kind, piece.name, title, start, end))
     return runs
 
 
 def drawn_panel(timeline: Timeline, panel: Panel) -> Iterator[str]:
+    """Every worker's lane, what is on it, and the axis below."""
     lanes = [runs_of(lane, panel) for lane in timeline.lanes]
     gap = 2.0 if panel.lane_height > 10 else 0.5
     height = panel.lane_height - gap

@@ -124,6 +124,21 @@ def test_down_while_starting(own_cluster):
 
 
 @pytest.mark.slow
+def test_down_while_compiling_leaves_no_half_artifact(own_cluster, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    artifacts = tmp_path / "cache" / "headrace" / "artifacts"
+    process = own_cluster.start("up", "--detach", *own_cluster.ports)
+    while not list(artifacts.glob(".*.new/step.cpp")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    own_cluster.remember_session()
+    own_cluster.down()
+    assert process.wait(DOWN_TIMEOUT_S) != 0
+    own_cluster.assert_nothing_left()
+    assert list(artifacts.iterdir()) == []
+
+
+@pytest.mark.slow
 def test_a_model_that_cannot_be_served_fails_in_one_line(own_cluster, tmp_path):
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF" + bytes(60))

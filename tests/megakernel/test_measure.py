@@ -37,6 +37,7 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("megakernel.compiled.build", quick_build)
     monkeypatch.setattr("megakernel.__main__.load_machine", lambda _: MACHINE)
+    monkeypatch.setattr("megakernel.search_command.load_average", lambda: 0.2)
 
 
 def refined(plans: dict[str, Plan], **options: object) -> Refinement:
@@ -120,6 +121,19 @@ def test_the_command_prints_predicted_and_measured_times(
     monkeypatch.setattr("megakernel.measure.measured_us", None)
     assert main([*command, str(tmp_path / "again")]) == 0
     assert (tmp_path / "again").read_bytes() == (tmp_path / "program").read_bytes()
+
+
+def test_a_busy_machine_is_not_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("megakernel.search_command.load_average", lambda: 1.7)
+    monkeypatch.setattr("megakernel.measure.measured_us", None)
+    shape = tiny_shape("llama", num_layers=1, max_context_tokens=1024)
+    write_gguf(tmp_path / "model.gguf", shape, random_tensors(shape))
+    assert main(["compile", str(tmp_path / "model.gguf"), "--machine", "cpu", "--search"]) == 0
+    assert "not measured: other work keeps this machine busy (load average 1.7 on 2 cores)" in (
+        capsys.readouterr().err
+    )
 
 
 def test_a_shape_alone_is_searched_but_not_measured(capsys: pytest.CaptureFixture[str]):

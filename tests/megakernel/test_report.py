@@ -1,3 +1,5 @@
+import re
+
 import msgspec
 import pytest
 
@@ -45,6 +47,9 @@ def test_the_report_of_a_small_model_says_all_of_it():
     assert f"{trace.makespan_us:.0f} us" in text
     assert "the search takes 50.0% off" in text
     assert "Bandwidth bound" in text
+    assert re.search(
+        r"Predicted bubbles: \d+\.\d% of the workers' time\n  \d+ waits for other workers before", text
+    )
     assert "list scheduling" not in compile_report(shape, machine, program, plan)
 
 
