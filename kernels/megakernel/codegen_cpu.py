@@ -26,8 +26,7 @@ _WAITING_LINES = 512
 _ATTENDING_LINES = 4096
 """Weights fetched during attention, at most: a quarter of a megabyte stays in L2."""
 _HAS_LOGITS = "s.head.num_rows() > 0"
-_HAS_FULL_LOGITS = "s.head.num_full > 0"
-"""Restricted rows read the head's weights elsewhere."""
+_HAS_FULL_ROWS = "s.head.num_full > 0"
 
 
 class CodegenError(ValueError):
@@ -98,6 +97,14 @@ class Ahead(msgspec.Struct, frozen=True):
 
     offset: int
     num_lines: int
+    is_head: bool = False
+    """Of no use to a step without full rows: restricted ones read elsewhere."""
+    else_offset: int = 0
+    """What such a step reads in their place."""
+
+    @property
+    def place(self) -> str:
+        return f"{_HAS_FULL_ROWS} ? {self.offset} : {self.else_offset}" if self.is_head else f"{self.offset}"
 
 
 def _f32(value: float) -> str:
@@ -191,9 +198,8 @@ class _Source:
                 ahead = own if own.num_lines else following[number]
                 num_lines = min(ahead.num_lines, _WAITING_LINES)
                 lines = f"{num_lines}"
-                if is_for_logits and num_lines:
-                    is_head = op.epilogue is Epilogue.LOGITS
-                    lines = f"{_HAS_FULL_LOGITS if is_head else _HAS_LOGITS} ? {num_lines} : 0"
+                if (is_for_logits or ahead.is_head) and num_lines:
+                    lines = f"{_HAS_FULL_ROWS if ahead.is_head else _HAS_LOGITS} ? {num_lines} : 0"
                 yield (
                     f"  if (!w.wait({wait.counter}, {wait.target}u, {arrivals[wait.counter]}u, "
                     f"s.weights + {ahead.offset}, {lines})) return false;"
@@ -222,7 +228,8 @@ class _Source:
         segment = self.layout.at(*op.weights)
         group = group_bytes(segment.format, op.in_features)
         first, end = instruction.n0 // GROUP, -(-instruction.n1 // GROUP)
-        return Ahead(segment.offset + first * group, (end - first) * group // _LINE_BYTES)
+        num_lines = (end - first) * group // _LINE_BYTES
+        return Ahead(segment.offset + first * group, num_lines, op.epilogue is Epilogue.LOGITS)
 
     def weights_after(self, program: Program, worker: int) -> list[Ahead]:
         """By instruction: the weights that the worker reads next after its own; after the last, the first."""
@@ -230,8 +237,9 @@ class _Source:
         found = [self.ahead(program.ops[instruction.op], instruction) for instruction in instructions]
         following = []
         upcoming = next((ahead for ahead in found if ahead.num_lines), Ahead(0, 0))
+        first = upcoming
         for ahead in reversed(found):
-            following.append(upcoming)
+            following.append(msgspec.structs.replace(upcoming, else_offset=first.offset))
             upcoming = ahead if ahead.num_lines else upcoming
         return following[::-1]
 
@@ -268,7 +276,7 @@ class _Source:
                 parts = f"{instruction.part}, {instruction.num_parts}"
                 return (
                     f"attention<Shape>(s, {op.layer}, {n0}, {n1}, {parts}, {r0}, {r1}, {queries}, {out}, "
-                    f"w.scratch + kPreparedBytes, {then.offset}, {min(then.num_lines, _ATTENDING_LINES)});"
+                    f"w.scratch + kPreparedBytes, {then.place}, {min(then.num_lines, _ATTENDING_LINES)});"
                 )
             case Opcode.REDUCE:
                 summands = self.buffer(program, program.partial_buffers[op.index])
@@ -293,7 +301,7 @@ class _Source:
         return (
             f"linear<{self.format(op)}, {op.in_features}, {k0}, {k1}, {_rows_of(op)}>(s, {offset}, "
             f"{_whole_groups(instruction.n0)}, {_whole_groups(instruction.n1)}, {instruction.r0}, "
-            f"{instruction.r1}, w.scratch, {then.offset}, {sink});"
+            f"{instruction.r1}, w.scratch, {then.place}, {sink});"
         )
 
     def sink(self, program: Program, op: Op, r0: int) -> str:

@@ -184,8 +184,8 @@ class Runtime:
     def step(self, rows: Rows, stats: FloatArray | None = None, stamps: Stamps | None = None) -> StepOutput:
         """One step; KV of all rows goes to their slots.
 
-        Where no row needs logits, nothing past the last layer's K and V is computed. `stats`, `[rows over the
-        whole vocabulary, spans, 3]`, is filled where given. Raises StepError.
+        Where no row asks for anything, the step computes nothing past the last layer's K and V.
+        `stats`, `[rows over the whole vocabulary, spans, 3]`, is filled where given. Raises StepError.
         """
         step = self._input
         step.num_rows = len(rows.token_ids)

@@ -55,7 +55,8 @@ def test_what_is_for_logits_alone_runs_where_some_row_wants_them():
             if is_for_logits:
                 fetched = re.findall(r"s\.weights \+ \d+, (.*)\)\) return", part)
                 assert all(
-                    re.fullmatch(r"0|s\.head\.num_(rows\(\)|full) > 0 \? \d+ : 0", lines) for lines in fetched
+                    re.fullmatch(r"0|s\.head\.(num_rows\(\)|num_full) > 0 \? \d+ : 0", lines)
+                    for lines in fetched
                 )
 
 

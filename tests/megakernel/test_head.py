@@ -262,6 +262,8 @@ def test_the_heads_weights_are_fetched_ahead_only_for_full_rows(stored):
     ]
     assert heads
     assert all("s.head.num_full > 0 ? " in line for line in heads)
+    before = [line for line in source if "linear<" in line and "num_full > 0 ? " in line]
+    assert len(before) >= len(program.workers)
 
 
 def _op(source: list[str], number: int) -> str:

@@ -59,7 +59,7 @@ def sabotaged(weights, program, tmp_path, monkeypatch) -> Callable[[int, int, st
 
     def open_it(worker: int, instruction: int, statement: str) -> Runtime:
         monkeypatch.setattr(
-            "megakernel.runtime.generate",
+            "megakernel.compiled.generate",
             lambda *given: with_statement(generate(*given), worker, instruction, statement),
         )
         return Runtime.of(

@@ -121,8 +121,8 @@ inline void restricted_linear(const Step& step, const uint8_t* packed, int n0, i
     const std::vector<Wish>& wishes = step.head.wishes;
     for_each_wanted_group(step, n0, n1, [&](int group, int next, int at, int end) {
         const uint8_t* upcoming = packed + std::max(next, 0) * mk::group_bytes(F, K);
-        mk::Stream stream(upcoming + mk::group_bytes(F, K) * K0 / K, upcoming + mk::group_bytes(F, K), upcoming);
-        bool is_first = next >= 0;
+        mk::Stream next_group(upcoming + mk::group_bytes(F, K) * K0 / K, upcoming + mk::group_bytes(F, K), upcoming);
+        mk::Stream* stream = next < 0 ? nullptr : &next_group;
         while (at < end && wishes[at].logit_row < r0) at++;
         while (at < end && wishes[at].logit_row < r1) {
             const int r = wishes[at].logit_row - r0, count = rows_at_once(wishes, at, end, r0, r1);
@@ -132,8 +132,7 @@ inline void restricted_linear(const Step& step, const uint8_t* packed, int n0, i
             };
             const auto run = [&](auto num_rows) {
                 const int n = group * mk::kGroup;
-                mk::detail::row_group<F, K, mk::kGroup, K0, K1, num_rows()>(packed, n, x, r, is_first ? &stream : nullptr,
-                                                                             put);
+                mk::detail::row_group<F, K, mk::kGroup, K0, K1, num_rows()>(packed, n, x, r, stream, put);
             };
             switch (count) {
                 case 8: if constexpr (mk::kRowGroup >= 8) run(std::integral_constant<int, 8>{}); break;
@@ -142,7 +141,7 @@ inline void restricted_linear(const Step& step, const uint8_t* packed, int n0, i
                 default: run(std::integral_constant<int, 1>{});
             }
             at += count;
-            is_first = false;
+            stream = nullptr;
         }
     });
 }

@@ -234,11 +234,12 @@ __attribute__((noinline)) void linear(const Step& step, int64_t weights, int n0,
                                       std::byte* prepared, int64_t then, const Sink& sink) {
     const int rows = full_rows_in<Rows>(step, r0, r1);
     const mk::Input<F> x = PreparedInput<F, K1 - K0>{prepared}.rows();
-    mk::linear_tile<F, K, Sink::kColumns, K0, K1>(packed_at(step, weights), n0, n1, x, rows, packed_at(step, then), sink);
+    const uint8_t* packed = packed_at(step, weights);
+    mk::linear_tile<F, K, Sink::kColumns, K0, K1>(packed, n0, n1, x, rows, packed_at(step, then), sink);
     if constexpr (requires { sink.put_stats(n0, n1, rows); }) sink.put_stats(n0, n1, rows);
     if constexpr (std::is_same_v<Rows, Wanted>)
         if (rows_in<Rows>(step, r0, r1) > rows)
-            restricted_linear<F, K, K0, K1>(step, packed_at(step, weights), n0, n1, r0, r1, x, sink);
+            restricted_linear<F, K, K0, K1>(step, packed, n0, n1, r0, r1, x, sink);
 }
 
 // Columns [n, n + kColumns) of row `row`: K-tiles `out_columns` apart, summed ascending.
