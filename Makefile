@@ -51,9 +51,10 @@ check: $(INSTALLED) ## Style, formatting, types, import direction, freshness of 
 	$(BIN)/mypy
 	$(PYTEST) -q tests/test_imports.py tests/test_repo.py
 
-bench: $(INSTALLED) ## What everything but the model costs
+bench: $(INSTALLED) ## What serving costs, and decode beside other engines where they are installed
 	$(BIN)/python benchmarks/overhead.py --quick
 	$(BIN)/python benchmarks/host_time.py --quick
+	$(BIN)/python benchmarks/decode.py --quick
 
 proto: $(INSTALLED) ## Generate code from cluster/wire/headrace.proto
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. $(PROTO)

@@ -24,7 +24,9 @@ FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
 
 WAIT_LIMIT_S = 10.0
-SPINS = 20_000
+SPINS = 2_000
+"""Of a wait before it sleeps, tens of microseconds: one that spins on while another program has the awaited
+worker's core uses up the time that the scheduler would give that worker next."""
 TOKENS_A_SMALL_BLOCK = 16
 """`kTokensABlock` of step.h."""
 _DTYPES: dict[KvFormat, type[np.generic]] = {"float16": np.float16, "float32": np.float32}

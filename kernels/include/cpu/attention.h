@@ -107,16 +107,18 @@ inline void add_values(const float* weights, const typename Shape::Kv* const* bl
         Lanes sums[kTogether][kQueries];
         for (int v = 0; v < kTogether; v++)
             for (int q = 0; q < kQueries; q++) sums[v][q] = load(values[q] + (vector + v) * kLanes);
-        for (int token = 0; token < tokens; token++) {
-            if (vector == 0 && token / kTokensABlock < num_next)
-                fetch_part<Shape>(next[token / kTokensABlock], token % kTokensABlock);
-            const typename Shape::Kv* from =
-                blocks[token / kTokensABlock] + token % kTokensABlock * Shape::kDim + vector * kLanes;
-            Lanes loaded[kTogether];
-            for (int v = 0; v < kTogether; v++) loaded[v] = load(from + v * kLanes);
-            for (int q = 0; q < kQueries; q++) {
-                const Lanes weight = splat(weights[q * Shape::kSplitTokens + token]);
-                for (int v = 0; v < kTogether; v++) sums[v][q] = fma(weight, loaded[v], sums[v][q]);
+        for (int first = 0; first < tokens; first += kTokensABlock) {
+            const int block = first / kTokensABlock, count = std::min(kTokensABlock, tokens - first);
+            const typename Shape::Kv* from = blocks[block] + vector * kLanes;
+            const typename Shape::Kv* fetched = vector == 0 && block < num_next ? next[block] : nullptr;
+            for (int t = 0; t < count; t++, from += Shape::kDim) {
+                if (fetched) fetch_part<Shape>(fetched, t);
+                Lanes loaded[kTogether];
+                for (int v = 0; v < kTogether; v++) loaded[v] = load(from + v * kLanes);
+                for (int q = 0; q < kQueries; q++) {
+                    const Lanes weight = splat(weights[q * Shape::kSplitTokens + first + t]);
+                    for (int v = 0; v < kTogether; v++) sums[v][q] = fma(weight, loaded[v], sums[v][q]);
+                }
             }
         }
         for (int v = 0; v < kTogether; v++)

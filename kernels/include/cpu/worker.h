@@ -179,7 +179,8 @@ class Crew {
         snprintf(name, sizeof name, "headrace-%d", index);
         pthread_setname_np(pthread_self(), name);
         // A step follows the one before within a host's turn: spinning that long saves the wake-up.
-        const Patience idle{patience_.spins, int64_t{1000000000}};
+        constexpr int kTurns = 3;  // as long as so many waits of a step
+        const Patience idle{kTurns * patience_.spins, int64_t{1000000000}};
         for (uint32_t next = 1;; next++) {
             while (!await(start_, next, idle, [](int) {}, [] { return false; })) {
             }
