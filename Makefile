@@ -26,6 +26,9 @@ $(INSTALLED): pyproject.toml requirements.lock
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { rm -rf $(VENV); test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get install -y python3-venv && $(PYTHON) -m venv $(VENV); } || \
 	  { echo "error: cannot make $(VENV); install the system's python3-venv package"; exit 2; }
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
+	  { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get install -y g++; } || \
+	  echo "note: no C++ compiler; PyTorch will run the model, slowly, until g++ or clang++ is installed"
 	@echo "installing into $(VENV); the first time this takes minutes"
 	$(BIN)/pip install -q --disable-pip-version-check $(TORCH)
 	$(BIN)/pip install -q --disable-pip-version-check -c requirements.lock -e '.[dev]'

@@ -8,6 +8,7 @@ from cluster.kv_layout import KvLayout
 from cluster.messages import StepCost
 from decode_workers.head_answers import handed_out
 from decode_workers.step_batch import Int32Array, StepBatch, StepResult
+from megakernel.buckets import MAX_DECODE_ROWS
 from megakernel.compiled import Compiled
 from megakernel.runtime import Rows, Runtime
 from megakernel.step_rows import decode_rows
@@ -36,7 +37,7 @@ class MegaKernelExecutor:
         )
         self._num_blocks = num_blocks
         self._vocab_size = shape.vocab_size
-        self._buckets = compiled.buckets
+        self._buckets = tuple(bucket for bucket in compiled.buckets if bucket <= MAX_DECODE_ROWS)
         self._measured_tokens = min(MEASURED_CONTEXT_TOKENS, shape.max_context_tokens - 1)
         scratch_blocks = self._layout.num_blocks_for(self._measured_tokens)
         scratch_blocks += self._layout.num_blocks_for(self._buckets[-1])

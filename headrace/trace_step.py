@@ -6,16 +6,17 @@ from contextlib import contextmanager
 import msgspec
 
 from megakernel.artifact import Progress
+from megakernel.artifact_cache import ArtifactCache
 from megakernel.buckets import BUCKETS
-from megakernel.machine import load_machine
+from megakernel.compiled import Compiled, compile_here
+from megakernel.machine import Machine, load_machine
 from megakernel.measure import WARM_UP_STEPS
-from megakernel.model.load import open_model
-from megakernel.pipeline import compile_program
+from megakernel.model.load import OpenedModel, open_model
 from megakernel.program import Program
+from megakernel.recipe import compile_programs, prove, recipe_for
 from megakernel.runtime import Runtime
 from megakernel.step_rows import BLOCK_TOKENS, decode_rows, fill_context, num_blocks
 from megakernel.timeline import BytesOf, Timeline, bytes_read, measured_timeline
-from megakernel.validate import validate
 
 
 class TraceError(ValueError):
@@ -43,7 +44,7 @@ def opened(
 ) -> Iterator[Ready]:
     """The model compiled for the CPU in hand and the bucket of `num_rows`.
 
-    Raises TraceError, and what `open_model`, `compile_program` and `Runtime` raise.
+    Raises TraceError, and what `open_model`, compiling and `Runtime` raise.
     """
     bucket = next((bucket for bucket in BUCKETS if bucket >= num_rows), None)
     if bucket is None or num_rows < 1:
@@ -55,12 +56,22 @@ def opened(
             f"{context_tokens} tokens of context: the model takes 0 to {shape.max_context_tokens - 1}"
         )
     machine = load_machine("cpu")
-    program = compile_program(shape, source.fingerprint, machine, bucket, formats=formats)
-    validate(program, machine, formats)
-    blocks = num_blocks(num_rows, context_tokens)
-    with Runtime.of([program], source.weights, blocks, BLOCK_TOKENS, progress=progress) as runtime:
+    compiled = _compiled(source, machine, bucket, progress)
+    program = next(program for program in compiled.programs if program.bucket == bucket)
+    with Runtime(compiled, num_blocks(num_rows, context_tokens), BLOCK_TOKENS) as runtime:
         fill_context(runtime, context_tokens)
         yield Ready(program, runtime, bytes_read(program, machine, formats, context_tokens))
+
+
+def _compiled(source: OpenedModel, machine: Machine, bucket: int, progress: Progress | None) -> Compiled:
+    """The artifact that serves on this machine, or, where there is none yet, its program for one bucket."""
+    recipe = recipe_for(source, machine, machine.num_workers, "float16")
+    if artifact := ArtifactCache().find(recipe):
+        return artifact.load()
+    one = msgspec.structs.replace(recipe, buckets=(bucket,))
+    programs = compile_programs(one, one.plan())
+    prove(one, programs)
+    return compile_here(programs, source.weights, formats=one.formats, progress=progress)
 
 
 def trace_steps(ready: Ready, num_rows: int, context_tokens: int, num_steps: int) -> Traced:
