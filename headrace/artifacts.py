@@ -12,10 +12,11 @@ from megakernel.artifact import Progress
 from megakernel.artifact_folder import Artifact, Wanted, open_artifact
 from megakernel.build import BuildError, find_compiler
 from megakernel.folder_lock import hold
+from megakernel.library import LibraryError
 from megakernel.machine import PROBED, MachineError, load_machine
 from megakernel.manifest import MANIFEST, UnsupportedModelError
 from megakernel.model.load import OpenedModel
-from megakernel.runtime import LibraryError, StepError
+from megakernel.runtime import StepError
 from megakernel.schedule_error import ScheduleError
 
 Role = Literal["decode", "prefill"]

@@ -61,11 +61,12 @@ def _compile(config: HeadraceConfig, folder: Path | None, threads: int, *, is_se
     from megakernel.artifact_build import build_artifact
     from megakernel.artifact_cache import ArtifactCache
     from megakernel.build import BuildError, find_compiler
+    from megakernel.library import LibraryError
     from megakernel.machine import PROBED, load_machine
     from megakernel.model.load import open_model
     from megakernel.plan_search import searched_plan
     from megakernel.recipe import recipe_for
-    from megakernel.runtime import LibraryError, StepError
+    from megakernel.runtime import StepError
 
     dtype = config.model.kv_dtype
     try:

@@ -4,7 +4,7 @@ import msgspec
 from msgspec.structs import replace
 
 from cluster.config import HeadraceConfig
-from megakernel.codegen_cpu import KvFormat
+from megakernel.cpu_limits import KvFormat
 
 _BLOCK_GRANULE_TOKENS = 16
 """The megakernel's KV blocks are multiples of it."""

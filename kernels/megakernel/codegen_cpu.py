@@ -6,20 +6,15 @@ same in each.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
-from typing import Literal
 
 import msgspec
 
 from megakernel.artifact import WeightLayout, lay_out_weights, matrix_names
+from megakernel.cpu_limits import CodegenError, KvFormat, check_programs
 from megakernel.pack import GROUP, group_bytes
 from megakernel.program import Epilogue, Instruction, Op, Opcode, OpKind, Program, Prologue, Space
 
-KvFormat = Literal["float16", "float32"]
 _KV_TYPES: dict[KvFormat, str] = {"float16": "Half", "float32": "float"}
-MAX_ROWS = 256
-"""`kMaxRows` of step.h."""
-_LANES = 16
 _LINE_BYTES = 64
 _WAITING_LINES = 512
 """Weights fetched while waiting, at most: 32 KB stay in L2."""
@@ -27,10 +22,6 @@ _ATTENDING_LINES = 4096
 """Weights fetched during attention, at most: a quarter of a megabyte stays in L2."""
 _HAS_LOGITS = "s.head.num_rows() > 0"
 _HAS_FULL_ROWS = "s.head.num_full > 0"
-
-
-class CodegenError(ValueError):
-    """A program the CPU's kernels cannot run: names what is in the way."""
 
 
 class Generated(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,37 +35,11 @@ def generate(
     programs: Sequence[Program], formats: Mapping[str, str], kv_format: KvFormat = "float16"
 ) -> Generated:
     """One source for all of an artifact's programs, ascending by bucket. Raises CodegenError."""
-    _check(programs)
+    check_programs(programs)
     layout = lay_out_weights(programs[0], formats)
     offsets, activation_bytes = _buffer_offsets(programs)
     writer = _Source(programs, layout, offsets, activation_bytes, kv_format)
     return Generated(source=writer.text(), layout=layout, buffer_offsets=offsets)
-
-
-def _check(programs: Sequence[Program]) -> None:
-    if not programs:
-        raise CodegenError("an artifact has at least one program")
-    first = programs[0]
-    geometry = first.geometry
-    for name in ("hidden_size", "head_dim", "intermediate_size"):
-        if (size := getattr(geometry, name)) % _LANES:
-            raise CodegenError(f"{name} is {size}; the CPU's kernels take multiples of {_LANES}")
-    if first.split_tokens % _LANES or first.swiglu_group % _LANES or first.stats_span % _LANES:
-        raise CodegenError(
-            f"splits, SwiGLU groups and statistics spans are multiples of {_LANES} tokens or columns"
-        )
-    for before, program in pairwise(programs):
-        if program.bucket <= before.bucket:
-            raise CodegenError("programs come ascending by bucket, one each")
-        same = ("model_fingerprint", "geometry", "split_tokens", "swiglu_group", "stats_span", "ops")
-        if differing := [name for name in same if getattr(program, name) != getattr(first, name)]:
-            raise CodegenError(
-                f"buckets {before.bucket} and {program.bucket} differ in {', '.join(differing)}"
-            )
-        if len(program.workers) != len(first.workers):
-            raise CodegenError("all buckets of an artifact have the same workers")
-    if programs[-1].bucket > MAX_ROWS:
-        raise CodegenError(f"bucket {programs[-1].bucket} has more than {MAX_ROWS} rows")
 
 
 def _buffer_offsets(programs: Sequence[Program]) -> tuple[dict[str, int], int]:

@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from megakernel.artifact import Progress, WeightLayout, pack_weights
 from megakernel.build import build
-from megakernel.codegen_cpu import KvFormat, generate
+from megakernel.codegen_cpu import generate
+from megakernel.cpu_limits import KvFormat
 from megakernel.model.shape import ModelShape
 from megakernel.model.weights import Weights
 from megakernel.program import Program

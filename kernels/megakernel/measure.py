@@ -7,9 +7,9 @@ from pathlib import Path
 
 import msgspec
 
-from megakernel.codegen_cpu import MAX_ROWS
 from megakernel.compiled import compile_here
 from megakernel.cost import simulate
+from megakernel.cpu_limits import MAX_ROWS
 from megakernel.machine import Machine
 from megakernel.model.shape import ModelShape
 from megakernel.model.weights import Weights

@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from megakernel.artifact import Progress
-from megakernel.codegen_cpu import KvFormat
 from megakernel.compiled import Compiled, compile_here
+from megakernel.cpu_limits import KvFormat
 from megakernel.head import Reductions
+from megakernel.library import EngineConfig, StepInput, load_library
 from megakernel.model.rope import rope_frequencies
 from megakernel.model.shape import ModelShape
 from megakernel.model.weights import Weights
@@ -34,10 +35,6 @@ _DTYPES: dict[KvFormat, type[np.generic]] = {"float16": np.float16, "float32": n
 
 class StepError(RuntimeError):
     """A step that was refused or failed; after a failure of the workers every later step fails too."""
-
-
-class LibraryError(RuntimeError):
-    """A compiled library that the system does not load; the message says why, and what helps."""
 
 
 class Rows(msgspec.Struct, frozen=True, kw_only=True, eq=False):
@@ -78,27 +75,6 @@ class Stamps(msgspec.Struct, frozen=True, eq=False):
     workers: tuple[npt.NDArray[np.int64], ...]
 
 
-class _StepInput(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int32) for name in ("num_rows", "num_sequences", "max_blocks")),
-        *((name, ctypes.c_void_p) for name in ("token_ids", "positions", "slots", "parents")),
-        *((name, ctypes.c_void_p) for name in ("sequence_starts", "context_lengths", "block_tables")),
-        *((name, ctypes.c_void_p) for name in ("needs_logits", "needs_best")),
-        *((name, ctypes.c_void_p) for name in ("allowed_starts", "allowed_token_ids")),
-        *((name, ctypes.c_void_p) for name in ("logits", "stats", "allowed_logits", "values", "tokens")),
-        *((name, ctypes.c_int32) for name in ("top_k", "needs_log_sums")),
-    )
-
-
-class _EngineConfig(ctypes.Structure):
-    _fields_ = (
-        ("weights", ctypes.c_void_p),
-        ("frequencies", ctypes.c_void_p),
-        *((name, ctypes.c_int32) for name in ("num_blocks", "block_size_tokens", "spins")),
-        ("wait_limit_ns", ctypes.c_int64),
-    )
-
-
 class Runtime:
     """One model on this CPU. `run` and `copy_slots` are for one thread; `write_kv` and `read_kv` may run
     beside them, for slots that they leave alone.
@@ -126,9 +102,9 @@ class Runtime:
         self._shape = compiled.shape
         self._packed = _arena(compiled.layout.num_bytes)
         compiled.fill_weights(self._packed)
-        self._library = _load(compiled.library)
+        self._library = load_library(compiled.library)
         frequencies = np.ascontiguousarray(rope_frequencies(compiled.shape), dtype=np.float64)
-        config = _EngineConfig(
+        config = EngineConfig(
             weights=self._packed.ctypes.data,
             frequencies=frequencies.ctypes.data,
             num_blocks=num_blocks,
@@ -138,7 +114,7 @@ class Runtime:
         )
         self._engine = self._library.headrace_open(ctypes.byref(config))
         self.num_blocks, self.block_size_tokens = num_blocks, block_size_tokens
-        self._input = _StepInput()
+        self._input = StepInput()
         self._raise_if(self._library.headrace_error(self._engine) or None)
 
     @classmethod
@@ -274,7 +250,7 @@ class Runtime:
             raise StepError(problem.decode())
 
 
-def _ask_head(step: _StepInput, rows: Rows, vocab_size: int) -> StepOutput:
+def _ask_head(step: StepInput, rows: Rows, vocab_size: int) -> StepOutput:
     """Points the library to what is asked of the head, and to the arrays that it fills."""
     num_logits = int(np.count_nonzero(rows.needs_logits))
     num_best = 0 if rows.needs_best is None else int(np.count_nonzero(rows.needs_best))
@@ -322,30 +298,6 @@ def _ask_head(step: _StepInput, rows: Rows, vocab_size: int) -> StepOutput:
 
 def _address(array: IntArray | BoolArray | None) -> int | None:
     return None if array is None else array.ctypes.data
-
-
-def _load(path: Path) -> Any:
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise LibraryError(f"{error}: it was built for another system; compile the model here") from None
-    pointer, i32 = ctypes.c_void_p, ctypes.c_int32
-    library.headrace_open.restype = pointer
-    library.headrace_activations.restype = pointer
-    library.headrace_close.restype = None
-    for name, arguments in {
-        "run": (pointer, pointer, pointer),
-        "copy_slots": (pointer, pointer, pointer, i32),
-        "write_kv": (pointer, i32, pointer, i32, pointer),
-        "read_kv": (pointer, i32, pointer, i32, pointer),
-        "error": (pointer,),
-    }.items():
-        function = getattr(library, f"headrace_{name}")
-        function.argtypes, function.restype = arguments, ctypes.c_char_p
-    for name in ("activations", "close"):
-        getattr(library, f"headrace_{name}").argtypes = (pointer,)
-    library.headrace_open.argtypes = (pointer,)
-    return library
 
 
 def _arena(num_bytes: int) -> npt.NDArray[np.uint8]:

@@ -8,7 +8,7 @@ from functools import partial
 import msgspec
 
 from megakernel.build import BuildError
-from megakernel.codegen_cpu import CodegenError
+from megakernel.cpu_limits import CodegenError
 from megakernel.default_plan import default_plan
 from megakernel.machine import Machine
 from megakernel.measure import Refinement, can_measure, refine_on_this_cpu

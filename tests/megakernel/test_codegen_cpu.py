@@ -4,7 +4,8 @@ import msgspec
 import pytest
 
 from megakernel.artifact import lay_out_weights
-from megakernel.codegen_cpu import CodegenError, generate
+from megakernel.codegen_cpu import generate
+from megakernel.cpu_limits import CodegenError
 from tests.megakernel.programs import Recipe, build_program
 from tests.tiny_model import tiny_weights
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megakernel.codegen_cpu import MAX_ROWS
+from megakernel.cpu_limits import MAX_ROWS
 from megakernel.graph import usual_formats
 from megakernel.hazards import find_hazard
 from megakernel.machine import Machine, load_machine
