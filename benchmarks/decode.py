@@ -34,7 +34,7 @@ CONTEXTS, CONTEXTS_QUICK = (64, 512, 2048, 8192), (64, 512, 2048)
 BATCHES, BATCHES_QUICK = (1, 4, 16), (1,)
 OTHER_PEERS_CONTEXTS, OTHER_PEERS_CONTEXTS_QUICK = (64, 512), (64,)
 """Of OpenVINO and transformers, at batch 1."""
-ROWS_CONTEXT = 512
+ROWS, ROWS_CONTEXT = (1, 8, 16), 512
 PROMPT_TOKENS = 512
 ROUNDS, ROUNDS_QUICK = 9, 5
 STEPS, STEPS_QUICK = 24, 12
@@ -90,7 +90,7 @@ class Comparison:
         self.most = self.model.weights.shape.max_context_tokens - 1
         self.batches = BATCHES_QUICK if is_quick else BATCHES
         self.contexts = [self.fitting(context) for context in (CONTEXTS_QUICK if is_quick else CONTEXTS)]
-        self.decode = OurDecode(self.model, max(self.contexts), max(16, *self.batches))
+        self.decode = OurDecode(self.model, max(self.contexts), max(*ROWS, *self.batches))
         path, tokens = self.model.weights.path, self.decode.tokens
         self.llama = open_if_installed(
             "llama.cpp", LlamaCpp, path, threads, max(self.contexts), max(self.batches), tokens
@@ -107,16 +107,26 @@ class Comparison:
 
     def run(self) -> dict[str, float]:
         self.measure_prompts()
-        times = {cell: self.measure_cell(cell) for cell in self.cells()}
-        one = times[Cell(1, ROWS_CONTEXT)]["ours"]
-        for rows in (8, 16):
-            median_ms = statistics.median(times[Cell(rows, ROWS_CONTEXT)]["ours"])
-            self.figures.put(f"rows{rows}_over_rows1", median_ms / statistics.median(one))
+        for cell in self.cells():
+            self.measure_cell(cell)
+        self.measure_rows()
         self.measure_bandwidth()
         self.decode.close()
         if self.llama is not None:
             self.llama.close()
         return self.figures.values
+
+    def measure_rows(self) -> None:
+        """What more rows cost, in turn with one row."""
+        print(f"rows beside one row, context {ROWS_CONTEXT}", flush=True)
+        self.decode.prepare(Cell(max(ROWS), ROWS_CONTEXT))
+        ours = stepping(self.decode.step)
+        times: dict[int, list[float]] = {rows: [] for rows in ROWS}
+        for _ in range(self.rounds):
+            for rows, values in times.items():
+                values.append(ours(Cell(rows, ROWS_CONTEXT), self.steps))
+        for rows in ROWS[1:]:
+            self.figures.ratio(f"rows{rows}_over_rows1", times[rows], times[1])
 
     def measure_bandwidth(self) -> None:
         """Reads of all threads and steps in turn: what memory gives changes from one second to the next."""
@@ -136,12 +146,11 @@ class Comparison:
 
     def cells(self) -> list[Cell]:
         """Ascending by context: a peer's context only grows."""
-        compared = {Cell(rows, context) for rows in self.batches for context in self.contexts}
-        rows_cells = {Cell(rows, ROWS_CONTEXT) for rows in (1, 8, 16)}
-        return sorted(compared | rows_cells, key=lambda cell: (cell.context, cell.rows))
+        cells = [Cell(rows, context) for rows in self.batches for context in self.contexts]
+        return sorted(cells, key=lambda cell: (cell.context, cell.rows))
 
     def measure_cell(self, cell: Cell) -> Rounds:
-        print(f"rows {cell.rows}, context {cell.context}", flush=True)
+        print(f"batch {cell.rows}, context {cell.context}", flush=True)
         self.decode.prepare(cell)
         runners: dict[str, MeanMs] = {"ours": stepping(self.decode.step), **self.peers(cell)}
         times: Rounds = {name: [] for name in runners}
@@ -158,7 +167,7 @@ class Comparison:
 
     def peers(self, cell: Cell) -> dict[str, MeanMs]:
         found: dict[str, MeanMs] = {}
-        if self.llama is not None and cell.rows in self.batches and cell.context in self.contexts:
+        if self.llama is not None:
             self.llama.prepare(cell)
             found["llamacpp"] = stepping(self.llama.step)
         others = OTHER_PEERS_CONTEXTS_QUICK if self.is_quick else OTHER_PEERS_CONTEXTS
