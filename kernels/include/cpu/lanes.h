@@ -141,21 +141,45 @@ inline void store(Half* p, Lanes a) {
 
 inline Lanes zero_lanes() { return splat(0.0f); }
 
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__) && defined(__F16C__))
+#if defined(__AVX512F__)
+inline __m256 low_half(Lanes a) { return _mm512_castps512_ps256(a.v); }
+inline __m256 high_half(Lanes a) { return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a.v), 1)); }
+#else
+inline __m256 low_half(Lanes a) { return a.low; }
+inline __m256 high_half(Lanes a) { return a.high; }
+#endif
+
+// One value of all lanes: lane i with lane i + 8, then with i + 4, i + 2 and i + 1.
+template <class Whole, class Half128>
+inline float fold(Lanes a, Whole whole, Half128 half) {
+    const __m256 eight = whole(low_half(a), high_half(a));
+    const __m128 four = half(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = half(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(half(two, _mm_movehdup_ps(two)));
+}
 inline float sum(Lanes a) {
-    float v[kLanes];
-    store(v, a);
-    for (int width = kLanes / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; i++) v[i] += v[i + width];
-    return v[0];
+    return fold(a, [](__m256 x, __m256 y) { return x + y; }, [](__m128 x, __m128 y) { return x + y; });
+}
+inline float highest(Lanes a) {
+    return fold(a, [](__m256 x, __m256 y) { return _mm256_max_ps(x, y); },
+                [](__m128 x, __m128 y) { return _mm_max_ps(x, y); });
 }
 
+#else
+
+inline float sum(Lanes a) {
+    for (int width = kLanes / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; i++) a.v[i] += a.v[i + width];
+    return a.v[0];
+}
 inline float highest(Lanes a) {
-    float v[kLanes];
-    store(v, a);
-    float result = v[0];
-    for (int i = 1; i < kLanes; i++) result = v[i] > result ? v[i] : result;
+    float result = a.v[0];
+    for (int i = 1; i < kLanes; i++) result = a.v[i] > result ? a.v[i] : result;
     return result;
 }
+
+#endif
 
 // e^x: 2^n times a polynomial of degree 6 in the rest, in [-ln(2)/2, ln(2)/2]; within 2 units in the last
 // place. Below -87.3 the result is 0 (so it is for -infinity), above 88.3 it stays at e^88.3.
