@@ -9,6 +9,7 @@ import time
 import pytest
 
 from headrace.probe import is_ready
+from megakernel.artifact_folder import open_artifact
 from tests.e2e.local_cluster import DOWN_TIMEOUT_S, FASTEST, UP_TIMEOUT_S, LocalCluster
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(UP_TIMEOUT_S + 2 * DOWN_TIMEOUT_S)]
@@ -135,7 +136,8 @@ def test_down_while_compiling_leaves_no_half_artifact(own_cluster, tmp_path, mon
     own_cluster.down()
     assert process.wait(DOWN_TIMEOUT_S) != 0
     own_cluster.assert_nothing_left()
-    assert list(artifacts.iterdir()) == []
+    for path in artifacts.iterdir():  # one that was complete before the stop came may stay
+        open_artifact(path).verify()
 
 
 @pytest.mark.slow
