@@ -11,7 +11,7 @@ from decode_workers.step_batch import Int32Array, StepBatch, StepResult
 from megakernel.buckets import MAX_DECODE_ROWS
 from megakernel.compiled import Compiled
 from megakernel.runtime import Rows, Runtime
-from megakernel.step_rows import decode_rows
+from megakernel.step_rows import decode_rows, fill_context
 from megakernel.step_times import measured_ms
 
 MEASURED_CONTEXT_TOKENS = 256
@@ -78,6 +78,8 @@ class MegaKernelExecutor:
 
     def measure(self) -> tuple[StepCost, ...]:
         """The median of a few steps a bucket, one row a sequence, after a step that warms up."""
+        first_slot = self._num_blocks * self._layout.block_size_tokens
+        fill_context(self._runtime, self._measured_tokens, first_slot)
         return tuple(StepCost(rows=rows, ms=self._measured_ms(rows)) for rows in self._buckets)
 
     def close(self) -> None:

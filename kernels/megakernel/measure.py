@@ -1,7 +1,6 @@
 """Steps of compiled plans timed on the CPU in hand: what the schedule search's best few are compared by."""
 
 import hashlib
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from megakernel.program import Program
 from megakernel.runtime import Runtime
 from megakernel.search import refine
 from megakernel.step_rows import BLOCK_TOKENS, decode_rows, fill_context, num_blocks
+from megakernel.step_times import timed_s
 from megakernel.user_cache import cache_folder, read_if_there, write_atomically
 from megakernel.validate import validate
 from megakernel.work import DEFAULT_CONTEXT_TOKENS
@@ -129,12 +129,7 @@ def measured_us(
         fill_context(runtime, context_tokens)
         for _ in range(WARM_UP_STEPS):
             runtime.run(rows)
-        times_us = []
-        for _ in range(_MEASURED_STEPS):
-            started = time.perf_counter()
-            runtime.run(rows)
-            times_us.append((time.perf_counter() - started) * 1e6)
-    return min(times_us)
+        return min(timed_s(runtime, rows, _MEASURED_STEPS)) * 1e6
 
 
 def _path(folder: Path | None, question: object) -> Path:

@@ -1,5 +1,6 @@
 """Measures steps on this machine: what a bucket costs at a context, and what the cost model says of it."""
 
+import math
 import statistics
 import time
 from collections.abc import Mapping
@@ -69,12 +70,17 @@ def measure_steps(
     return StepTable(steps=tuple(steps))
 
 
-def measured_ms(runtime: Runtime, rows: Rows, most_repeats: int = _MOST_REPEATS) -> float:
+def measured_ms(runtime: Runtime, rows: Rows) -> float:
     """The median of a few steps, after one that warms up."""
-    elapsed_s: list[float] = []
     runtime.run(rows)
-    while len(elapsed_s) < most_repeats and sum(elapsed_s) < _ENOUGH_S:
+    return statistics.median(timed_s(runtime, rows, _MOST_REPEATS, _ENOUGH_S)) * 1e3
+
+
+def timed_s(runtime: Runtime, rows: Rows, most_steps: int, enough_s: float = math.inf) -> list[float]:
+    """Seconds of each of up to `most_steps` steps; none is begun after `enough_s` of them."""
+    elapsed_s: list[float] = []
+    while len(elapsed_s) < most_steps and sum(elapsed_s) < enough_s:
         started_s = time.perf_counter()
         runtime.run(rows)
         elapsed_s.append(time.perf_counter() - started_s)
-    return statistics.median(elapsed_s) * 1e3
+    return elapsed_s
