@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -11,6 +11,16 @@ from rich.table import Table
 from cluster.config import HeadraceConfig
 from headrace.options import ConfigOption, ModelOption, configuration
 from headrace.terminal import EXIT_USAGE, err, fail, out
+
+if TYPE_CHECKING:
+    from megakernel.artifact import Progress
+    from megakernel.artifact_folder import Artifact
+    from megakernel.model.weights import Weights
+    from megakernel.plan_search import Searched
+    from megakernel.recipe import Recipe
+
+_SEARCHED_BUCKET = 1
+"""Plain decode of one sequence, which a deadline is counted in."""
 
 
 class KvFormatChoice(StrEnum):
@@ -64,34 +74,59 @@ def _compile(config: HeadraceConfig, folder: Path | None, threads: int, *, is_se
     from megakernel.library import LibraryError
     from megakernel.machine import PROBED, load_machine
     from megakernel.model.load import open_model
-    from megakernel.plan_search import searched_plan
     from megakernel.recipe import recipe_for
     from megakernel.runtime import StepError
+    from megakernel.search_command import lines_of
 
     dtype = config.model.kv_dtype
+    searched = None
     try:
         find_compiler()
         opened = open_model(config.model.source)
         with StatusBar(err, "measuring this CPU") as bar:
             machine = load_machine(PROBED)
             recipe = recipe_for(opened, machine, threads, "float16" if dtype == "auto" else dtype)
-            cache, is_new, plan = ArtifactCache(), True, None
+            cache = ArtifactCache()
             artifact = None if folder else cache.find(recipe, is_searched=is_searched or None)
-            if artifact is not None:
-                is_new = False
-            else:
-                if is_searched:
-                    plan = searched_plan(recipe, opened.weights, bar.show)
-                if folder is not None:
-                    artifact = build_artifact(folder, recipe, opened.weights, plan=plan, progress=bar.show)
-                else:
-                    artifact = cache.find_or_build(
-                        recipe, opened.weights, plan=plan, progress=bar.show
-                    ).artifact
+            is_new = artifact is None
+            if is_new and is_searched:
+                searched = _searched(recipe, opened.weights, bar.show)
+            plan = searched.plan if searched else None
+            if folder is not None:
+                artifact = build_artifact(folder, recipe, opened.weights, plan=plan, progress=bar.show)
+            elif artifact is None:
+                artifact = cache.find_or_build(recipe, opened.weights, plan=plan, progress=bar.show).artifact
     except (BuildError, LibraryError, StepError, OSError, ValueError) as error:
         fail(str(error))
+    for line in lines_of(searched) if searched else ():
+        out.print(line, highlight=False, soft_wrap=True)
+    _show(artifact, threads, is_new=is_new)
+
+
+def _searched(recipe: "Recipe", weights: "Weights", show: "Progress") -> "Searched":
+    from megakernel.graph import DEFAULT_SPLIT_TOKENS
+    from megakernel.plan_search import SearchQuestion, searched_plan
+
+    question = SearchQuestion(
+        shape=recipe.shape,
+        formats=recipe.formats,
+        fingerprint=recipe.fingerprint,
+        weights=weights,
+        machine=recipe.machine,
+        bucket=_SEARCHED_BUCKET,
+        split_tokens=DEFAULT_SPLIT_TOKENS,
+        largest_bucket=recipe.buckets[-1],
+    )
+    return searched_plan(
+        question,
+        lambda at: show("searching for a schedule", at.evaluations / at.of),
+        lambda done, of: show("measuring plans", done / of),
+    )
+
+
+def _show(artifact: "Artifact", threads: int, *, is_new: bool) -> None:
     manifest = artifact.manifest
-    kind = "searched schedule" if manifest.is_searched else "list schedule"
+    kind = "searched schedule" if manifest.is_searched else "schedule without search"
     out.print(
         f"[bold]{escape(manifest.model)}[/], {threads} threads, KV {manifest.kv_format}, {kind}"
         f"{'' if is_new else ', compiled before'}"

@@ -16,9 +16,10 @@ from megakernel.model.load import open_model
 from megakernel.model.shape import ModelShape
 from megakernel.model.weights import ModelFormatError, Weights
 from megakernel.pipeline import STAGE_NAMES, compile_program, encode_program, ir_after
+from megakernel.plan_search import SearchQuestion
 from megakernel.program import Opcode, Program
 from megakernel.report import compile_report
-from megakernel.search_command import SearchQuestion, searched_plan
+from megakernel.search_command import search_with_bars
 from megakernel.shapes import SHAPES
 from megakernel.timeline_svg import schedule_svg
 from megakernel.validate import Proof, validate
@@ -86,7 +87,8 @@ def compile_command(arguments: argparse.Namespace) -> None:
             split_tokens=arguments.split_tokens,
             seed=arguments.seed,
         )
-        plan, baseline_us = searched_plan(question)
+        searched = search_with_bars(question)
+        plan, baseline_us = searched.plan, searched.found.baseline_us
     if arguments.stop_after is not None:
         module = ir_after(
             model.shape,

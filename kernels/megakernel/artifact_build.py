@@ -72,17 +72,17 @@ def build_artifact(
     weights: Weights,
     *,
     plan: Plan | None = None,
-    is_searched: bool = False,
     progress: Progress | None = None,
 ) -> Artifact:
     """In a folder beside `folder`, which it then takes the place of: nobody sees half of one.
 
+    `plan` is a search's; None: the one that needs none.
     Whoever builds the same folder at the same time waits, and builds again. An exception that `progress`
     raises ends the build and leaves nothing. Raises BuildError, UnsupportedModelError, ScheduleError for a
     program that cannot be proved, NotAnArtifactError where `folder` holds other files, and OSError.
     """
     with locked(folder, progress):
-        return build_in_place(folder, recipe, weights, plan, is_searched, progress)
+        return build_in_place(folder, recipe, weights, plan, progress)
 
 
 def build_in_place(
@@ -90,13 +90,12 @@ def build_in_place(
     recipe: Recipe,
     weights: Weights,
     plan: Plan | None,
-    is_searched: bool,
     progress: Progress | None,
 ) -> Artifact:
     """As `build_artifact`, by whoever holds the folder's lock."""
     _check_replaceable(folder)
     stages = _Stages(progress)
-    plan = plan or recipe.plan()
+    is_searched, plan = plan is not None, plan or recipe.plan()
     with stages.stage("programs") as show:
         programs = compile_programs(recipe, plan, show)
     scratch = folder.with_name(f".{folder.name}.new")

@@ -71,7 +71,7 @@ class ArtifactCache:
         with locked(path, progress):
             if artifact := _usable(path, recipe):  # built while we waited
                 return Found(artifact, False)
-            artifact = build_in_place(path, recipe, weights, plan, is_searched, progress)
+            artifact = build_in_place(path, recipe, weights, plan, progress)
         self._prune(recipe.fingerprint)
         return Found(artifact, True)
 

@@ -11,9 +11,10 @@ from megakernel.default_plan import default_plan
 from megakernel.measure import Refinement, can_measure, refine_on_this_cpu
 from megakernel.pipeline import decode_program
 from megakernel.plan import Plan
+from megakernel.plan_search import plans_to_measure
 from megakernel.schedule import list_schedule
 from megakernel.schedule_error import Hazard, ScheduleError
-from megakernel.search_command import bar, plans_to_measure
+from megakernel.search_command import bar
 from megakernel.step_rows import decode_rows, num_blocks
 from tests.megakernel.compiler_cases import cpu_machine
 from tests.megakernel.model.model_files import random_tensors, tiny_shape, write_gguf
@@ -37,7 +38,7 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("megakernel.compiled.build", quick_build)
     monkeypatch.setattr("megakernel.__main__.load_machine", lambda _: MACHINE)
-    monkeypatch.setattr("megakernel.search_command.load_average", lambda: 0.2)
+    monkeypatch.setattr("megakernel.plan_search.load_average", lambda: 0.2)
 
 
 def refined(plans: dict[str, Plan], **options: object) -> Refinement:
@@ -126,7 +127,7 @@ def test_the_command_prints_predicted_and_measured_times(
 def test_a_busy_machine_is_not_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("megakernel.search_command.load_average", lambda: 1.7)
+    monkeypatch.setattr("megakernel.plan_search.load_average", lambda: 1.7)
     monkeypatch.setattr("megakernel.measure.measured_us", None)
     shape = tiny_shape("llama", num_layers=1, max_context_tokens=1024)
     write_gguf(tmp_path / "model.gguf", shape, random_tensors(shape))
