@@ -9,11 +9,11 @@ from megakernel.artifact import Progress
 from megakernel.artifact_cache import ArtifactCache
 from megakernel.buckets import BUCKETS
 from megakernel.compiled import Compiled, compile_here
-from megakernel.machine import Machine, load_machine
+from megakernel.machine import load_machine
 from megakernel.measure import WARM_UP_STEPS
 from megakernel.model.load import OpenedModel, open_model
 from megakernel.program import Program
-from megakernel.recipe import compile_programs, prove, recipe_for
+from megakernel.recipe import Recipe, compile_programs, prove, recipe_for
 from megakernel.runtime import Runtime
 from megakernel.step_rows import BLOCK_TOKENS, decode_rows, fill_context, num_blocks
 from megakernel.timeline import BytesOf, Timeline, bytes_read, measured_timeline
@@ -50,22 +50,22 @@ def opened(
     if bucket is None or num_rows < 1:
         raise TraceError(f"a step has 1 to {BUCKETS[-1]} rows, not {num_rows}")
     source = open_model(model)
-    shape, formats = source.weights.shape, source.weights.formats
+    shape = source.weights.shape
     if not 0 <= context_tokens < shape.max_context_tokens:
         raise TraceError(
             f"{context_tokens} tokens of context: the model takes 0 to {shape.max_context_tokens - 1}"
         )
     machine = load_machine("cpu")
-    compiled = _compiled(source, machine, bucket, progress)
+    recipe = recipe_for(source, machine, machine.num_workers, "float16")
+    compiled = _compiled(recipe, source, bucket, progress)
     program = next(program for program in compiled.programs if program.bucket == bucket)
     with Runtime(compiled, num_blocks(num_rows, context_tokens), BLOCK_TOKENS) as runtime:
         fill_context(runtime, context_tokens)
-        yield Ready(program, runtime, bytes_read(program, machine, formats, context_tokens))
+        yield Ready(program, runtime, bytes_read(program, machine, recipe.formats, context_tokens))
 
 
-def _compiled(source: OpenedModel, machine: Machine, bucket: int, progress: Progress | None) -> Compiled:
+def _compiled(recipe: Recipe, source: OpenedModel, bucket: int, progress: Progress | None) -> Compiled:
     """The artifact that serves on this machine, or, where there is none yet, its program for one bucket."""
-    recipe = recipe_for(source, machine, machine.num_workers, "float16")
     if artifact := ArtifactCache().find(recipe):
         return artifact.load()
     one = msgspec.structs.replace(recipe, buckets=(bucket,))
