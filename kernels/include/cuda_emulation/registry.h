@@ -1,0 +1,6 @@
+// Names a source's kernels, at its end.
+#pragma once
+
+#include "operations.h"
+
+#define HEADRACE_KERNELS(...)
