@@ -4,7 +4,9 @@ Vectors (norms, biases) are float32; matrices are packed an op at a time (`pack.
 share, the embedding and a tied head, lies there once.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -13,7 +15,7 @@ from megakernel.float_formats import FLOAT_BYTES, float_tensor
 from megakernel.model.shape import ModelShape
 from megakernel.model.weights import RawTensor, StoredWeights, Weights
 from megakernel.pack import BLOCK, PACKED_FORMATS, QUANTIZED_FORMATS, group_bytes, pack_linear
-from megakernel.packing import GROUP, Bytes
+from megakernel.packing import GROUP, Bytes, PackedLinear
 from megakernel.program import Epilogue, Geometry, Op, OpKind, Program
 
 SEGMENT_ALIGNMENT = 4096
@@ -43,19 +45,35 @@ class WeightLayout(msgspec.Struct, frozen=True, kw_only=True):
         return self.segments[weights]
 
 
+class PackLinear(Protocol):
+    def __call__(self, tensors: Sequence[RawTensor], *, swiglu_group: int | None = None) -> PackedLinear: ...
+
+
 def matrix_names(op: Op) -> WeightNames:
     """The matrix an op multiplies by or looks rows up in; empty for attention."""
     return ("embed",) if op.kind is OpKind.EMBED else op.weights
 
 
-def lay_out_weights(program: Program, formats: Mapping[str, str]) -> WeightLayout:
-    """Where each weight of a program lies; the same for every bucket of an artifact.
+class Packing(msgspec.Struct, frozen=True, kw_only=True):
+    """How a backend stores matrices."""
+
+    common_format: Callable[[list[str], int], str]
+    """Of an op's matrices' own formats and in_features: the one that all are packed in."""
+    group_bytes: Callable[[str, int], int]
+    """Of a format and in_features: bytes of 16 output rows."""
+    pack_linear: PackLinear
+
+
+def lay_out_weights(
+    program: Program, formats: Mapping[str, str], packing: Packing | None = None
+) -> WeightLayout:
+    """Where each weight of a program lies; the same for every bucket of an artifact. `packing`: a CPU's.
 
     Weights of an op in several formats, or in one that no kernel reads, are packed as F32, exactly.
     """
     sizes: dict[WeightNames, Segment] = {}
     for op in program.ops:
-        for segment in _segments(op, program, formats):
+        for segment in _segments(op, program, formats, packing or CPU_PACKING):
             sizes.setdefault(segment.weights, segment)
     segments: dict[WeightNames, Segment] = {}
     end = 0
@@ -66,30 +84,40 @@ def lay_out_weights(program: Program, formats: Mapping[str, str]) -> WeightLayou
 
 
 def pack_weights(
-    layout: WeightLayout, weights: Weights, out: Bytes, progress: Progress | None = None
+    layout: WeightLayout,
+    weights: Weights,
+    out: Bytes,
+    progress: Progress | None = None,
+    packing: Packing | None = None,
 ) -> None:
     """Fills `out`, `[layout.num_bytes]`."""
     assert len(out) == layout.num_bytes
-    for segment, data in packed_segments(layout, weights, progress):
+    for segment, data in packed_segments(layout, weights, progress, packing):
         out[segment.offset : segment.offset + len(data)] = data
 
 
 def packed_segments(
-    layout: WeightLayout, weights: Weights, progress: Progress | None = None
+    layout: WeightLayout,
+    weights: Weights,
+    progress: Progress | None = None,
+    packing: Packing | None = None,
 ) -> Iterator[tuple[Segment, Bytes]]:
     """Ascending by offset, one in memory at a time. Between them lie zeros, up to the next alignment."""
     for done, segment in enumerate(layout.segments.values()):
         if progress is not None:
             progress(" ".join(segment.weights), done / len(layout.segments))
-        data = _packed(segment, weights)
+        data = _packed(segment, weights, packing or CPU_PACKING)
         assert len(data) == segment.num_bytes, (
             f"{segment.weights}: {len(data)} bytes, not {segment.num_bytes}"
         )
         yield segment, data
 
 
-def packed_formats(shape: ModelShape, formats: Mapping[str, str]) -> dict[str, str]:
-    """By weight name, what each is packed as: its own format, or F32 where an op's differ or have no kernel.
+def packed_formats(
+    shape: ModelShape, formats: Mapping[str, str], packing: Packing | None = None
+) -> dict[str, str]:
+    """By weight name, what each is packed as: its own format, or one of floats where an op's differ or have no
+    kernel.
 
     Compile with these, and the compiler reckons with the bytes that are read.
     """
@@ -104,27 +132,32 @@ def packed_formats(shape: ModelShape, formats: Mapping[str, str]) -> dict[str, s
         ):
             ops.append((tuple(f"layers.{layer}.{part}" for part in parts.split()), in_features))
     packed = dict.fromkeys(formats, "F32")
+    common_format = (packing or CPU_PACKING).common_format
     for names, in_features in ops:
         if names[0] in formats:
-            packed |= dict.fromkeys(names, _common_format([formats[name] for name in names], in_features))
+            packed |= dict.fromkeys(names, common_format([formats[name] for name in names], in_features))
     return packed
 
 
-def _segments(op: Op, program: Program, formats: Mapping[str, str]) -> Iterable[Segment]:
+def _segments(
+    op: Op, program: Program, formats: Mapping[str, str], packing: Packing
+) -> Iterable[Segment]:
     if names := matrix_names(op):
-        yield _matrix(op, names, program, formats)
+        yield _matrix(op, names, program, formats, packing)
     for vector in (op.biases, (op.norm,) if op.norm else (), *((name,) for name in op.head_norms)):
         if vector:
             yield _vector(vector, program.geometry)
 
 
-def _matrix(op: Op, names: WeightNames, program: Program, formats: Mapping[str, str]) -> Segment:
+def _matrix(
+    op: Op, names: WeightNames, program: Program, formats: Mapping[str, str], packing: Packing
+) -> Segment:
     geometry = program.geometry
     is_embedding = op.kind is OpKind.EMBED
     in_features = geometry.hidden_size if is_embedding else op.in_features
     out_features = geometry.vocab_size if is_embedding else op.out_features
     swiglu_group = program.swiglu_group if op.epilogue is Epilogue.SWIGLU else None
-    format = _common_format([formats[name] for name in names], in_features)
+    format = packing.common_format([formats[name] for name in names], in_features)
     num_groups = -(-out_features // GROUP)
     return Segment(
         weights=names,
@@ -132,7 +165,7 @@ def _matrix(op: Op, names: WeightNames, program: Program, formats: Mapping[str, 
         is_matrix=True,
         swiglu_group=swiglu_group,
         offset=0,
-        num_bytes=num_groups * group_bytes(format, in_features),
+        num_bytes=num_groups * packing.group_bytes(format, in_features),
     )
 
 
@@ -161,11 +194,11 @@ def _vector_size(name: str, geometry: Geometry) -> int:
             return geometry.hidden_size
 
 
-def _packed(segment: Segment, weights: Weights) -> Bytes:
+def _packed(segment: Segment, weights: Weights, packing: Packing) -> Bytes:
     if not segment.is_matrix:
         return np.concatenate([weights.dense(name) for name in segment.weights]).view(np.uint8)
     tensors = [_tensor(weights, name, segment.format) for name in segment.weights]
-    return pack_linear(tensors, swiglu_group=segment.swiglu_group).data
+    return packing.pack_linear(tensors, swiglu_group=segment.swiglu_group).data
 
 
 def _tensor(weights: Weights, name: str, format: str) -> RawTensor:
@@ -173,3 +206,6 @@ def _tensor(weights: Weights, name: str, format: str) -> RawTensor:
         return weights.raw(name)
     assert format in FLOAT_BYTES, f"{name}: these weights do not give what they store as {format}"
     return float_tensor(weights.dense(name), format)
+
+
+CPU_PACKING = Packing(common_format=_common_format, group_bytes=group_bytes, pack_linear=pack_linear)

@@ -153,7 +153,7 @@ class _Bucket:
         for index, path in enumerate(paths):
             for role in ("consume", "load"):
                 bodies.append(
-                    f"__device__ __noinline__ void {role}_rows{self.bucket}_{index}(Worker& w) {{"
+                    f"__device__ __forceinline__ void {role}_rows{self.bucket}_{index}(Worker& w) {{"
                 )
                 bodies += self.body(path, role)
                 bodies.append("}")
@@ -193,6 +193,7 @@ class _Bucket:
     def body(self, path: Path, role: str) -> Iterator[str]:
         for part in path.parts:
             if isinstance(part, Loop):
+                yield "#pragma unroll 1"
                 yield f"  for (int layer = 0; layer < {part.end - part.first}; layer++) {{"
                 for call in part.calls:
                     yield from ("    " + line for line in self.call(path, call, role))
@@ -270,7 +271,7 @@ class _Call:
 
     def loop(self, tile: Sequence[str]) -> list[str]:
         return [
-            "#pragma unroll 1",
+            *(["#pragma unroll 1"] if self.call.count > 1 else []),
             f"for (uint32_t j = 0; j < {self.call.count}; j++) {{",
             f"  const uint32_t tile = {self.first()} + j * {self.call.tile_stride};",
             *("  " + line for line in tile),
@@ -285,13 +286,15 @@ class _Call:
                 f"const uint32_t n0 = tile * {call.tile_columns};",
                 f"constexpr uint32_t u0 = 0, u1 = num_units({self.format}, {self.op.in_features});",
             ]
-        blocks = self.op.in_features // call.block_k
+        blocks = -(-self.op.in_features // call.block_k)
         unit = f"unit_k({self.format})"
         bound = f"{call.block_k}u * ({blocks}u * {{}} / {call.num_parts}u)"
         return [
             f"const uint32_t part = tile % {call.num_parts}, n0 = tile / {call.num_parts} * {call.tile_columns};",
             f"const uint32_t u0 = {bound.format('part')} / {unit};",
-            f"const uint32_t u1 = ({bound.format('(part + 1)')} + {unit} - 1) / {unit};",
+            f"const uint32_t last = ({bound.format('(part + 1)')} + {unit} - 1) / {unit};",
+            f"constexpr uint32_t num_of_k = num_units({self.format}, {self.op.in_features});",
+            "const uint32_t u1 = last < num_of_k ? last : num_of_k;",
         ]
 
     def load_tile(self) -> list[str]:
@@ -300,14 +303,14 @@ class _Call:
             f"{-(-self.call.columns // 16)}, u0, u1, {self.page(self.call.weight_pages)}, "
             f"w.instruction - {_pick(self.call.ahead)});"
         )
-        return [*self.place(), *self.where_needed(load, "w.instruction++;")]
+        return [*self.place(), *self.where_needed([load, "w.next(true);"], ["w.next(false);"])]
 
-    def where_needed(self, statement: str, otherwise: str) -> list[str]:
+    def where_needed(self, statements: list[str], otherwise: list[str]) -> list[str]:
         """A tile of the head that no row wants is left out."""
         if self.op.epilogue is not Epilogue.LOGITS or self.call.opcode is not Opcode.LINEAR:
-            return [statement]
+            return statements
         needed = f"is_needed<{self.program.stats_span}>(w, n0, n0 + {self.call.columns})"
-        return [f"if ({needed}) {statement}", f"else {otherwise}"]
+        return [f"if ({needed}) {{", *statements, "} else {", *otherwise, "}"]
 
     @property
     def format(self) -> str:
@@ -331,13 +334,15 @@ class _Call:
                     f"const uint32_t n0 = tile * {call.tile_columns};",
                     f"embed_tile<{self.format}, {geometry.hidden_size}>(w, {self.number('weights')}, n0, "
                     f"n0 + {call.columns}, {self.buffer(op.output)});",
+                    "w.next(false);",
                 ]
             case Opcode.ATTENTION:
                 heads = geometry.num_kv_heads
                 return [
                     f"attention_tile<Shape>(w, {self.number('layer')}, tile % {heads}, tile / {heads}, "
                     f"{call.num_parts}, {self.buffer(op.input)}, {self.buffer(op.output)}, "
-                    f"{program.buffers[op.output].columns}, {self.page(call.input_pages)});"
+                    f"{program.buffers[op.output].columns}, {self.page(call.input_pages)});",
+                    "w.next(false);",
                 ]
             case Opcode.REDUCE:
                 parts = self.buffer(program.partial_buffers[op.index])
@@ -345,6 +350,7 @@ class _Call:
                     f"const uint32_t n0 = tile * {call.tile_columns};",
                     f"reduce_tile<{program.bucket}, {call.columns}>(w, {parts}, {call.num_parts}, "
                     f"{op.out_features}, n0, {self.sink(is_normed=False)});",
+                    "w.next(false);",
                 ]
             case _:
                 return self.linear()
@@ -364,9 +370,10 @@ class _Call:
             sink, number = self.sink(is_normed=is_normed), f"{input_page} + 1"
         statement = (
             f"linear_tile<{self.format}, {program.bucket}, {op.in_features}, {call.columns}>(w, {self.input()}, "
-            f"{sink}, u0, u1, {self.page(call.weight_pages)}, {self.page(call.input_pages)}, {number});"
+            f"{sink}, u0, u1, {self.page(call.weight_pages)}, {self.page(call.input_pages)}, w.takes({number}));"
         )
-        return [*self.place(), *self.where_needed(statement, "end_instruction(w);")]
+        skip = ["report_progress(w);", "w.next(false);"]
+        return [*self.place(), *self.where_needed([statement, "w.next(true);"], skip)]
 
     def input(self) -> str:
         op, program = self.op, self.program

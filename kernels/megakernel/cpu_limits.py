@@ -18,8 +18,7 @@ class CodegenError(ValueError):
 
 def check_programs(programs: Sequence[Program]) -> None:
     """Of one artifact. Raises CodegenError."""
-    if not programs:
-        raise CodegenError("an artifact has at least one program")
+    check_same_artifact(programs)
     first = programs[0]
     geometry = first.geometry
     for name in ("hidden_size", "head_dim", "intermediate_size"):
@@ -29,6 +28,15 @@ def check_programs(programs: Sequence[Program]) -> None:
         raise CodegenError(
             f"splits, SwiGLU groups and statistics spans are multiples of {_LANES} tokens or columns"
         )
+    if programs[-1].bucket > MAX_ROWS:
+        raise CodegenError(f"bucket {programs[-1].bucket} has more than {MAX_ROWS} rows")
+
+
+def check_same_artifact(programs: Sequence[Program]) -> None:
+    """That they differ in their bucket alone, on any backend. Raises CodegenError."""
+    if not programs:
+        raise CodegenError("an artifact has at least one program")
+    first = programs[0]
     for before, program in pairwise(programs):
         if program.bucket <= before.bucket:
             raise CodegenError("programs come ascending by bucket, one each")
@@ -39,5 +47,3 @@ def check_programs(programs: Sequence[Program]) -> None:
             )
         if len(program.workers) != len(first.workers):
             raise CodegenError("all buckets of an artifact have the same workers")
-    if programs[-1].bucket > MAX_ROWS:
-        raise CodegenError(f"bucket {programs[-1].bucket} has more than {MAX_ROWS} rows")

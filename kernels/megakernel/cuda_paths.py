@@ -204,9 +204,13 @@ def _hashable(key: tuple[object, ...]) -> tuple[object, ...]:
 def _block_k(op: Op, bounds: set[tuple[int, int, int, int]]) -> int:
     """The block that cuts K as its K-tiles are cut."""
     for block in _K_BLOCKS:
-        count = op.in_features // block
+        count = -(-op.in_features // block)
         if all(
-            (k0, k1) == (block * (count * part // parts), block * (count * (part + 1) // parts))
+            (k0, k1)
+            == (
+                block * (count * part // parts),
+                min(op.in_features, block * (count * (part + 1) // parts)),
+            )
             for part, parts, k0, k1 in bounds
         ):
             return block

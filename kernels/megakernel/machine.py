@@ -41,28 +41,30 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """CPU: of `avx2`, `avx512`, `avx512_vnni`. CUDA: the compute capability, as `sm_89`."""
     row_group: int = 1
     """Rows are computed in groups of this many: one row costs what a whole group costs."""
+    reserved_bytes: int = 0
+    """Of the scratch memory, what kernels keep for themselves: barriers and sums of warps."""
     computes_while_loading: bool = False
     """Whether an instruction works on its weights as they arrive, or only when its tile has landed."""
 
     def __post_init__(self) -> None:
         wrong = [name for name in _POSITIVE if getattr(self, name) <= 0]
         wrong += [
-            name for name in ("load_latency_us", "sync_us", "instruction_us") if getattr(self, name) < 0
+            name for name in _NOT_NEGATIVE if getattr(self, name) < 0
         ]
         wrong += [f"macs_per_us[{name}]" for name, value in self.macs_per_us.items() if value <= 0]
         if wrong:
             raise MachineError(f"machine {self.name!r}: not a possible figure: {', '.join(wrong)}")
-        if self.page_bytes > self.scratch_bytes:
+        if self.page_bytes > self.scratch_bytes - self.reserved_bytes:
             raise MachineError(
                 f"machine {self.name!r}: a page of {self.page_bytes} bytes exceeds the scratch memory of "
-                f"{self.scratch_bytes}"
+                f"{self.scratch_bytes} less {self.reserved_bytes} reserved"
             )
         if not self.macs_per_us:
             raise MachineError(f"machine {self.name!r}: macs_per_us names no weight format")
 
     @property
     def num_pages(self) -> int:
-        return self.scratch_bytes // self.page_bytes
+        return (self.scratch_bytes - self.reserved_bytes) // self.page_bytes
 
 
 _POSITIVE = (
@@ -73,7 +75,7 @@ _POSITIVE = (
     "worker_bandwidth_gb_s",
     "row_group",
 )
-_NOT_NEGATIVE = ("load_latency_us", "sync_us", "instruction_us")
+_NOT_NEGATIVE = ("load_latency_us", "sync_us", "instruction_us", "reserved_bytes")
 
 
 def machine_names() -> tuple[str, ...]:
