@@ -83,7 +83,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def layout(self) -> WeightLayout:
         return WeightLayout(
-            segments={segment.weights: segment for segment in self.segments}, num_bytes=self.weight_bytes
+            segments={segment.weights: segment for segment in self.segments},
+            num_bytes=self.weight_bytes,
+            backend=self.machine.kind,
         )
 
 

@@ -87,10 +87,11 @@ def group_bytes(format: str, in_features: int) -> int:
     return -(-in_features // unit_k(format)) * unit_bytes(format)
 
 
-def is_packable(format: str, in_features: int) -> bool:
-    """As it is, without going through floats."""
-    layout = _LAYOUTS.get(format)
-    return layout is not None and not (layout.must_be_whole and in_features % layout.block_k)
+def common_format(formats: Sequence[str], in_features: int) -> str:
+    """What an op's weights are packed as: their own format, or BF16 where they are in several or in one that
+    tensor cores do not multiply, F32 among them."""
+    first = formats[0]
+    return first if set(formats) == {first} and _is_packable(first, in_features) else "BF16"
 
 
 def pack_linear(tensors: Sequence[RawTensor], *, swiglu_group: int | None = None) -> PackedLinear:
@@ -100,7 +101,7 @@ def pack_linear(tensors: Sequence[RawTensor], *, swiglu_group: int | None = None
     """
     matrix = join(tensors, swiglu_group, PACKED_FORMATS)
     format, in_features = matrix.format, matrix.in_features
-    if not is_packable(format, in_features):
+    if not _is_packable(format, in_features):
         block = _LAYOUTS[format].block_k
         raise PackError(f"{in_features} input features: a multiple of {block} is wanted for {format}")
     out_features = -(-len(matrix.rows) // GROUP) * GROUP
@@ -111,6 +112,11 @@ def pack_linear(tensors: Sequence[RawTensor], *, swiglu_group: int | None = None
     return PackedLinear(
         format=format, in_features=in_features, out_features=out_features, data=packed.reshape(-1)
     )
+
+
+def _is_packable(format: str, in_features: int) -> bool:
+    layout = _LAYOUTS.get(format)
+    return layout is not None and not (layout.must_be_whole and in_features % layout.block_k)
 
 
 def _pack_rows(rows: Bytes, layout: _Layout, packed: Bytes) -> None:

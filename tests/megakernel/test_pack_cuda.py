@@ -13,8 +13,8 @@ from megakernel.group_formats import GROUP_FORMATS, dequantize_groups, quantize_
 from megakernel.model.weights import RawTensor
 from megakernel.pack_cuda import (
     PACKED_FORMATS,
+    common_format,
     group_bytes,
-    is_packable,
     pack_linear,
     unit_bytes,
     unit_k,
@@ -167,6 +167,20 @@ def test_rows_that_end_within_a_block_of_a_file_are_refused():
     raw = RawTensor(format="Q4_0", shape=(16, 48), data=np.zeros((16, 27), np.uint8))
     with pytest.raises(PackError, match="48 input features: a multiple of 32"):
         pack_linear([raw])
-    assert not is_packable("Q4_0", 48)
-    assert is_packable("W4G128", 48)
-    assert not is_packable("Q6_K", 256)
+
+
+@pytest.mark.parametrize(
+    ("formats", "in_features", "packed"),
+    [
+        (["Q4_0"], 64, "Q4_0"),
+        (["Q4_0"], 48, "BF16"),
+        (["W4G128", "W4G128"], 48, "W4G128"),
+        (["F16", "F16", "F16"], 48, "F16"),
+        (["F16", "F16", "BF16"], 48, "BF16"),
+        (["Q4_1", "Q4_1", "Q8_0"], 64, "BF16"),
+        (["F32"], 64, "BF16"),
+        (["Q6_K", "Q6_K"], 256, "BF16"),
+    ],
+)
+def test_an_op_is_packed_as_stored_or_as_bf16(formats, in_features, packed):
+    assert common_format(formats, in_features) == packed
