@@ -9,8 +9,8 @@ import msgspec
 
 from megakernel.artifact import Segment, WeightLayout
 from megakernel.build import Compiler
+from megakernel.codegen_limits import KvFormat
 from megakernel.cpu_identity import CpuIdentity
-from megakernel.cpu_limits import KvFormat
 from megakernel.machine import Machine
 from megakernel.model.shape import ModelShape
 
