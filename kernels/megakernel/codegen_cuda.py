@@ -10,8 +10,8 @@ from itertools import groupby
 
 import msgspec
 
-from megakernel.artifact import WeightLayout, matrix_names
-from megakernel.artifact_cuda import lay_out_cuda_weights
+from megakernel.artifact import WeightLayout, lay_out_weights, matrix_names
+
 from megakernel.cuda_limits import check_cuda_programs
 from megakernel.cuda_paths import Call, Loop, Operands, Path, paths_of
 from megakernel.program import Epilogue, Op, Opcode, Program, Prologue, Space
@@ -45,7 +45,7 @@ class GeneratedCuda(msgspec.Struct, frozen=True, kw_only=True):
 def generate_cuda(programs: Sequence[Program], formats: Mapping[str, str]) -> GeneratedCuda:
     """One source for all of an artifact's programs, ascending by bucket. Raises CodegenError."""
     check_cuda_programs(programs)
-    layout = lay_out_cuda_weights(programs[0], formats)
+    layout = lay_out_weights(programs[0], formats, "cuda")
     offsets, activation_bytes = buffer_offsets(programs)
     first_counters, num_counters = [], 0
     for program in programs:

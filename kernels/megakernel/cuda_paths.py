@@ -10,7 +10,7 @@ from itertools import groupby
 
 import msgspec
 
-from megakernel.cpu_limits import CodegenError
+from megakernel.codegen_limits import CodegenError
 from megakernel.memory import role_of
 from megakernel.program import Instruction, Op, Opcode, PageRole, Program
 

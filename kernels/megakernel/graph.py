@@ -25,8 +25,8 @@ from megakernel.dialect.graph_ops import (
 from megakernel.dialect.tiled_ops import AttentionOp, EmbedOp
 from megakernel.dialect.types import (
     BLOCK_FORMATS,
-    FLOAT_FORMATS,
     QUANT_BLOCK,
+    WEIGHT_FORMATS,
     KvType,
     VectorType,
     WeightsType,
@@ -100,14 +100,13 @@ def check_shape(shape: ModelShape, split_tokens: int) -> None:
 
 
 def check_formats(shape: ModelShape, formats: Mapping[str, str]) -> None:
-    known = FLOAT_FORMATS + BLOCK_FORMATS
     for name, size in expected_shapes(shape).items():
         if len(size) == 1:
             continue
         if name not in formats:
             raise GraphError(f"no format is given for weight {name}")
-        if formats[name] not in known:
-            raise GraphError(f"weight {name} is {formats[name]}; supported are {', '.join(known)}")
+        if formats[name] not in WEIGHT_FORMATS:
+            raise GraphError(f"weight {name} is {formats[name]}; supported are {', '.join(WEIGHT_FORMATS)}")
         if formats[name] in BLOCK_FORMATS and size[1] % QUANT_BLOCK:
             raise GraphError(
                 f"weight {name} is {formats[name]}, which needs in_features in blocks of {QUANT_BLOCK}, "

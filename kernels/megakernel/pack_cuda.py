@@ -10,9 +10,9 @@ register i (a0 .. a3) and element e (low half, high half):
 The order of K within 32 is the layout's own: so a lane's activations of two steps are 8 neighbours. A unit is
 the numbers, then the scales:
 
-    Q4_0, Q4_1, W4G128   word (s, l) at 512 * (s / 4) + 16 * l + 4 * (s % 4): number (i, e) at bit 16 * e + 4 * i
-    Q8_0, W8G128         byte (s, l, i, e), number + 128, at 512 * (s / 2) + 16 * l + 8 * (s % 2) + 2 * i + e
-    BF16, F16            half (s, l, i, e) at 512 * s + 16 * l + 4 * i + 2 * e
+    Q4_0, Q4_1, W4G128   bit 16 * e + 4 * i of the word at 512 * (s / 4) + 16 * l + 4 * (s % 4)
+    Q8_0, W8G128         byte 512 * (s / 2) + 16 * l + 8 * (s % 2) + 2 * i + e: number + 128
+    BF16, F16            byte 512 * s + 16 * l + 4 * i + 2 * e
     scales               [groups of K that share them][16 columns]: half d, where there is a minimum half m
 
 Values are never changed. Columns are padded to 16 with zeros, K to whole units with blocks of zeros: what
@@ -87,10 +87,11 @@ def group_bytes(format: str, in_features: int) -> int:
     return -(-in_features // unit_k(format)) * unit_bytes(format)
 
 
-def is_packable(format: str, in_features: int) -> bool:
-    """As it is, without going through floats."""
-    layout = _LAYOUTS.get(format)
-    return layout is not None and not (layout.must_be_whole and in_features % layout.block_k)
+def common_format(formats: Sequence[str], in_features: int) -> str:
+    """What an op's weights are packed as: their own format, or BF16 where they are in several or in one that
+    tensor cores do not multiply, F32 among them."""
+    first = formats[0]
+    return first if set(formats) == {first} and _is_packable(first, in_features) else "BF16"
 
 
 def pack_linear(tensors: Sequence[RawTensor], *, swiglu_group: int | None = None) -> PackedLinear:
@@ -100,7 +101,7 @@ def pack_linear(tensors: Sequence[RawTensor], *, swiglu_group: int | None = None
     """
     matrix = join(tensors, swiglu_group, PACKED_FORMATS)
     format, in_features = matrix.format, matrix.in_features
-    if not is_packable(format, in_features):
+    if not _is_packable(format, in_features):
         block = _LAYOUTS[format].block_k
         raise PackError(f"{in_features} input features: a multiple of {block} is wanted for {format}")
     out_features = -(-len(matrix.rows) // GROUP) * GROUP
@@ -111,6 +112,11 @@ def pack_linear(tensors: Sequence[RawTensor], *, swiglu_group: int | None = None
     return PackedLinear(
         format=format, in_features=in_features, out_features=out_features, data=packed.reshape(-1)
     )
+
+
+def _is_packable(format: str, in_features: int) -> bool:
+    layout = _LAYOUTS.get(format)
+    return layout is not None and not (layout.must_be_whole and in_features % layout.block_k)
 
 
 def _pack_rows(rows: Bytes, layout: _Layout, packed: Bytes) -> None:
@@ -129,27 +135,28 @@ def _pack_rows(rows: Bytes, layout: _Layout, packed: Bytes) -> None:
         units[:, :, layout.number_bytes :] = ordered.reshape(*units.shape[:2], -1)
 
 
-def _fragments(numbers: Bytes, layout: _Layout) -> npt.NDArray[np.generic]:
-    """Of [columns, blocks, bytes]: numbers in the order of a unit's lanes, units of each column group in turn.
+def _fragments(numbers: Bytes, layout: _Layout) -> Bytes:
+    """Of [columns, blocks, bytes]: numbers as lanes hold them, units of each column group in turn.
 
-    Axes: column group c, unit u, step s = (..)S h or (w, v, h) with words w of four steps, lane (g, t),
-    register i = (r, b), element e.
+    Axes: c column group, u unit, S and h step / 2 and step % 2 (w and v: S / 2 and S % 2), g and t lane,
+    r and b register / 2 and register % 2, e element.
     """
-    columns = len(numbers) // GROUP
-    pairs = layout.unit_k // (2 * _STEP_K)
+    groups, pairs = len(numbers) // GROUP, layout.unit_k // (2 * _STEP_K)
+    fragments: npt.NDArray[np.generic]
     match layout.bits:
         case 16:
             halves = np.ascontiguousarray(numbers).view(np.uint16)
-            axes = halves.reshape(columns, 2, 8, -1, pairs, 4, 2, 2, 2)
-            return np.ascontiguousarray(np.einsum("cbguSthre->cuShgtrbe", axes)).view(np.uint8)
+            fragments = np.einsum("cbguSthre->cuShgtrbe", halves.reshape(groups, 2, 8, -1, pairs, 4, 2, 2, 2))
         case 8:
-            axes = (numbers ^ 0x80).reshape(columns, 2, 8, -1, pairs, 4, 2, 2, 2)  # int8 + 128
-            return np.einsum("cbguSthre->cuSgthrbe", axes)
+            from_zero = numbers ^ np.uint8(0x80)  # int8 + 128
+            axes = from_zero.reshape(groups, 2, 8, -1, pairs, 4, 2, 2, 2)
+            fragments = np.einsum("cbguSthre->cuSgthrbe", axes)
         case _:
             nibbles = np.concatenate([numbers & 15, numbers >> 4], axis=-1)
-            low, high = np.moveaxis(nibbles.reshape(columns, 2, 8, -1), 1, 0)
-            axes = (low | high << 4).reshape(columns, 8, -1, pairs // 2, 2, 4, 2, 2, 2)
-            return np.einsum("cguwvthre->cuwgtvher", axes)
+            low, high = np.moveaxis(nibbles.reshape(groups, 2, 8, -1), 1, 0)
+            axes = (low | high << 4).reshape(groups, 8, -1, pairs // 2, 2, 4, 2, 2, 2)
+            fragments = np.einsum("cguwvthre->cuwgtvher", axes)
+    return np.ascontiguousarray(fragments).view(np.uint8)
 
 
 def unpack(packed: PackedLinear) -> npt.NDArray[np.float32]:
@@ -159,50 +166,48 @@ def unpack(packed: PackedLinear) -> npt.NDArray[np.float32]:
     """
     layout = _LAYOUTS[packed.format]
     units = packed.data.reshape(packed.out_features // GROUP, -1, layout.unit_bytes)
-    numbers = _unpack_numbers(units, layout)
+    numbers = _numbers(units, layout)
     if layout.bits == 16:
         values = float_values(numbers, packed.format)
     else:
-        numbers = numbers.astype(np.float32)
         values = _scaled(numbers, units[:, :, layout.number_bytes :], packed.format, layout)
     dense = values.swapaxes(1, 2).reshape(packed.out_features, -1)
     return np.ascontiguousarray(dense[:, : packed.in_features])
 
 
-def _unpack_numbers(units: Bytes, layout: _Layout) -> npt.NDArray[np.unsignedinteger]:
-    """[column groups, units, 16 columns, elements of K]"""
+def _numbers(units: Bytes, layout: _Layout) -> Bytes:
+    """[column groups, units, 16 columns, elements of K * bytes of a number]"""
     lane, s, i, e = np.meshgrid(
         *(np.arange(size) for size in (_LANES, layout.unit_k // _STEP_K, 4, 2)), indexing="ij"
     )
     g, t = lane // 4, lane % 4
     column = g + 8 * (i & 1)
     k = 32 * (s // 2) + 8 * t + 4 * (s % 2) + 2 * (i >> 1) + e
+    item = max(1, layout.bits // 8)
+    numbers = np.empty((*units.shape[:2], GROUP, layout.unit_k, item), np.uint8)
     match layout.bits:
         case 16:
             at = 512 * s + 16 * lane + 4 * i + 2 * e
-            found = units[..., at].astype(np.uint16) | units[..., at + 1].astype(np.uint16) << 8
+            numbers[:, :, column, k, 0], numbers[:, :, column, k, 1] = units[..., at], units[..., at + 1]
         case 8:
-            found = units[..., 512 * (s // 2) + 16 * lane + 8 * (s % 2) + 2 * i + e]
+            at = 512 * (s // 2) + 16 * lane + 8 * (s % 2) + 2 * i + e
+            numbers[:, :, column, k, 0] = units[..., at]
         case _:
-            word, bit = 512 * (s // 4) + 16 * lane + 4 * (s % 4), 16 * e + 4 * i
-            found = units[..., word + bit // 8] >> (bit % 8).astype(np.uint8) & 15
-    numbers = np.empty((*units.shape[:2], GROUP, layout.unit_k), found.dtype)
-    numbers[:, :, column, k] = found
-    return numbers
+            at, bit = 512 * (s // 4) + 16 * lane + 4 * (s % 4), 16 * e + 4 * i
+            numbers[:, :, column, k, 0] = units[..., at + bit // 8] >> (bit % 8).astype(np.uint8) & 15
+    return numbers.reshape(*units.shape[:2], GROUP, -1)
 
 
-def _scaled(
-    numbers: npt.NDArray[np.float32], scales: Bytes, format: str, layout: _Layout
-) -> npt.NDArray[np.float32]:
+def _scaled(numbers: Bytes, scales: Bytes, format: str, layout: _Layout) -> npt.NDArray[np.float32]:
     """Scales: [column groups, units, bytes], of which those of 16 columns of each group of K."""
     halves = np.ascontiguousarray(scales).view(np.float16).astype(np.float32)
     by_column = halves.reshape(*numbers.shape[:2], -1, GROUP, layout.header_bytes // 2)
     by_element = np.repeat(by_column.swapaxes(2, 3), layout.block_k, axis=3)
-    d = by_element[..., 0]
+    d, q = by_element[..., 0], numbers.astype(np.float32)
     match format:
         case "Q4_0":
-            return d * (numbers - 8)
+            return d * (q - 8)
         case "Q8_0" | "W8G128":
-            return d * (numbers - 128)
+            return d * (q - 128)
         case _:
-            return d * numbers + by_element[..., 1]
+            return np.asarray(d * q + by_element[..., 1])

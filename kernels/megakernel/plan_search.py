@@ -7,7 +7,7 @@ from functools import partial
 import msgspec
 
 from megakernel.build import BuildError
-from megakernel.cpu_limits import CodegenError
+from megakernel.codegen_limits import CodegenError
 from megakernel.default_plan import default_plan
 from megakernel.machine import Machine
 from megakernel.measure import OnPlan, Refinement, can_measure, refine_on_this_cpu

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megakernel.artifact import Progress
+from megakernel.codegen_limits import KvFormat
 from megakernel.compiled import Compiled, compile_here
-from megakernel.cpu_limits import KvFormat
 from megakernel.head import Reductions
 from megakernel.library import EngineConfig, StepInput, load_library
 from megakernel.model.rope import rope_frequencies
