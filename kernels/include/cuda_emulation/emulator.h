@@ -64,33 +64,57 @@ inline bool is_same_wait(const Lane& a, const Lane& b) {
            a.operand[1] == b.operand[1];
 }
 
-[[noreturn]] __attribute__((noinline)) inline void report_deadlock() {
-    Text text = message();
-    text.add("no thread can go on:");
-    const Lane* first = nullptr;
-    for (uint32_t i = 0; i < machine.num_warps; i++) {
-        const Warp& warp = machine.warps[i];
+// Lanes of a warp among `lanes` that wait for the same as its first.
+inline uint32_t alike(const Warp& warp, const Lane& first, uint32_t lanes) {
+    uint32_t found = 0;
+    for (uint32_t rest = lanes; rest; rest &= rest - 1)
+        if (is_same_wait(first, warp.lanes[__builtin_ctz(rest)])) found |= rest & -rest;
+    return found;
+}
+
+// All of whose lanes wait for the same as `first`.
+inline bool is_whole(const Warp& warp, const Lane& first) { return !warp.exited && alike(warp, first, kAllLanes) == kAllLanes; }
+
+// A line for each thing that lanes of a block wait for.
+inline void add_waits(Text& text, const Block& block) {
+    uint32_t told = 0;  // bits of warps
+    for (uint32_t i = 0; i < machine.warps_a_block; i++) {
+        const Warp& warp = block.warps[i];
+        if (told >> i & 1) continue;
         for (uint32_t left = ~warp.exited; left;) {
-            Lane& lane = warp.lanes[__builtin_ctz(left)];
-            uint32_t alike = 0;
-            for (uint32_t rest = left; rest; rest &= rest - 1)
-                if (is_same_wait(lane, warp.lanes[__builtin_ctz(rest)])) alike |= rest & -rest;
-            left &= ~alike;
-            if (!first) self = &lane, first = &lane;
-            constexpr uint64_t kLine = 200;
-            if (text.left() < kLine) continue;
-            text.add("\nblock %u warp %u ", warp.block->index, warp.in_block);
-            if (alike == kAllLanes)
-                text.add("all lanes: ");
-            else if (alike == lane_bit(lane))
-                text.add("lane %u: ", lane.identity.lane);
-            else
-                text.add("lanes %08x: ", alike);
+            const Lane& lane = warp.lanes[__builtin_ctz(left)];
+            const uint32_t lanes = alike(warp, lane, left);
+            left &= ~lanes;
+            constexpr uint64_t kLine = 300;
+            if (text.left() < kLine) return;
+            text.add("\nblock %u warp %u", block.index, i);
+            if (lanes == kAllLanes) {
+                for (uint32_t other = i + 1; other < machine.warps_a_block; other++)
+                    if (is_whole(block.warps[other], lane)) text.add(" %u", other), told |= 1u << other;
+                text.add(": ");
+            } else if (lanes == lane_bit(lane)) {
+                text.add(" lane %u: ", lane.identity.lane);
+            } else {
+                text.add(" lanes %08x: ", lanes);
+            }
             add_wait(text, lane);
         }
     }
-    const bool is_global = first && first->op == Op::kLoadAcquire;
-    end_run(kDeadlock, is_global ? place_of(reinterpret_cast<const void*>(first->address)) : Place{nullptr, -1, 0});
+}
+
+[[noreturn]] __attribute__((noinline)) inline void report_deadlock() {
+    Text text = message();
+    text.add("no thread can go on:");
+    for (uint32_t i = 0; i < machine.config.num_blocks; i++) add_waits(text, machine.blocks[i]);
+    // The first that polls is to blame, or else the first of all.
+    const Lane* blamed = nullptr;
+    for (uint32_t i = 0; i < machine.num_lanes; i++) {
+        Lane& lane = machine.lanes[i];
+        if (lane.warp->exited & lane_bit(lane) || (blamed && !(lane.is_parked && !blamed->is_parked))) continue;
+        blamed = self = &lane;
+    }
+    const bool is_global = blamed->op == Op::kLoadAcquire;
+    end_run(kDeadlock, is_global ? place_of(reinterpret_cast<const void*>(blamed->address)) : Place{nullptr, -1, 0});
 }
 
 [[noreturn]] inline void end_lane() {
