@@ -12,7 +12,7 @@ import threading
 from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from megakernel.artifact import Progress
 from megakernel.build import INCLUDE_FOLDER, Compiler, build
+from megakernel.emulation_errors import ERRORS, Fault
 from megakernel.library import LibraryError
 
 EMULATION_FOLDER = INCLUDE_FOLDER / "cuda_emulation"
@@ -28,7 +29,8 @@ DEFAULT_MAX_OPERATIONS = 200_000_000
 _FLAGS = (
     *("-std=c++17", "-O2", "-g1", "-fvisibility=hidden", "-fno-gnu-unique", "-fno-exceptions"),
     # Calls must return to the line that made them: reports name it.
-    *("-fno-optimize-sibling-calls", f"-I{EMULATION_FOLDER}"),
+    *("-fno-optimize-sibling-calls", "-fno-crossjumping", "-fno-tree-tail-merge", "-fno-ipa-icf"),
+    f"-I{EMULATION_FOLDER}",
 )
 _ALIGNMENT_BYTES = 256
 _MESSAGE_BYTES = 4096
@@ -54,121 +56,13 @@ class Region(msgspec.Struct, frozen=True):
 
 
 class Counts(msgspec.Struct, frozen=True):
-    """Of a run: operations of threads, switches between them, collectives of warps, accesses that were checked."""
+    """Of a run: operations of threads, switches between them, collectives of warps, accesses checked."""
 
     operations: int
     switches: int
     collectives: int
     accesses: int
     copies: int
-
-
-class Fault(msgspec.Struct, frozen=True):
-    """Who failed where; None where that makes no sense."""
-
-    block: int | None
-    warp: int | None
-    lane: int | None
-    place: str | None
-    """`shared`, or a region's name."""
-    offset: int
-
-
-class EmulationError(RuntimeError):
-    """A kernel that does what it must not; the message says who, where and what else is involved."""
-
-    status: ClassVar[int] = -1
-
-    def __init__(self, message: str, fault: Fault) -> None:
-        super().__init__(message)
-        self.fault = fault
-
-
-class RaceError(EmulationError):
-    """Two accesses of which neither happens before the other."""
-
-    status = 1
-
-
-class BoundsError(EmulationError):
-    """An access outside shared memory, or outside every region."""
-
-    status = 2
-
-
-class AlignmentError(EmulationError):
-    """An address that is no multiple of what is accessed there."""
-
-    status = 3
-
-
-class UninitialisedError(EmulationError):
-    """A read of bytes that nobody has written."""
-
-    status = 4
-
-
-class ReadOnlyError(EmulationError):
-    """A store to a region that is not writable."""
-
-    status = 5
-
-
-class ConstantError(EmulationError):
-    """`load_constant` of what the launch writes."""
-
-    status = 6
-
-
-class InFlightError(EmulationError):
-    """An access to bytes that an asynchronous copy is still writing."""
-
-    status = 7
-
-
-class DeadlockError(EmulationError):
-    """No thread can go on; the message names all that wait."""
-
-    status = 8
-
-
-class DivergenceError(EmulationError):
-    """Lanes of a warp that meet at different collectives, or of which some have ended."""
-
-    status = 9
-
-
-class BarrierError(EmulationError):
-    """A barrier used as it must not be."""
-
-    status = 10
-
-
-class TrapError(EmulationError):
-    """The kernel ended itself."""
-
-    status = 11
-
-
-class OperationsError(EmulationError):
-    """More operations than allowed."""
-
-    status = 12
-
-
-class StackError(EmulationError):
-    """A thread's stack is full."""
-
-    status = 13
-
-
-class CallError(EmulationError):
-    """No such kernel, or a launch that makes no sense."""
-
-    status = 14
-
-
-_ERRORS = {error.status: error for error in EmulationError.__subclasses__()}
 
 
 class _Region(ctypes.Structure):
@@ -187,7 +81,8 @@ class _Config(ctypes.Structure):
     """`EmulationConfig` of report.h."""
 
     _fields_ = (
-        *((name, ctypes.c_uint32) for name in ("num_blocks", "threads_per_block", "shared_bytes", "num_regions")),
+        *((name, ctypes.c_uint32) for name in ("num_blocks", "threads_per_block")),
+        *((name, ctypes.c_uint32) for name in ("shared_bytes", "num_regions")),
         ("regions", ctypes.POINTER(_Region)),
         ("seed", ctypes.c_uint64),
         ("max_operations", ctypes.c_uint64),
@@ -203,8 +98,8 @@ class _Report(ctypes.Structure):
         ("status", ctypes.c_uint32),
         *((name, ctypes.c_int32) for name in ("block", "warp", "lane")),
         ("place", ctypes.c_char * _PLACE_BYTES),
-        ("offset", ctypes.c_uint64),
-        *((name, ctypes.c_uint64) for name in ("operations", "switches", "collectives", "accesses", "copies")),
+        ("offset", ctypes.c_int64),
+        *((name, ctypes.c_uint64) for name in Counts.__struct_fields__),
         ("message", ctypes.c_char * _MESSAGE_BYTES),
     )
 
@@ -281,9 +176,10 @@ class Emulation:
         poison: Poison = Poison.ONES,
         expires_waits: bool = False,
     ) -> Counts:
-        """The kernel's one argument is `arguments`; whoever calls keeps alive what it points to. Seeds differ in
-        which threads go first and in how late copies complete. `expires_waits`: when all threads wait, the kernel's
-        clock is put forward, so that its own time-outs end it. Raises EmulationError."""
+        """The kernel's one argument is `arguments`; whoever calls keeps alive what it points to. Seeds differ
+        in which threads go first and in how late copies complete; a seed gives the same run every time.
+        `expires_waits`: when all threads wait, the kernel's clock is put forward, so that its own time-outs
+        end it. Raises EmulationError."""
         described = (_Region * max(len(regions), 1))(*(_describe(region) for region in regions))
         config = _Config(
             num_blocks=num_blocks,
@@ -306,14 +202,8 @@ class Emulation:
                 ctypes.byref(report),
             )
         if report.status:
-            raise _ERRORS[report.status](self._with_sources(report.message.decode()), _fault_of(report))
-        return Counts(
-            operations=report.operations,
-            switches=report.switches,
-            collectives=report.collectives,
-            accesses=report.accesses,
-            copies=report.copies,
-        )
+            raise ERRORS[report.status](self._with_sources(report.message.decode()), _fault_of(report))
+        return Counts(**{name: getattr(report, name) for name in Counts.__struct_fields__})
 
     def _with_sources(self, message: str) -> str:
         """Offsets into the library (@1a2b) become lines of source."""
@@ -345,8 +235,8 @@ def _fault_of(report: _Report) -> Fault:
 
 @functools.lru_cache(maxsize=256)
 def source_of(library: Path, offset: str) -> str:
-    """File and line behind an offset into a library, in hexadecimal, outside the emulation itself; the offset again
-    where nothing tells."""
+    """File and line behind an offset into a library, in hexadecimal, outside the emulation itself; the offset
+    again where nothing tells."""
     tool = shutil.which("addr2line")
     if tool is None:
         return f"0x{offset}"

@@ -26,9 +26,10 @@ template <uint32_t num_bytes>
 inline uint32_t checked_offset(uint32_t address) {
     const uint32_t offset = address - kSharedBase;
     if (offset > machine.config.shared_bytes || machine.config.shared_bytes - offset < num_bytes) {
-        begin_message().add("shared memory + %d, %u bytes: the block has %u", static_cast<int>(offset), num_bytes,
+        const auto block = static_cast<int>(self->identity.block), signed_offset = static_cast<int>(offset);
+        begin_message().add("shared memory of block %d + %d, %u bytes: there are %u", block, signed_offset, num_bytes,
                             machine.config.shared_bytes);
-        end_run(kBounds, {"shared", static_cast<int>(self->identity.block), offset});
+        end_run(kBounds, {"shared", block, signed_offset});
     }
     if (offset % num_bytes)
         fail_at(kAlignment, self->block->shared + offset, "%u bytes at an address that is no multiple", num_bytes);
@@ -53,7 +54,7 @@ inline uint32_t checked_offset(uint32_t address) {
     const auto offset = static_cast<long long>(at - nearest->begin);
     text.add("%s + %lld, %llu bytes: the region has %llu", nearest->region.name, offset,
              static_cast<unsigned long long>(num_bytes), static_cast<unsigned long long>(nearest->region.num_bytes));
-    end_run(kBounds, {nearest->region.name, -1, static_cast<uint64_t>(offset)});
+    end_run(kBounds, {nearest->region.name, -1, offset});
 }
 
 inline Memory& memory_of(const void* address, uint64_t num_bytes) {

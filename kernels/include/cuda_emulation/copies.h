@@ -98,7 +98,7 @@ inline void begin_copy(Copy& copy, uint32_t to, const void* from, uint32_t num_b
     Memory& memory = memory_of(from, num_bytes);
     Block& block = *self->block;
     if (num_bytes > machine.config.shared_bytes - copy.to) {
-        begin_message().add("shared memory + %u, %u bytes: the block has %u", copy.to, num_bytes,
+        begin_message().add("shared memory of block %u + %u, %u bytes: there are %u", block.index, copy.to, num_bytes,
                             machine.config.shared_bytes);
         end_run(kBounds, {"shared", static_cast<int>(block.index), copy.to});
     }
@@ -107,7 +107,7 @@ inline void begin_copy(Copy& copy, uint32_t to, const void* from, uint32_t num_b
         for (uint32_t i = 0; i < num_bytes / 4; i++) {
             check_cell(cells[i], Kind::kRead, kAllBytes, is_initialised(memory), copy.from + 4 * i);
             if (is_bulk && cells[i].write.lanes)
-                fail_at(kRace, copy.from + 4 * i, "a bulk copy of what the launch has written needs a fence that is not here");
+                fail_at(kRace, copy.from + 4 * i, "a bulk copy of what the launch has stored, with no fence for that");
         }
         copies.num_from_writable++;
         copy.memory = &memory;
@@ -118,8 +118,7 @@ inline void begin_copy(Copy& copy, uint32_t to, const void* from, uint32_t num_b
         const char* address = block.shared + copy.to + 4 * i;
         check_cell(cell, Kind::kWrite, kAllBytes, true, address);
         if (is_bulk) check_fenced(cell, address);
-        if (cell.more) forget(cell, kAllBytes);
-        cell.read.lanes = 0;
+        forget(cell, kAllBytes);
         cell.write = made;
         cell.flags = kIsInFlight;
     }
@@ -157,7 +156,7 @@ inline void finish_copy(const Copy& copy, const Mbarrier& mbarrier) {
     Record read = done;
     read.kind = Kind::kRead;
     Cell* cells = global_cell(*copy.memory, copy.from);
-    for (uint32_t i = 0; i < copy.num_bytes / 4; i++) cells[i].more = nodes.make(read, cells[i].more);
+    for (uint32_t i = 0; i < copy.num_bytes / 4; i++) add_record(cells[i], read);
 }
 
 inline void make_completable(Copy& copy) { copies.completable[copies.num_completable++] = &copy; }

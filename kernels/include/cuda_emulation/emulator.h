@@ -73,7 +73,9 @@ inline uint32_t alike(const Warp& warp, const Lane& first, uint32_t lanes) {
 }
 
 // All of whose lanes wait for the same as `first`.
-inline bool is_whole(const Warp& warp, const Lane& first) { return !warp.exited && alike(warp, first, kAllLanes) == kAllLanes; }
+inline bool is_whole(const Warp& warp, const Lane& first) {
+    return !warp.exited && alike(warp, first, kAllLanes) == kAllLanes;
+}
 
 // A line for each thing that lanes of a block wait for.
 inline void add_waits(Text& text, const Block& block) {
@@ -119,7 +121,13 @@ inline void add_waits(Text& text, const Block& block) {
 
 [[noreturn]] inline void end_lane() {
     Warp& warp = *self->warp;
-    if (warp.collected) fail_divergence(warp);
+    if (warp.collected) {
+        const Lane& other = warp.lanes[warp.first_lane];
+        Text text = message();
+        add_lane(text, *self);
+        text.add(": ends, while lane %u waits for it at %s @%x", other.identity.lane, name_of(warp.op), warp.site);
+        end_run(kDivergence);
+    }
     warp.exited |= lane_bit(*self);
     stop_running(*self);
     if (++machine.num_exited < machine.num_lanes) leave();

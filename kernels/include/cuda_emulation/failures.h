@@ -29,29 +29,29 @@ class Text {
 struct Place {
     const char* name;  // null if nowhere
     int block;         // of shared memory, else -1
-    uint64_t offset;
+    int64_t offset;
 };
 
 inline Place place_of(const void* address) {
     const auto at = reinterpret_cast<uint64_t>(address);
     for (uint32_t i = 0; i < machine.config.num_blocks; i++) {
         const auto shared = reinterpret_cast<uint64_t>(machine.blocks[i].shared);
-        if (at >= shared && at < shared + machine.config.shared_bytes) return {"shared", static_cast<int>(i), at - shared};
+        if (at >= shared && at < shared + machine.config.shared_bytes) return {"shared", static_cast<int>(i), static_cast<int64_t>(at - shared)};
     }
     for (uint32_t i = 0; i < machine.num_memories; i++) {
         const Memory& memory = machine.memories[i];
-        if (at >= memory.begin && at < memory.end) return {memory.region.name, -1, at - memory.begin};
+        if (at >= memory.begin && at < memory.end) return {memory.region.name, -1, static_cast<int64_t>(at - memory.begin)};
     }
-    return {nullptr, -1, at};
+    return {nullptr, -1, static_cast<int64_t>(at)};
 }
 
 inline void add_place(Text& text, const Place& place) {
     if (!place.name)
         text.add("address 0x%llx, in no region", static_cast<unsigned long long>(place.offset));
     else if (place.block >= 0)
-        text.add("shared memory of block %d + %llu", place.block, static_cast<unsigned long long>(place.offset));
+        text.add("shared memory of block %d + %lld", place.block, static_cast<long long>(place.offset));
     else
-        text.add("%s + %llu", place.name, static_cast<unsigned long long>(place.offset));
+        text.add("%s + %lld", place.name, static_cast<long long>(place.offset));
 }
 
 inline void add_lane(Text& text, const Lane& lane) {

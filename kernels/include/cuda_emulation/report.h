@@ -51,7 +51,10 @@ struct EmulationReport {
     uint32_t status;
     int32_t block, warp, lane;  // who failed
     char place[64];             // "shared", or the region's name; empty if no memory is to blame
-    uint64_t offset;            // into it
+    int64_t offset;             // into it
     uint64_t operations, switches, collectives, accesses, copies;
     char message[4096];
 };
+
+static_assert(sizeof(headrace::emulation::Region) == 32 && sizeof(EmulationConfig) == 48);
+static_assert(sizeof(EmulationReport) == 4224);

@@ -38,7 +38,7 @@ struct Node {
     uint32_t next;
 };
 
-enum CellFlags : uint32_t { kIsInFlight = 1, kIsMbarrier = 2 };
+enum CellFlags : uint32_t { kIsInFlight = 1, kIsMbarrier = 2, kIsMixed = 4 };  // mixed: not only loads in the list
 
 struct Cell {
     Record write, read;  // the latest store; a load or load_constant
@@ -101,8 +101,10 @@ inline bool is_before(const Record& record, const Lane& lane) {
         if (record.time <= warp.in_step) return true;
         lanes &= ~(1u << lane.identity.lane);
         if (!lanes) return true;
-    } else if (record.time <= warp.base->through[record.who]) {
-        return true;
+    } else {
+        if (record.time <= warp.base->through[record.who]) return true;
+        for (uint32_t i = 0; i < lane.num_known; i++)
+            if (record.time <= lane.known[i]->through[record.who]) return true;
     }
     return knows_all(lane, record, lanes);
 }
@@ -158,7 +160,7 @@ inline void check_conflict(const Record& earlier, Kind kind, uint32_t bytes, con
 
 // Without recording it.
 inline void check_cell(Cell& cell, Kind kind, uint32_t bytes, bool is_initialised, const void* address) {
-    if (cell.flags) fail_flagged(cell, address);
+    if (cell.flags & ~kIsMixed) fail_flagged(cell, address);
     uint32_t written = cell.write.bytes;
     check_conflict(cell.write, kind, bytes, address);
     check_conflict(cell.read, kind, bytes, address);
@@ -175,19 +177,26 @@ inline void check_cell(Cell& cell, Kind kind, uint32_t bytes, bool is_initialise
 inline void forget(Cell& cell, uint32_t bytes) {
     for (Record* record : {&cell.write, &cell.read})
         if (!(record->bytes &= ~bytes)) record->lanes = 0;
-    uint32_t kept = 0;
+    uint32_t kept = 0, flags = 0;
     for (uint32_t at = cell.more; at;) {
         nodes[at].record.bytes &= ~bytes;
         if (!nodes[at].record.bytes) {
             at = nodes.drop(at);
             continue;
         }
+        if (nodes[at].record.kind != Kind::kRead) flags = kIsMixed;
         const uint32_t next = nodes[at].next;
         nodes[at].next = kept;
         kept = at;
         at = next;
     }
     cell.more = kept;
+    cell.flags = flags;
+}
+
+inline void add_record(Cell& cell, const Record& made) {
+    cell.more = nodes.make(made, cell.more);
+    if (made.kind != Kind::kRead) cell.flags |= kIsMixed;
 }
 
 inline void record_store(Cell& cell, const Record& made) {
@@ -197,11 +206,11 @@ inline void record_store(Cell& cell, const Record& made) {
         last.bytes |= made.bytes;
         return;
     }
-    if (last.lanes) cell.more = nodes.make(last, cell.more);
+    if (last.lanes) add_record(cell, last);
     last = made;
 }
 
-// Whether `made` stands for `earlier` too: what is ordered after it is ordered after both.
+// Whether `made` can take the place of `earlier`: what is ordered after it is ordered after both.
 inline bool is_replaced(Record& earlier, const Record& made) {
     if (earlier.kind != made.kind || earlier.bytes & ~made.bytes) return false;
     if (made.who == kNobody || is_before(earlier, *self)) return true;
@@ -210,19 +219,15 @@ inline bool is_replaced(Record& earlier, const Record& made) {
 }
 
 inline bool is_merged(Record& earlier, const Record& made) {
-    if (earlier.kind != made.kind || earlier.who != made.who || earlier.time != made.time || earlier.bytes != made.bytes)
+    if (earlier.who != made.who || earlier.time != made.time || earlier.bytes != made.bytes || earlier.kind != made.kind)
         return false;
     earlier.lanes |= made.lanes;
     earlier.site = made.site;
     return true;
 }
 
-inline void record_other(Cell& cell, const Record& made) {
-    const bool goes_inline = made.kind == Kind::kRead || made.kind == Kind::kConstantRead;
-    if (cell.read.lanes && is_merged(cell.read, made)) return;
-    for (uint32_t at = cell.more; at; at = nodes[at].next)
-        if (is_merged(nodes[at].record, made)) return;
-    if (cell.read.lanes && is_replaced(cell.read, made)) cell.read.lanes = 0;
+// One that is not there yet. It goes in front, where the next lanes of the warp look first.
+inline void insert(Cell& cell, const Record& made) {
     uint32_t kept = 0;
     for (uint32_t at = cell.more; at;) {
         if (is_replaced(nodes[at].record, made)) {
@@ -235,10 +240,16 @@ inline void record_other(Cell& cell, const Record& made) {
         at = next;
     }
     cell.more = kept;
-    if (goes_inline && !cell.read.lanes)
-        cell.read = made;
-    else
-        cell.more = nodes.make(made, cell.more);
+    if (made.kind != Kind::kRead && made.kind != Kind::kConstantRead) return add_record(cell, made);
+    if (cell.read.lanes && !is_replaced(cell.read, made)) add_record(cell, cell.read);
+    cell.read = made;
+}
+
+inline void record_other(Cell& cell, const Record& made) {
+    if (cell.read.lanes && is_merged(cell.read, made)) return;
+    for (uint32_t at = cell.more; at; at = nodes[at].next)
+        if (is_merged(nodes[at].record, made)) return;
+    insert(cell, made);
 }
 
 __attribute__((noinline)) inline void access_any(Cell& cell, Kind kind, uint32_t bytes, bool is_initialised,
@@ -252,27 +263,48 @@ __attribute__((noinline)) inline void access_any(Cell& cell, Kind kind, uint32_t
         record_other(cell, made);
 }
 
-// The usual ones: whole cells of which no list is kept.
+// Of a cell that more than one warp reads: the own warp's record comes to the front.
+__attribute__((noinline)) inline void record_load(Cell& cell, const Record& made) {
+    for (uint32_t at = cell.more; at; at = nodes[at].next) {
+        Record& record = nodes[at].record;
+        if (record.who != made.who || record.bytes != made.bytes) continue;
+        if (record.time != made.time) {
+            if (record.time > self->warp->in_step) break;
+            record = made;
+        }
+        record.lanes |= made.lanes;
+        record.site = made.site;
+        std::swap(record, cell.read);
+        return;
+    }
+    insert(cell, made);
+}
+
+// The usual ones: of cells that were stored as a whole, or never.
 inline void access_load(Cell& cell, uint32_t bytes, bool is_initialised, const void* address) {
     const Record& write = cell.write;
     Record& read = cell.read;
     const bool is_written = write.bytes == kAllBytes;
-    if (cell.more | cell.flags || !(is_written || (is_initialised && !write.bytes)) || read.kind != Kind::kRead ||
+    if (cell.flags || !(is_written || (is_initialised && !write.bytes)) || read.kind != Kind::kRead ||
         (is_written && !is_before(write, *self)))
         return access_any(cell, Kind::kRead, bytes, is_initialised, address);
     const Record made = record_of(*self, Kind::kRead, bytes);
     if (read.lanes && read.who == made.who && read.time == made.time && read.bytes == made.bytes)
         read.lanes |= made.lanes;
-    else if (!read.lanes || (!(read.bytes & ~bytes) && is_before(read, *self)))
+    else if (!read.lanes || (!cell.more && !(read.bytes & ~bytes) && is_before(read, *self)))
         read = made;
     else
-        access_any(cell, Kind::kRead, bytes, is_initialised, address);
+        record_load(cell, made);
 }
 
 inline void access_store(Cell& cell, uint32_t bytes, const void* address) {
-    if (cell.more | cell.flags || bytes != kAllBytes || (cell.write.lanes && !is_before(cell.write, *self)) ||
+    if (cell.flags || bytes != kAllBytes || (cell.write.lanes && !is_before(cell.write, *self)) ||
         (cell.read.lanes && (cell.read.kind != Kind::kRead || !is_before(cell.read, *self))))
         return access_any(cell, Kind::kWrite, bytes, true, address);
+    for (uint32_t at = cell.more; at; at = nodes[at].next)
+        if (!is_before(nodes[at].record, *self)) return access_any(cell, Kind::kWrite, bytes, true, address);
+    for (uint32_t at = cell.more; at;) at = nodes.drop(at);
+    cell.more = 0;
     cell.read.lanes = 0;
     cell.write = record_of(*self, Kind::kWrite, bytes);
 }
