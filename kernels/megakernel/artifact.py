@@ -8,29 +8,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
-from megakernel.model.gguf import GgufWeights, RawTensor
+from megakernel.float_formats import FLOAT_BYTES, float_tensor
 from megakernel.model.shape import ModelShape
-from megakernel.model.weights import Weights
-from megakernel.pack import (
-    BLOCK,
-    GROUP,
-    PACKED_FORMATS,
-    QUANTIZED_FORMATS,
-    float_tensor,
-    group_bytes,
-    pack_linear,
-)
+from megakernel.model.weights import RawTensor, StoredWeights, Weights
+from megakernel.pack import BLOCK, PACKED_FORMATS, QUANTIZED_FORMATS, group_bytes, pack_linear
+from megakernel.packing import GROUP, Bytes
 from megakernel.program import Epilogue, Geometry, Op, OpKind, Program
 
 SEGMENT_ALIGNMENT = 4096
-_FLOAT_FORMATS = ("F32", "F16", "BF16")
 
 Progress = Callable[[str, float], None]
 """What is being done, and how much of it is done, 0 to 1."""
 WeightNames = tuple[str, ...]
-Bytes = npt.NDArray[np.uint8]
 
 
 class Segment(msgspec.Struct, frozen=True, kw_only=True):
@@ -179,7 +169,7 @@ def _packed(segment: Segment, weights: Weights) -> Bytes:
 
 
 def _tensor(weights: Weights, name: str, format: str) -> RawTensor:
-    if isinstance(weights, GgufWeights) and weights.formats[name] == format:
+    if isinstance(weights, StoredWeights) and weights.formats[name] == format:
         return weights.raw(name)
-    assert format in _FLOAT_FORMATS, f"{name}: only a GGUF file has {format}"
+    assert format in FLOAT_BYTES, f"{name}: these weights do not give what they store as {format}"
     return float_tensor(weights.dense(name), format)

@@ -11,7 +11,8 @@ import msgspec
 
 from megakernel.artifact import WeightLayout, lay_out_weights, matrix_names
 from megakernel.cpu_limits import CodegenError, KvFormat, check_programs
-from megakernel.pack import GROUP, group_bytes
+from megakernel.pack import group_bytes
+from megakernel.packing import GROUP
 from megakernel.program import Epilogue, Instruction, Op, Opcode, OpKind, Program, Prologue, Space
 
 _KV_TYPES: dict[KvFormat, str] = {"float16": "Half", "float32": "float"}

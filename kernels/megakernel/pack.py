@@ -9,32 +9,16 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from megakernel.model.gguf import RawTensor
+from megakernel.float_formats import FLOAT_BYTES, float_values
+from megakernel.model.weights import RawTensor
+from megakernel.packing import GROUP, Bytes, PackedLinear, PackError, join, padded
 
-GROUP = 16
-"""Output rows packed together."""
 BLOCK = 32
 """Columns that share a scale."""
 LINE_BYTES = 64
 
 QUANTIZED_FORMATS = ("Q4_1", "Q4_0", "Q8_0")
-_FLOAT_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
-PACKED_FORMATS = (*QUANTIZED_FORMATS, *_FLOAT_BYTES)
-
-Bytes = npt.NDArray[np.uint8]
-
-
-class PackError(ValueError):
-    """Tensors that cannot be one packed matrix: names the formats or shapes, and what would be right."""
-
-
-class PackedLinear(msgspec.Struct, frozen=True, kw_only=True):
-    format: str
-    in_features: int
-    out_features: int
-    """Padded to a multiple of 16; the rows added are zeros."""
-    data: Bytes
-    """Whole, starting at a multiple of 64 bytes."""
+PACKED_FORMATS = (*QUANTIZED_FORMATS, *FLOAT_BYTES)
 
 
 class _Layout(msgspec.Struct, frozen=True):
@@ -53,18 +37,16 @@ _LAYOUTS = {"Q4_1": _Layout(20, 4), "Q4_0": _Layout(18, 2), "Q8_0": _Layout(34, 
 
 
 def pack_linear(tensors: Sequence[RawTensor], *, swiglu_group: int | None = None) -> PackedLinear:
-    """One matrix of all tensors' rows: one after the other, or, with `swiglu_group`, groups of that many rows
-    of the first (gate) and the second (up) in turn.
+    """The matrix that `join` makes of the tensors.
 
-    All tensors must be of one of PACKED_FORMATS: a file that mixes formats within an op gives the op's
-    tensors to `float_tensor` first.
+    All must be of one of PACKED_FORMATS: a file that mixes formats within an op gives the op's tensors to
+    `float_tensor` first. Raises PackError.
     """
-    format, in_features = _check(tensors)
-    if swiglu_group is None:
-        rows = np.concatenate([_rows(tensor) for tensor in tensors])
-    else:
-        rows = _alternate([_rows(tensor) for tensor in tensors], swiglu_group)
-    rows = _padded(rows, GROUP)
+    matrix = join(tensors, swiglu_group, PACKED_FORMATS)
+    format, in_features = matrix.format, matrix.in_features
+    if format in _LAYOUTS and in_features % BLOCK:
+        raise PackError(f"{in_features} input features: a multiple of {BLOCK} is wanted for {format}")
+    rows = padded(matrix.rows, GROUP)
     packed = _pack_quantized(rows, format) if format in _LAYOUTS else _pack_float(rows, format)
     return PackedLinear(
         format=format, in_features=in_features, out_features=len(rows), data=_aligned(packed.reshape(-1))
@@ -76,29 +58,11 @@ def unpack(packed: PackedLinear) -> npt.NDArray[np.float32]:
     groups = packed.data.reshape(packed.out_features // GROUP, -1)
     if packed.format in _LAYOUTS:
         return _unpack_quantized(groups, packed.format, packed.in_features)
-    item = _FLOAT_BYTES[packed.format]
+    item = FLOAT_BYTES[packed.format]
     body = np.ascontiguousarray(groups[:, : packed.in_features * GROUP * item])
     columns = body.reshape(len(groups), packed.in_features, GROUP, item)
     raw = np.ascontiguousarray(columns.swapaxes(1, 2)).reshape(packed.out_features, -1)
-    return _floats(raw, packed.format)
-
-
-def float_tensor(values: npt.NDArray[np.float32], format: str = "F32") -> RawTensor:
-    """Dense values as a tensor to pack: exact as F32, rounded to nearest even as F16 or BF16."""
-    values = np.ascontiguousarray(values, np.float32)
-    match format:
-        case "F32":
-            raw = values.view(np.uint8)
-        case "F16":
-            with np.errstate(over="ignore"):  # infinity, as IEEE 754 has it
-                raw = values.astype(np.float16).view(np.uint8)
-        case "BF16":
-            bits = values.view(np.uint32)
-            bits = bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))
-            raw = np.ascontiguousarray((bits >> np.uint32(16)).astype(np.uint16)).view(np.uint8)
-        case _:
-            raise PackError(f"float format {format!r}: one of {', '.join(_FLOAT_BYTES)} is wanted")
-    return RawTensor(format=format, shape=values.shape, data=raw.reshape(len(values), -1))
+    return float_values(raw, packed.format)
 
 
 def group_bytes(format: str, in_features: int) -> int:
@@ -106,40 +70,7 @@ def group_bytes(format: str, in_features: int) -> int:
     if format in _LAYOUTS:
         layout, blocks = _LAYOUTS[format], in_features // BLOCK
         return _whole_lines(blocks * GROUP * layout.header_bytes) + blocks * GROUP * layout.body_bytes
-    return _whole_lines(in_features * GROUP * _FLOAT_BYTES[format])
-
-
-def _check(tensors: Sequence[RawTensor]) -> tuple[str, int]:
-    formats = [tensor.format for tensor in tensors]
-    if len(set(formats)) != 1:
-        raise PackError(f"formats {formats} in one op: exactly one is wanted (see float_tensor)")
-    if formats[0] not in PACKED_FORMATS:
-        raise PackError(
-            f"format {formats[0]}: one of {', '.join(PACKED_FORMATS)} is wanted (see float_tensor)"
-        )
-    shapes = [tensor.shape for tensor in tensors]
-    if any(len(shape) != 2 or shape[1] != shapes[0][-1] for shape in shapes):
-        raise PackError(f"shapes {shapes}: matrices of equal in_features (their second size) are wanted")
-    if formats[0] in _LAYOUTS and shapes[0][1] % BLOCK:
-        raise PackError(f"{shapes[0][1]} input features: a multiple of {BLOCK} is wanted for {formats[0]}")
-    return formats[0], shapes[0][1]
-
-
-def _rows(tensor: RawTensor) -> Bytes:
-    return tensor.data.view(np.uint8).reshape(tensor.shape[0], -1)
-
-
-def _padded(rows: Bytes, multiple: int) -> Bytes:
-    missing = -len(rows) % multiple
-    return np.concatenate([rows, np.zeros((missing, rows.shape[1]), np.uint8)]) if missing else rows
-
-
-def _alternate(parts: list[Bytes], group: int) -> Bytes:
-    if len(parts) != 2 or len(parts[0]) != len(parts[1]) or group % GROUP:
-        sizes = [len(part) for part in parts]
-        raise PackError(f"{sizes} rows in groups of {group}: equal gate and up, groups of 16s are wanted")
-    gate, up = (_padded(part, group).reshape(-1, group, part.shape[1]) for part in parts)
-    return np.stack([gate, up], axis=1).reshape(-1, parts[0].shape[1])
+    return _whole_lines(in_features * GROUP * FLOAT_BYTES[format])
 
 
 def _pack_quantized(rows: Bytes, format: str) -> Bytes:
@@ -165,7 +96,7 @@ def _pack_quantized(rows: Bytes, format: str) -> Bytes:
 
 
 def _pack_float(rows: Bytes, format: str) -> Bytes:
-    item = _FLOAT_BYTES[format]
+    item = FLOAT_BYTES[format]
     num_groups = len(rows) // GROUP
     in_features = rows.shape[1] // item
     packed = np.zeros((num_groups, group_bytes(format, in_features)), np.uint8)
@@ -190,16 +121,6 @@ def _unpack_quantized(groups: Bytes, format: str, in_features: int) -> npt.NDArr
     if format == "Q4_1":
         values += scales[:, :, 1].astype(np.float32)
     return values.swapaxes(1, 2).reshape(len(groups) * GROUP, in_features)
-
-
-def _floats(raw: Bytes, format: str) -> npt.NDArray[np.float32]:
-    match format:
-        case "F32":
-            return raw.view(np.float32)
-        case "F16":
-            return raw.view(np.float16).astype(np.float32)
-        case _:
-            return (raw.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def _whole_lines(num_bytes: int) -> int:

@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megakernel.model.gguf import RawTensor
-from megakernel.pack import PACKED_FORMATS, QUANTIZED_FORMATS, PackedLinear, float_tensor, pack_linear, unpack
+from megakernel.float_formats import float_tensor
+from megakernel.model.weights import RawTensor
+from megakernel.pack import PACKED_FORMATS, QUANTIZED_FORMATS, pack_linear, unpack
+from megakernel.packing import PackedLinear
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = Path(__file__).with_name("native") / "cpu_kernels.cpp"

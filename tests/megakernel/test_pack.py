@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megakernel.model.gguf import RawTensor
-from megakernel.pack import PACKED_FORMATS, QUANTIZED_FORMATS, PackError, float_tensor, pack_linear, unpack
+from megakernel.float_formats import float_tensor
+from megakernel.model.weights import RawTensor
+from megakernel.pack import PACKED_FORMATS, QUANTIZED_FORMATS, pack_linear, unpack
+from megakernel.packing import PackError
 
 
 def tensor(format: str, rows: int, columns: int, seed: int = 0) -> RawTensor:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import msgspec
 import numpy as np
 import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType
@@ -22,7 +21,7 @@ from megakernel.model.names import (
 )
 from megakernel.model.rope import base_frequencies, llama3_divisors
 from megakernel.model.shape import ModelShape, RopeScaling
-from megakernel.model.weights import ModelFormatError, shown
+from megakernel.model.weights import ModelFormatError, RawTensor, shown
 
 ROPE_FACTORS = "rope_freqs.weight"
 _IGNORED_TENSORS = frozenset({ROPE_FACTORS})
@@ -36,15 +35,6 @@ SUPPORTED_FORMATS = (
     *("IQ2_XXS", "IQ1_S", "IQ1_M", "TQ1_0", "TQ2_0", "MXFP4"),
 )
 """All that `gguf.dequantize` has a rule for, but what no Llama-family file uses."""
-
-
-class RawTensor(msgspec.Struct, frozen=True, kw_only=True):
-    """A tensor as the file stores it, its rows in our order."""
-
-    format: str
-    shape: tuple[int, ...]
-    data: npt.NDArray[np.uint8]
-    """`[rows, bytes_per_row]`; a vector is one row."""
 
 
 class GgufWeights:

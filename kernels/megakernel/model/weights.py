@@ -9,8 +9,9 @@ RoPE order whatever the file: GGUF's Llama architecture stores them interleaved,
 
 import reprlib
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -24,6 +25,15 @@ class ModelFormatError(ValueError):
 def shown(value: object) -> str:
     """A value from a file, short enough for an error message."""
     return reprlib.repr(value)
+
+
+class RawTensor(msgspec.Struct, frozen=True, kw_only=True):
+    """A tensor as it is stored, its rows in our order."""
+
+    format: str
+    shape: tuple[int, ...]
+    data: npt.NDArray[np.uint8]
+    """`[rows, bytes_per_row]`; a vector is one row."""
 
 
 class Weights(Protocol):
@@ -43,3 +53,10 @@ class Weights(Protocol):
     def dense(self, name: str) -> npt.NDArray[np.float32]:
         """The tensor as float32, exactly the values the format defines."""
         ...
+
+
+@runtime_checkable
+class StoredWeights(Weights, Protocol):
+    """Weights that also give what they store, for who keeps the format."""
+
+    def raw(self, name: str) -> RawTensor: ...

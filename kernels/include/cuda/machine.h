@@ -1,0 +1,69 @@
+// A block: its warps' roles, what its shared memory holds, and what a thread knows of itself.
+#pragma once
+
+#include "cuda/convert.h"
+#include "cuda/ptx/clock.h"
+#include "cuda/ptx/copy.h"
+#include "cuda/ptx/mbarrier.h"
+#include "cuda/ptx/memory.h"
+#include "cuda/ptx/mma.h"
+#include "cuda/ptx/warp.h"
+#include "cuda/step.h"
+
+#ifndef HEADRACE_BULK_COPY
+#define HEADRACE_BULK_COPY 0
+#endif
+
+namespace headrace {
+
+using ptx::SharedAddress;
+
+constexpr uint32_t kLanes = 32;
+constexpr uint32_t kConsumerWarps = 8;  // all compute, and store what they computed
+constexpr uint32_t kConsumers = kConsumerWarps * kLanes;
+constexpr uint32_t kLoaderWarp = kConsumerWarps;
+constexpr uint32_t kThreads = kConsumers + kLanes;
+constexpr uint32_t kConsumerBarrier = 1;  // named barrier; 0 is the whole block's
+constexpr bool kIsBulkCopy = HEADRACE_BULK_COPY;
+
+constexpr int kRowChunk = 16;   // rows that are in shared memory, as the tensor cores read them, at once
+constexpr int kColumnGroup = 16;  // output columns of one matrix instruction
+constexpr uint32_t kLoadsInFlight = 8;
+
+// Shared memory before the program's pages, in bytes.
+constexpr uint32_t kLandedAt = 0;       // [kLoadsInFlight] mbarriers: a load's weights are there
+constexpr uint32_t kProgressAt = 64;    // consumer warps that ended an instruction, summed over instructions
+constexpr uint32_t kScalesAt = 128;     // [kRowChunk] floats: what RMS norm multiplies a row's sums by
+constexpr uint32_t kSquaresAt = 192;    // [kRowChunk][kConsumerWarps] floats
+constexpr uint32_t kSelectionAt = 704;  // [kConsumerWarps] of 16 bytes: a step's results
+constexpr uint32_t kSumsAt = 1024;      // [2 column groups][kConsumerWarps][kRowChunk][kColumnGroup] floats
+constexpr uint32_t kReservedBytes = kSumsAt + 2 * kConsumerWarps * kRowChunk * kColumnGroup * 4;
+
+// One thread's view. Both roles count instructions and loads alike: they take the same path.
+struct Worker {
+    const StepArguments& step;
+    SharedAddress shared;
+    uint32_t sm, warp, lane, thread;
+    uint32_t instruction = 0;  // of the worker's sequence, from 0
+    uint32_t loads = 0;        // weight tiles before this instruction's
+    uint32_t staged = 0;       // which input is in shared memory, by a number that is never 0
+
+    __device__ __forceinline__ explicit Worker(const StepArguments& arguments)
+        : step(arguments),
+          shared(ptx::shared_base()),
+          sm(ptx::block()),
+          warp(ptx::warp()),
+          lane(ptx::lane()),
+          thread(ptx::thread()) {}
+
+    __device__ __forceinline__ bool is_loader() const { return warp == kLoaderWarp; }
+    __device__ __forceinline__ SharedAddress landed() const {
+        return shared + kLandedAt + loads % kLoadsInFlight * 8;
+    }
+    __device__ __forceinline__ uint32_t landed_parity() const { return loads / kLoadsInFlight & 1; }
+    __device__ __forceinline__ SharedAddress page(uint32_t number, uint32_t page_bytes) const {
+        return shared + kReservedBytes + number * page_bytes;
+    }
+};
+
+}  // namespace headrace

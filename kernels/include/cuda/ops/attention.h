@@ -1,0 +1,181 @@
+// Attention of one KV head over every split that falls to an instruction: maximum, sum of exponentials and weighted
+// values by split and query head.
+//
+// A split's tokens are shared out among the consumer warps, and what each makes of its tokens is merged in order.
+// Keys and values come straight into registers: every byte is used once a row, and all of a split's loads are on
+// their way at once.
+#pragma once
+
+#include "cuda/barrier.h"
+
+namespace headrace {
+
+template <int kHeads_, int kKvHeads_, int kDim_, int kSplitTokens_>
+struct AttentionShape {
+    static constexpr int kHeads = kHeads_, kKvHeads = kKvHeads_, kDim = kDim_, kSplitTokens = kSplitTokens_;
+    static constexpr int kGroup = kHeads / kKvHeads;  // query heads of a KV head
+    static constexpr int kTokens = kSplitTokens / kConsumerWarps;  // of a split, a warp's
+    static constexpr int kLanesAToken = kDim / 8;     // each has 8 of its elements, 16 bytes
+    static constexpr int kTokensATime = kLanes / kLanesAToken;
+    static constexpr int kTimes = (kTokens + kTokensATime - 1) / kTokensATime;
+    static constexpr int kHeadsATime = kGroup < 4 ? kGroup : 4;
+    static constexpr int kSlotColumns = 2 * kKvHeads * kDim;
+    static_assert(kDim >= 16 && kDim <= 256 && (kDim & (kDim - 1)) == 0);
+    static_assert(kTokens <= 32);
+};
+
+__device__ __forceinline__ void unpack_halves(const uint4& packed, float (&x)[8]) {
+    const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        x[2 * i] = ptx::half_to_float(words[i] & 0xffff);
+        x[2 * i + 1] = ptx::half_to_float(words[i] >> 16);
+    }
+}
+
+// The slot of a position of a row: of its committed prefix by the block table, of this step by its path.
+__device__ __forceinline__ int64_t slot_of(const StepArguments& step, int row, int position) {
+    const int context = ptx::load_constant(step.context_lengths + row);
+    if (position >= context)
+        return ptx::load_constant(step.path_slots + ptx::load_constant(step.path_starts + row) + position - context);
+    const int64_t line = static_cast<int64_t>(ptx::load_constant(step.table_rows + row)) * step.max_blocks;
+    const int block = ptx::load_constant(step.block_tables + line + position / step.block_size_tokens);
+    return static_cast<int64_t>(block) * step.block_size_tokens + position % step.block_size_tokens;
+}
+
+// What a warp makes of its tokens of a split, for heads [first, first + kHeadsATime) of the KV head's group, to
+// `partial`: [warp][head of the group][kDim + 2] floats.
+template <class Shape>
+__device__ __forceinline__ void attend_warp(const Worker& w, const uint4 (&keys)[Shape::kTimes],
+                                            const uint4 (&values)[Shape::kTimes], const float* queries, int first,
+                                            int num_own, SharedAddress partial) {
+    constexpr int kTimes = Shape::kTimes, kDim = Shape::kDim;
+    const uint32_t of_token = w.lane / Shape::kLanesAToken, chunk = w.lane % Shape::kLanesAToken;
+    constexpr float kNone = -__builtin_huge_valf();
+#pragma unroll
+    for (int h = 0; h < Shape::kHeadsATime; h++) {
+        const int head = first + h;
+        if (head >= Shape::kGroup) break;
+        float query[8];
+        const float4 low = ptx::load_global(reinterpret_cast<const float4*>(queries + head * kDim + chunk * 8));
+        const float4 high = ptx::load_global(reinterpret_cast<const float4*>(queries + head * kDim + chunk * 8) + 1);
+        query[0] = low.x, query[1] = low.y, query[2] = low.z, query[3] = low.w;
+        query[4] = high.x, query[5] = high.y, query[6] = high.z, query[7] = high.w;
+        float scores[kTimes], largest = kNone;
+#pragma unroll
+        for (int i = 0; i < kTimes; i++) {
+            float key[8], score = 0;
+            unpack_halves(keys[i], key);
+#pragma unroll
+            for (int e = 0; e < 8; e++) score = fma_f32(query[e], key[e], score);
+#pragma unroll
+            for (uint32_t mask = 1; mask < Shape::kLanesAToken; mask *= 2) score += ptx::shuffle_xor(score, mask);
+            const int token = i * Shape::kTokensATime + of_token;
+            scores[i] = token < num_own ? score : kNone;
+            largest = scores[i] > largest || scores[i] != scores[i] ? scores[i] : largest;
+        }
+#pragma unroll
+        for (uint32_t mask = Shape::kLanesAToken; mask < kLanes; mask *= 2) {
+            const float other = ptx::shuffle_xor(largest, mask);
+            largest = other > largest || other != other ? other : largest;
+        }
+        float sum = 0, mixed[8] = {};
+#pragma unroll
+        for (int i = 0; i < kTimes; i++) {
+            const int token = i * Shape::kTokensATime + of_token;
+            const float weight = token < num_own ? exp_f32(scores[i] - largest) : 0;
+            float value[8];
+            unpack_halves(values[i], value);
+            sum += weight;
+            if (token < num_own)
+#pragma unroll
+                for (int e = 0; e < 8; e++) mixed[e] = fma_f32(weight, value[e], mixed[e]);
+        }
+#pragma unroll
+        for (uint32_t mask = Shape::kLanesAToken; mask < kLanes; mask *= 2) {
+            sum += ptx::shuffle_xor(sum, mask);
+#pragma unroll
+            for (int e = 0; e < 8; e++) mixed[e] += ptx::shuffle_xor(mixed[e], mask);
+        }
+        const SharedAddress to = partial + (w.warp * Shape::kGroup + head) * (kDim + 2) * 4;
+        if (w.lane == 0) ptx::store_shared(to, float2{largest, sum});
+        if (of_token == 0)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                ptx::store_shared(to + (2 + chunk * 8 + 2 * e) * 4, float2{mixed[2 * e], mixed[2 * e + 1]});
+    }
+}
+
+// The warps' partial results of a split, merged in order, to the row's output of that split.
+template <class Shape>
+__device__ __forceinline__ void merge_warps(const Worker& w, SharedAddress partial, int num_warps, float* out) {
+    constexpr int kDim = Shape::kDim, kHead = kDim + 2;
+    constexpr int kWarpBytes = Shape::kGroup * kHead * 4;
+    for (int item = w.thread; item < Shape::kGroup * kDim; item += kConsumers) {
+        const int head = item / kDim, element = item % kDim;
+        const SharedAddress from = partial + head * kHead * 4;
+        float largest = ptx::load_shared<float>(from);
+        for (int i = 1; i < num_warps; i++) {
+            const float other = ptx::load_shared<float>(from + i * kWarpBytes);
+            largest = other > largest || other != other ? other : largest;
+        }
+        float sum = 0, mixed = 0;
+        for (int i = 0; i < num_warps; i++) {
+            const float2 extremes = ptx::load_shared<float2>(from + i * kWarpBytes);
+            const float weight = exp_f32(extremes.x - largest);
+            sum = fma_f32(weight, extremes.y, sum);
+            mixed = fma_f32(weight, ptx::load_shared<float>(from + i * kWarpBytes + (2 + element) * 4), mixed);
+        }
+        ptx::store_global(out + head * kHead + 2 + element, mixed);
+        if (element == 0) {
+            ptx::store_global(out + head * kHead, largest);
+            ptx::store_global(out + head * kHead + 1, sum);
+        }
+    }
+}
+
+// Splits `part`, `part + num_parts`, ... of every row's positions, for one KV head.
+template <class Shape>
+__device__ __noinline__ void attention_tile(Worker& w, int layer, uint32_t kv_head, uint32_t part, uint32_t num_parts,
+                                            const float* queries, float* out, int64_t out_columns, SharedAddress partial) {
+    constexpr int kDim = Shape::kDim, kTokens = Shape::kTokens;
+    const uint32_t of_token = w.lane / Shape::kLanesAToken, chunk = w.lane % Shape::kLanesAToken;
+    for (int row = 0; row < w.step.num_rows; row++) {
+        const int num_tokens = ptx::load_constant(w.step.positions + row) + 1;
+        const float* query = queries + (static_cast<int64_t>(row) * Shape::kHeads + kv_head * Shape::kGroup) * kDim;
+        for (int split = part; split * Shape::kSplitTokens < num_tokens; split += num_parts) {
+            const int in_split = num_tokens - split * Shape::kSplitTokens;
+            const int num_warps = in_split < Shape::kSplitTokens ? (in_split + kTokens - 1) / kTokens : kConsumerWarps;
+            if (w.warp < static_cast<uint32_t>(num_warps)) {
+                const int own = in_split - static_cast<int>(w.warp) * kTokens;
+                const int num_own = own < kTokens ? own : kTokens;
+                const int first_position = split * Shape::kSplitTokens + w.warp * kTokens;
+                // Lanes past the warp's tokens take its first: what they load is not used.
+                const int position = first_position + (static_cast<int>(w.lane) < num_own ? w.lane : 0);
+                const uint32_t slot = static_cast<uint32_t>(slot_of(w.step, row, position));
+                const uint16_t* pool = w.step.kv + static_cast<int64_t>(layer) * w.step.num_slots * Shape::kSlotColumns +
+                                       kv_head * kDim + chunk * 8;
+                uint4 keys[Shape::kTimes], values[Shape::kTimes];
+#pragma unroll
+                for (int i = 0; i < Shape::kTimes; i++) {
+                    const uint32_t token = (i * Shape::kTokensATime + of_token) % kTokens;
+                    const int64_t own_slot = ptx::shuffle(slot, token);
+                    const uint16_t* from = pool + own_slot * Shape::kSlotColumns;
+                    keys[i] = ptx::load_global(reinterpret_cast<const uint4*>(from));
+                    values[i] = ptx::load_global(reinterpret_cast<const uint4*>(from + Shape::kKvHeads * kDim));
+                }
+#pragma unroll 1
+                for (int first = 0; first < Shape::kGroup; first += Shape::kHeadsATime)
+                    attend_warp<Shape>(w, keys, values, query, first, num_own, partial);
+            }
+            sync_consumers();
+            float* of_split = out + row * out_columns +
+                              (static_cast<int64_t>(split) * Shape::kHeads + kv_head * Shape::kGroup) * (kDim + 2);
+            merge_warps<Shape>(w, partial, num_warps, of_split);
+            sync_consumers();
+        }
+    }
+    end_instruction(w);
+}
+
+}  // namespace headrace
