@@ -35,7 +35,8 @@ KERNEL reduce(const __grid_constant__ Arguments a) {
 
 // Lanes hand their word to a neighbour, by shared memory. Fault 1: no sync_warp; a shuffle instead.
 KERNEL exchange(const __grid_constant__ Arguments a) {
-    const SharedAddress own = ptx::shared_base() + 4 * ptx::thread(), other = ptx::shared_base() + 4 * (ptx::thread() ^ 1);
+    const uint32_t neighbour = ptx::thread() ^ 1;
+    const SharedAddress own = ptx::shared_base() + 4 * ptx::thread(), other = ptx::shared_base() + 4 * neighbour;
     for (uint32_t step = 0; step < a.steps; step++) {
         ptx::store_shared(own, ptx::thread() + step);
         if (a.fault == 1)
@@ -43,7 +44,7 @@ KERNEL exchange(const __grid_constant__ Arguments a) {
         else
             ptx::sync_warp();
         const uint32_t found = ptx::load_shared<uint32_t>(other);
-        if (found != (ptx::thread() ^ 1) + step) ptx::trap();
+        if (found != neighbour + step) ptx::trap();
         ptx::sync_warp();
     }
 }
@@ -99,8 +100,8 @@ constexpr uint32_t kLandedAt = 0, kProgressAt = 32, kAskedAt = 48, kFreeAt = 64,
 // Pages of 4 KB pass through shared memory: a loader warp copies, consumers add up. out[block][256] sums.
 // Faults: 1 a page is used again too early; 2 consumers wait until copies are asked for, not until they are complete;
 // 3 they tell what they have read by a plain store; 4 arrivals off by one; 5 progress is told before the page is read;
-// 6 one lane alone waits for the copy; 7 the loader never waits; 8 warps are not kept within a step of each other, as
-// counting them all in one word needs.
+// 6 one lane alone waits for the copy, and nothing brings its warp in step; 7 the loader never waits; 8 warps are not
+// kept within a step of each other, as counting them all in one word needs.
 KERNEL pipeline_async(const __grid_constant__ Arguments a) {
     const SharedAddress shared = ptx::shared_base();
     if (ptx::thread() == 0) {
@@ -133,7 +134,7 @@ KERNEL pipeline_async(const __grid_constant__ Arguments a) {
         else if (a.fault != 6 || ptx::lane() == 0)
             while (!ptx::mbarrier_try_wait(shared + kLandedAt + step % kPages * 8, step / kPages & 1)) {
             }
-        if (a.fault != 8) ptx::sync_threads(1, kConsumers);
+        if (a.fault != 6 && a.fault != 8) ptx::sync_threads(1, kConsumers);
         if (a.fault == 5 && ptx::lane() == 0) ptx::add_shared_release(shared + kProgressAt, 1);
         sum += sum_of_page(shared + kPagesAt + step % kPages * kPageBytes);
         ptx::sync_warp();
@@ -162,11 +163,13 @@ KERNEL pipeline_bulk(const __grid_constant__ Arguments a) {
         if (ptx::lane()) return;
         for (uint32_t step = 0; step < a.steps + (a.fault == 8); step++) {
             const uint32_t number = step % kPages;
-            const SharedAddress landed = shared + kLandedAt + 8 * number, page = shared + kPagesAt + number * kPageBytes;
+            const SharedAddress landed = shared + kLandedAt + 8 * number;
+            const SharedAddress page = shared + kPagesAt + number * kPageBytes;
+            const uint32_t expected = a.fault == 4 ? kPageBytes / 2 : a.fault == 5 ? kPageBytes + 16 : kPageBytes;
             if (a.fault != 1)
                 while (!ptx::mbarrier_try_wait(shared + kFreeAt + 8 * number, step / kPages + 1 & 1)) {
                 }
-            ptx::mbarrier_arrive_expect(landed, a.fault == 4 ? kPageBytes / 2 : a.fault == 5 ? kPageBytes + 16 : kPageBytes);
+            ptx::mbarrier_arrive_expect(landed, expected);
             for (uint32_t half = 0; half < 2; half++)
                 ptx::copy_bulk(page + half * kPageBytes / 2, from + step * kPageBytes + half * kPageBytes / 2,
                                kPageBytes / 2, landed);
@@ -189,7 +192,7 @@ KERNEL pipeline_bulk(const __grid_constant__ Arguments a) {
     ptx::store_global(out<float>(a) + ptx::block() * kConsumers + ptx::thread(), sum);
 }
 
-// Block 0 writes 1, ..., each further block what the one before wrote plus 1, for all steps; a row of 288 words a block.
+// Block 0 writes 1, each further block what the one before wrote plus 1, and so on for all steps; 288 words a block.
 // Faults: 1 no acquire (polled by compare_exchange); 2 no release (likewise); 3 no wait; 4 no barrier before the
 // release; 5 no barrier behind the acquire; 6 polled by a plain load; 7 waits for one arrival too many; 8 read by
 // load_constant.
@@ -250,4 +253,22 @@ KERNEL take_turns(const __grid_constant__ Arguments a) {
     ptx::store_global(out<uint32_t>(a) + ptx::block() * kConsumers + ptx::thread(), sum);
 }
 
-HEADRACE_KERNELS(reduce, exchange, multiply_bf16, multiply_f16, pipeline_async, pipeline_bulk, hand_over, take_turns)
+// 1,024 floats to each of the 16-bit formats and back, and functions of float32; 8 words each.
+KERNEL convert(const __grid_constant__ Arguments a) {
+    for (uint32_t i = ptx::thread(); i < 1024 && ptx::block() == 0; i += kThreads) {
+        const float x = ptx::load_constant(in<float>(a) + i), y = ptx::load_constant(in<float>(a) + 1023 - i);
+        const uint16_t half = ptx::float_to_half(x);
+        const uint32_t bf16 = ptx::pack_bf16x2(x, y), f16 = ptx::pack_f16x2(x, y);
+        float* to = out<float>(a) + 8 * i;
+        ptx::store_global(reinterpret_cast<uint32_t*>(to), bf16);
+        ptx::store_global(reinterpret_cast<uint32_t*>(to) + 1, f16);
+        ptx::store_global(reinterpret_cast<uint32_t*>(to) + 2, uint32_t{half});
+        ptx::store_global(to + 3, ptx::half_to_float(half));
+        ptx::store_global(to + 4, ptx::bf16_to_float(bf16 & 0xffff));
+        ptx::store_global(to + 5, ptx::reciprocal_sqrt(fabsf(x)));
+        ptx::store_global(to + 6, ptx::fma(x, y, x));
+        ptx::store_global(to + 7, ptx::exp_f32(x) + ptx::exp2_approx(x) + ptx::log_f32(fabsf(x)));
+    }
+}
+
+HEADRACE_KERNELS(reduce, exchange, convert, multiply_bf16, multiply_f16, pipeline_async, pipeline_bulk, hand_over, take_turns)
