@@ -10,9 +10,7 @@ import msgspec
 import numpy as np
 
 NUM_BLOCKS, WARPS, LANES = 2, 3, 32
-BUSY_LANES = 4
-"""Of a warp, that do anything by themselves."""
-DATA_BYTES = 48
+MOST_DATA_BYTES = 48
 WORDS_AT, NUM_WORDS = 256, 32
 MBARRIERS_AT, NUM_MBARRIERS = 512, 12
 
@@ -60,9 +58,13 @@ class Access(msgspec.Struct, frozen=True):
 class Program:
     """Steps by thread, drawn one after the other: that order is one in which they can run."""
 
-    def __init__(self, seed: int, *, num_steps: int, care: float) -> None:
-        """`care`: how likely a warp or block is brought in step, rather than one lane told something."""
+    def __init__(self, seed: int, *, num_steps: int, care: float, is_crowded: bool, may_race: bool) -> None:
+        """`care`: how likely a warp or block is brought in step, rather than one lane told something.
+        `is_crowded`: few lanes of a warp do anything by themselves, to few bytes. `may_race`: one access may,
+        with any number of earlier ones."""
         self.random = random.Random(seed)
+        self.may_race, self.has_race = may_race, False
+        self.busy_lanes, self.data_bytes = (2, 16) if is_crowded else (4, MOST_DATA_BYTES)
         self.steps: dict[tuple[int, int, int], list[tuple[int, int, int, int]]] = {
             (block, warp, lane): []
             for block in range(NUM_BLOCKS)
@@ -82,14 +84,6 @@ class Program:
         for _ in range(num_steps):
             self.draw(care)
 
-    @property
-    def has_race(self) -> bool:
-        return any(
-            first.races_with(second)
-            for index, first in enumerate(self.accesses)
-            for second in self.accesses[:index]
-        )
-
     def packed(self) -> tuple[np.ndarray, int]:
         """The kernel's input as words, and where its steps begin, in bytes."""
         lists = list(self.steps.values())
@@ -103,7 +97,7 @@ class Program:
         first = (block, 0, 0)
         arrivals = [self.random.randint(1, 3) for _ in range(NUM_MBARRIERS)]
         self.arrivals_of.append(arrivals)
-        for offset in range(0, DATA_BYTES, 4):
+        for offset in range(0, MOST_DATA_BYTES, 4):
             self.access(first, Kind.STORE_SHARED, offset, 4)
         for word in range(NUM_WORDS):
             self.add(first, Kind.STORE_SHARED, WORDS_AT + 4 * word, 0, 4)
@@ -113,7 +107,7 @@ class Program:
 
     def draw(self, care: float) -> None:
         block, warp = self.random.randrange(NUM_BLOCKS), self.random.randrange(WARPS)
-        thread = (block, warp, self.random.randrange(BUSY_LANES))
+        thread = (block, warp, self.random.randrange(self.busy_lanes))
         if self.random.random() < 0.4:
             self.draw_access(thread)
         elif self.random.random() < care:
@@ -134,13 +128,13 @@ class Program:
         else:
             num_bytes = self.random.choice((1, 2, 4))
             kind = Kind.STORE_GLOBAL if is_store else Kind.LOAD_GLOBAL
-        self.access(thread, kind, self.random.randrange(0, DATA_BYTES, num_bytes), num_bytes)
+        self.access(thread, kind, self.random.randrange(0, self.data_bytes, num_bytes), num_bytes)
 
     def draw_word(self, block: int) -> None:
         """Arrivals at a word or an mbarrier that is new; waits may follow."""
         shared, mbarriers = self.used_shared, self.used_mbarriers
         choice = self.random.choice(("shared", "global", "mbarrier", "copies"))
-        lanes = [(warp, lane) for warp in range(WARPS) for lane in range(BUSY_LANES)]
+        lanes = [(warp, lane) for warp in range(WARPS) for lane in range(self.busy_lanes)]
         if choice == "shared" and shared[block] < NUM_WORDS:
             at = WORDS_AT + 4 * shared[block]
             shared[block] += 1
@@ -177,12 +171,12 @@ class Program:
         told = 0
         for thread in threads:
             for _ in range(self.random.randrange(3)):
-                to = self.random.randrange(0, DATA_BYTES, 16)
-                before = self.known[thread]
-                self.add(thread, Kind.COPY, to)
-                completion = self.new_event()
-                told |= 1 << completion
-                self.accesses.append(Access(block, to, to + 16, True, before, completion))
+                to, start = (self.random.randrange(0, self.data_bytes, 16) for _ in range(2))
+                before, completion = self.known[thread], self.num_events
+                copied = Access(block, to, to + 16, True, before, completion)
+                if self.try_access(copied, Access(None, start, start + 16, False, before, completion)):
+                    self.add(thread, Kind.COPY, to, start)
+                    told |= 1 << completion
             self.add(thread, Kind.ARRIVE_COPIED, at)
         self.words.append((Kind.WAIT_PHASE, block, at, 0, told))
 
@@ -193,13 +187,22 @@ class Program:
             self.known[thread] |= told
 
     def access(self, thread: tuple[int, int, int], kind: Kind, at: int, num_bytes: int) -> None:
-        self.add(thread, kind, at, self.num_events, num_bytes)
-        is_shared = kind in (Kind.LOAD_SHARED, Kind.STORE_SHARED)
         is_store = kind in (Kind.STORE_SHARED, Kind.STORE_GLOBAL)
-        event = self.new_event()
-        space = thread[0] if is_shared else None
-        self.accesses.append(Access(space, at, at + num_bytes, is_store, self.known[thread], event))
-        self.known[thread] |= 1 << event
+        space = thread[0] if kind in (Kind.LOAD_SHARED, Kind.STORE_SHARED) else None
+        event = self.num_events
+        if self.try_access(Access(space, at, at + num_bytes, is_store, self.known[thread], event)):
+            self.add(thread, kind, at, event, num_bytes)
+            self.known[thread] |= 1 << event
+
+    def try_access(self, *made: Access) -> bool:
+        """Whether they are made; together they are one event."""
+        is_race = any(one.races_with(other) for one in made for other in self.accesses)
+        if is_race and not (self.may_race and not self.has_race):
+            return False
+        self.has_race |= is_race
+        self.accesses.extend(made)
+        self.num_events += 1
+        return True
 
     def sync_warps(self, warps: list[tuple[int, int]]) -> None:
         threads = [(*warp, lane) for warp in warps for lane in range(LANES)]
@@ -223,7 +226,3 @@ class Program:
         self, thread: tuple[int, int, int], kind: Kind, at: int = 0, value: int = 0, num_bytes: int = 0
     ) -> None:
         self.steps[thread].append((kind, at, value, num_bytes))
-
-    def new_event(self) -> int:
-        self.num_events += 1
-        return self.num_events - 1

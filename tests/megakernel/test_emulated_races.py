@@ -32,7 +32,13 @@ def is_race_found(program: Program, seed: int) -> bool:
 def check(seeds: range) -> None:
     found = collections.Counter()
     for seed in seeds:
-        program = Program(seed, num_steps=20 + seed % 40, care=(0.5, 0.7, 0.85)[seed % 3])
+        program = Program(
+            seed,
+            num_steps=30 + seed % 97,
+            care=(0.2, 0.5, 0.8)[seed % 3],
+            is_crowded=seed % 2 == 1,
+            may_race=seed % 4 < 2,
+        )
         for order in range(3):
             assert is_race_found(program, seed * 8 + order) == program.has_race, seed
         found[program.has_race] += 1

@@ -282,6 +282,7 @@ CASES = {
     "kBulkOfStored": (RaceError, "output", 8),
     "kReleaseOfOtherLane": (RaceError, "output", 4),
     "kAcquireByOtherLane": (RaceError, "output", 4),
+    "kLoadOfOtherLane": (RaceError, "output", 4),
     "kStoreOverAdd": (RaceError, "counters", 0),
     "kStackDeep": (StackError, None, 0),
 }
@@ -306,6 +307,12 @@ def test_a_report_names_both_sides():
     assert (fault.block, fault.warp, fault.lane) == (1, 0, 0)
     assert message.startswith("block 1 warp 0 lane 0: load_global at ")
     assert "output + 4: a load not ordered after a store by block 0 warp 0 lane 1 at " in message
+
+
+def test_a_lane_does_not_tell_of_another_s_loads():
+    for seed in range(8):
+        with pytest.raises(RaceError, match="a store not ordered after a load by block 0 warp 0 lane 1 "):
+            launch_case("kLoadOfOtherLane", seed=seed)
 
 
 def test_a_deadlock_names_all_that_wait():

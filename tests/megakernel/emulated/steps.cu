@@ -76,7 +76,7 @@ KERNEL run_steps(const __grid_constant__ Arguments a) {
                 }
                 break;
             case kCopy:
-                ptx::copy_async_16(shared + step.at, a.input);
+                ptx::copy_async_16(shared + step.at, a.output + step.value);
                 break;
             case kArriveCopied:
                 ptx::copy_async_arrive(shared + step.at);

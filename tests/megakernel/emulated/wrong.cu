@@ -13,7 +13,7 @@ enum Case : uint32_t {
     kLaneEndsBefore, kLaneEndsAfter, kNeighbourHalves, kSameHalf, kHalfOfWord, kNeighbourBytes, kTwoLanesStore,
     kCopySourceStored, kCopyTwice, kStoreInFlight, kLoadInFlight, kMbarrierMissing, kMbarrierTwice, kMbarrierLoaded,
     kMbarrierUnseen, kBarrierNumber, kPollsTwoWords, kEndless, kTrap, kTimesOut, kBulkOfStored, kReleaseOfOtherLane,
-    kAcquireByOtherLane, kCumulative, kUnorderedAdds, kStoreOverAdd, kStackDeep, kAllRight, kNumCases,
+    kAcquireByOtherLane, kLoadOfOtherLane, kCumulative, kUnorderedAdds, kStoreOverAdd, kStackDeep, kAllRight, kNumCases,
 };
 
 __device__ __noinline__ void fill_stack() {
@@ -229,6 +229,30 @@ KERNEL wrong(const __grid_constant__ Arguments a) {
             if (block == 1 && warp == 0) {
                 ptx::any(true);  // a collective, but one that orders nothing
                 if (lane == 1) ptx::load_global(output + 1);  // kAcquireByOtherLane
+            }
+            break;
+        case kLoadOfOtherLane:  // lane 0 tells of both its loads, lane 1 of none
+            if (block == 0 && warp == 0) {
+                if (lane < 2) ptx::load_global(output + 1);  // kLoadOfOtherLane
+                ptx::any(true);
+                if (lane == 0) {
+                    ptx::add_release(a.counters, 1);
+                    while (!ptx::load_acquire(a.counters + 1)) {
+                    }
+                    ptx::load_global(output + 1);
+                    ptx::add_release(a.counters + 2, 1);
+                }
+            }
+            if (block == 0 && thread == 64) {
+                while (!ptx::load_acquire(a.counters)) {
+                }
+                ptx::load_global(output + 1);
+                ptx::add_release(a.counters + 1, 1);
+            }
+            if (block == 1 && thread == 0) {
+                while (!ptx::load_acquire(a.counters + 2)) {
+                }
+                ptx::store_global(output + 1, 1u);  // kLoadOfOtherLane
             }
             break;
         case kCumulative:
