@@ -17,8 +17,8 @@ from megakernel.model.weights import Weights
 from megakernel.passes.context import PlanError
 from megakernel.pipeline import compile_program
 from megakernel.plan import Plan
-from megakernel.runtime import StepError
 from megakernel.search import Progress, SearchResult, search
+from megakernel.step import StepError
 from megakernel.work import DEFAULT_CONTEXT_TOKENS
 
 _QUIET_LOAD = 0.5
