@@ -126,20 +126,22 @@ inline void add_values(const float* weights, const typename Shape::Kv* const* bl
     }
 }
 
-// In place: scores of `tokens` tokens become e^(score - maximum), with zeros up to a multiple of 16.
+// In place: scores of `tokens` tokens become e^(score - maximum), with zeros up to a multiple of 16. A NaN among
+// them is the maximum and the total, and so makes the row's values one, whichever token it is of.
 inline void soften(float* scores, int tokens, float* maximum, float* total) {
     constexpr float kNever = -3.0e38f;
     for (int i = tokens; i % kLanes != 0; i++) scores[i] = kNever;
     Lanes most = load(scores);
     for (int i = kLanes; i < tokens; i += kLanes) most = max(most, load(scores + i));
-    *maximum = highest(most);
+    const float largest = highest(most);
     Lanes totals = zero_lanes();
     for (int i = 0; i < tokens; i += kLanes) {
-        const Lanes weight = exp(load(scores + i) - splat(*maximum));
+        const Lanes weight = exp(load(scores + i) - splat(largest));
         store(scores + i, weight);
         totals = totals + weight;
     }
     *total = sum(totals);
+    *maximum = *total == *total ? largest : *total;  // maxima drop a NaN, sums do not
 }
 
 // One KV head of one layer's pool.
