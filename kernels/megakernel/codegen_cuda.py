@@ -1,8 +1,8 @@
 """Frozen programs -> CUDA: one persistent kernel a row bucket, one straight-line path an SM.
 
-A path is calls with literals: trip counts, tile strides, pages, counters, arrival counts. SMs whose paths differ
-only in which tile they begin with share one, and so do layers that differ only in where their weights lie: these
-become a loop over layers. Nothing is decoded or dispatched when it runs. `cuda_paths.py` finds what is alike.
+A path is calls with literals: trip counts, tile strides, pages, counters, arrival counts. SMs whose paths
+differ only in which tile they begin with share one, and so do layers that differ only in where their weights
+lie: these become a loop over layers. Nothing is decoded or dispatched when it runs. `cuda_paths.py` finds what is alike.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +11,6 @@ from itertools import groupby
 import msgspec
 
 from megakernel.artifact import WeightLayout, lay_out_weights, matrix_names
-
 from megakernel.cuda_limits import check_cuda_programs
 from megakernel.cuda_paths import Call, Loop, Operands, Path, paths_of
 from megakernel.program import Epilogue, Op, Opcode, Program, Prologue, Space
@@ -290,7 +289,8 @@ class _Call:
         unit = f"unit_k({self.format})"
         bound = f"{call.block_k}u * ({blocks}u * {{}} / {call.num_parts}u)"
         return [
-            f"const uint32_t part = tile % {call.num_parts}, n0 = tile / {call.num_parts} * {call.tile_columns};",
+            f"const uint32_t part = tile % {call.num_parts};",
+            f"const uint32_t n0 = tile / {call.num_parts} * {call.tile_columns};",
             f"const uint32_t u0 = {bound.format('part')} / {unit};",
             f"const uint32_t last = ({bound.format('(part + 1)')} + {unit} - 1) / {unit};",
             f"constexpr uint32_t num_of_k = num_units({self.format}, {self.op.in_features});",
@@ -369,8 +369,9 @@ class _Call:
         else:
             sink, number = self.sink(is_normed=is_normed), f"{input_page} + 1"
         statement = (
-            f"linear_tile<{self.format}, {program.bucket}, {op.in_features}, {call.columns}>(w, {self.input()}, "
-            f"{sink}, u0, u1, {self.page(call.weight_pages)}, {self.page(call.input_pages)}, w.takes({number}));"
+            f"linear_tile<{self.format}, {program.bucket}, {op.in_features}, {call.columns}>(w, "
+            f"{self.input()}, {sink}, u0, u1, {self.page(call.weight_pages)}, "
+            f"{self.page(call.input_pages)}, w.takes({number}));"
         )
         skip = ["report_progress(w);", "w.next(false);"]
         return [*self.place(), *self.where_needed([statement, "w.next(true);"], skip)]
@@ -406,8 +407,9 @@ class _Call:
                 bias = self.vector("bias") if op.biases else "nullptr"
                 norms = [self.vector(f"head_norm{i}") for i in range(len(op.head_norms))] or ["nullptr"] * 2
                 heads = f"{geometry.num_heads}, {geometry.num_kv_heads}, {geometry.head_dim}"
+                has = f"{_bool(bool(op.biases))}, {_bool(bool(op.head_norms))}"
                 return (
-                    f"RotateAppend<{template}, {heads}, {_bool(bool(op.biases))}, {_bool(bool(op.head_norms))}>"
+                    f"RotateAppend<{template}, {heads}, {has}>"
                     f"{{n0, {self.page(call.output_pages)}, {self.buffer(op.output)}, "
                     f"static_cast<int>({self.number('layer')}), {bias}, {', '.join(norms)}, "
                     f"{_f32(geometry.rms_norm_eps)}}}"

@@ -8,13 +8,12 @@ from typing import Protocol
 import msgspec
 
 from megakernel.cost import bandwidth_bound_us, extrapolated_us, simulate
-from megakernel.graph import usual_formats
+from megakernel.graph import STATS_SPANS, usual_formats
 from megakernel.machine import Machine
 from megakernel.memory import ScratchError
 from megakernel.model.shape import ModelShape
 from megakernel.plan import Plan
 from megakernel.program import Program
-from megakernel.graph import STATS_SPANS
 from megakernel.validate import validate
 
 _SIMULATED_LAYERS = 3
