@@ -1,8 +1,8 @@
 """What is alike in a program's instruction sequences: runs of tiles, layers, and workers.
 
 A run is consecutive instructions of one op on a worker whose tiles are evenly spaced. Workers whose runs
-differ only in the first tile share a path, layers whose runs differ only in operands that grow evenly from layer to
-layer become a loop. Nothing is lost: `instructions_of_path` gives back every instruction.
+differ only in the first tile share a path, layers whose runs differ only in operands that grow evenly from
+layer to layer become a loop. Nothing is lost: `instructions_of_path` gives back every instruction.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
