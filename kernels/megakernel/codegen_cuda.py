@@ -2,8 +2,8 @@
 
 A path is calls with literals: trip counts, tile strides, pages, counters, arrival counts. SMs whose paths
 differ only in which tile they begin with share one, and so do layers that differ only in where their weights
-lie: these become a loop over layers. Nothing is decoded or dispatched when it runs. `cuda_paths.py` finds what
-is alike.
+lie: these become a loop over layers. Nothing is decoded or dispatched when it runs. `cuda_paths.py` finds
+what is alike.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
