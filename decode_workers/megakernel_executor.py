@@ -10,7 +10,8 @@ from decode_workers.head_answers import handed_out
 from decode_workers.step_batch import Int32Array, StepBatch, StepResult
 from megakernel.buckets import MAX_DECODE_ROWS
 from megakernel.compiled import Compiled
-from megakernel.runtime import Rows, Runtime
+from megakernel.runtime import Runtime
+from megakernel.step import Rows
 from megakernel.step_rows import decode_rows, fill_context
 from megakernel.step_times import measured_ms
 

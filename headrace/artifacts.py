@@ -16,8 +16,8 @@ from megakernel.library import LibraryError
 from megakernel.machine import PROBED, MachineError, load_machine
 from megakernel.manifest import MANIFEST, UnsupportedModelError
 from megakernel.model.load import OpenedModel
-from megakernel.runtime import StepError
 from megakernel.schedule_error import ScheduleError
+from megakernel.step import StepError
 
 Role = Literal["decode", "prefill"]
 _NO_ARTIFACT = (

@@ -75,8 +75,8 @@ def _compile(config: HeadraceConfig, folder: Path | None, threads: int, *, is_se
     from megakernel.machine import PROBED, load_machine
     from megakernel.model.load import open_model
     from megakernel.recipe import recipe_for
-    from megakernel.runtime import StepError
     from megakernel.search_command import lines_of
+    from megakernel.step import StepError
 
     dtype = config.model.kv_dtype
     searched = None

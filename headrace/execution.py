@@ -4,7 +4,7 @@ import msgspec
 from msgspec.structs import replace
 
 from cluster.config import HeadraceConfig
-from megakernel.cpu_limits import KvFormat
+from megakernel.codegen_limits import KvFormat
 
 _BLOCK_GRANULE_TOKENS = 16
 """The megakernel's KV blocks are multiples of it."""

@@ -34,7 +34,7 @@ def trace(
     from megakernel.build import BuildError
     from megakernel.chrome_trace import chrome_trace
     from megakernel.model.load import PACKAGED_MODEL
-    from megakernel.runtime import StepError
+    from megakernel.step import StepError
     from megakernel.timeline_svg import timeline_svg
 
     model = model or PACKAGED_MODEL

@@ -6,7 +6,8 @@ import numpy as np
 
 from cluster.kv_layout import KvLayout
 from megakernel.model.row_batch import chain_parents
-from megakernel.runtime import IntArray, Rows, Runtime
+from megakernel.runtime import Runtime
+from megakernel.step import IntArray, Rows
 from prefill_workers.chunked_engine import Chunk, ChunkedPrefillEngine, OnLayer, SlotArray
 
 

@@ -11,6 +11,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 PROTO = "cluster/wire/headrace.proto"
+LOCKED_EXTRAS = ("dev", "cuda", "cuda-tools")
 DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")
 
 
@@ -38,7 +39,8 @@ def _normal(name: str) -> str:
 def test_the_lock_pins_every_requirement_within_its_range():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     locked = _locked()
-    for text in (*project["dependencies"], *project["optional-dependencies"]["dev"]):
+    extras = project["optional-dependencies"]
+    for text in (*project["dependencies"], *(line for name in LOCKED_EXTRAS for line in extras[name])):
         requirement = Requirement(text)
         version = locked.get(_normal(requirement.name))
         assert version is not None, f"{requirement.name} is not in requirements.lock: run `make lock`"

@@ -12,8 +12,8 @@ from megakernel.artifact import Progress, WeightLayout, packed_segments
 from megakernel.artifact_folder import Artifact, open_artifact
 from megakernel.build import Compiler, compile_library, find_compiler, library_flags
 from megakernel.codegen_cpu import Generated, generate
+from megakernel.codegen_limits import CodegenError
 from megakernel.cpu_identity import this_cpu
-from megakernel.cpu_limits import CodegenError
 from megakernel.folder_lock import locked
 from megakernel.manifest import (
     LIBRARY,

@@ -8,9 +8,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from megakernel.codegen_limits import KvFormat
 from megakernel.compiled import Compiled
 from megakernel.cpu_identity import CpuIdentity, this_cpu
-from megakernel.cpu_limits import KvFormat
 from megakernel.manifest import (
     LIBRARY,
     PROGRAMS,

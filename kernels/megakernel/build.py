@@ -46,7 +46,7 @@ def find_compiler(names: Sequence[str] = COMPILERS) -> Compiler:
     chosen = os.environ.get("CXX")
     for name in (*((chosen,) if chosen else ()), *names):
         if path := shutil.which(name):
-            return Compiler(path, _version_of(path))
+            return Compiler(path, version_of(path))
     raise BuildError(
         f"no C++ compiler: none of {', '.join(names)} is on the path. Install one (Debian, Ubuntu: "
         "`apt-get install g++`) or name one in CXX"
@@ -93,6 +93,11 @@ def compile_library(
     compiler. Raises BuildError."""
     expected_s = _FEWEST_SECONDS + source.stat().st_size / _SOURCE_BYTES_A_SECOND
     command = [compiler.path, *flags, f"-I{INCLUDE_FOLDER}", str(source), "-o", str(target)]
+    run_compiler(command, expected_s, progress)
+
+
+def run_compiler(command: Sequence[str], expected_s: float, progress: Progress | None = None) -> str:
+    """What it said on standard error; `expected_s` is for `progress`, as above. Raises BuildError."""
     started_s = time.monotonic()
     # A process group of its own: a compiler has children, which must end with it.
     with subprocess.Popen(  # noqa: S603 - our own command
@@ -102,7 +107,7 @@ def compile_library(
         def on_wait() -> None:
             elapsed_s = time.monotonic() - started_s
             if elapsed_s > BUILD_LIMIT_S:
-                raise BuildError(f"`{compiler.path}` took longer than {BUILD_LIMIT_S} s")
+                raise BuildError(f"`{command[0]}` took longer than {BUILD_LIMIT_S} s")
             if progress is not None:
                 progress("compiling", 1 - math.exp(-elapsed_s / expected_s))
 
@@ -114,7 +119,8 @@ def compile_library(
             raise
     if process.returncode != 0:
         shown = "\n".join(said.splitlines()[:_SHOWN_ERROR_LINES])
-        raise BuildError(f"`{compiler.path}` failed with status {process.returncode}:\n{shown}")
+        raise BuildError(f"`{command[0]}` failed with status {process.returncode}:\n{shown}")
+    return said
 
 
 def _awaited(process: "subprocess.Popen[str]", on_wait: Callable[[], None]) -> str:
@@ -136,7 +142,8 @@ def _key(source: str, flags: Sequence[str], compiler: Compiler) -> str:
 
 
 @functools.lru_cache(maxsize=8)
-def _version_of(path: str) -> str:
+def version_of(path: str) -> str:
+    """What a compiler says of itself. Raises BuildError."""
     try:
         done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=False)  # noqa: S603 - a compiler from the path
     except (OSError, subprocess.TimeoutExpired) as error:

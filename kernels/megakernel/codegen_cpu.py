@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import msgspec
 
 from megakernel.artifact import WeightLayout, lay_out_weights, matrix_names
-from megakernel.cpu_limits import CodegenError, KvFormat, check_programs
+from megakernel.codegen_limits import CodegenError, KvFormat
+from megakernel.cpu_limits import check_programs
 from megakernel.pack import group_bytes
 from megakernel.packing import GROUP
 from megakernel.program import Epilogue, Instruction, Op, Opcode, OpKind, Program, Prologue, Space

@@ -1,8 +1,9 @@
 """Frozen programs -> CUDA: one persistent kernel a row bucket, one straight-line path an SM.
 
-A path is calls with literals: trip counts, tile strides, pages, counters, arrival counts. SMs whose paths differ
-only in which tile they begin with share one, and so do layers that differ only in where their weights lie: these
-become a loop over layers. Nothing is decoded or dispatched when it runs. `cuda_paths.py` finds what is alike.
+A path is calls with literals: trip counts, tile strides, pages, counters, arrival counts. SMs whose paths
+differ only in which tile they begin with share one, and so do layers that differ only in where their weights
+lie: these become a loop over layers. Nothing is decoded or dispatched when it runs. `cuda_paths.py` finds
+what is alike.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,8 +11,7 @@ from itertools import groupby
 
 import msgspec
 
-from megakernel.artifact import WeightLayout, matrix_names
-from megakernel.artifact_cuda import lay_out_cuda_weights
+from megakernel.artifact import WeightLayout, lay_out_weights, matrix_names
 from megakernel.cuda_limits import check_cuda_programs
 from megakernel.cuda_paths import Call, Loop, Operands, Path, paths_of
 from megakernel.program import Epilogue, Op, Opcode, Program, Prologue, Space
@@ -45,7 +45,7 @@ class GeneratedCuda(msgspec.Struct, frozen=True, kw_only=True):
 def generate_cuda(programs: Sequence[Program], formats: Mapping[str, str]) -> GeneratedCuda:
     """One source for all of an artifact's programs, ascending by bucket. Raises CodegenError."""
     check_cuda_programs(programs)
-    layout = lay_out_cuda_weights(programs[0], formats)
+    layout = lay_out_weights(programs[0], formats, "cuda")
     offsets, activation_bytes = buffer_offsets(programs)
     first_counters, num_counters = [], 0
     for program in programs:
@@ -153,7 +153,7 @@ class _Bucket:
         for index, path in enumerate(paths):
             for role in ("consume", "load"):
                 bodies.append(
-                    f"__device__ __noinline__ void {role}_rows{self.bucket}_{index}(Worker& w) {{"
+                    f"__device__ __forceinline__ void {role}_rows{self.bucket}_{index}(Worker& w) {{"
                 )
                 bodies += self.body(path, role)
                 bodies.append("}")
@@ -193,6 +193,7 @@ class _Bucket:
     def body(self, path: Path, role: str) -> Iterator[str]:
         for part in path.parts:
             if isinstance(part, Loop):
+                yield "#pragma unroll 1"
                 yield f"  for (int layer = 0; layer < {part.end - part.first}; layer++) {{"
                 for call in part.calls:
                     yield from ("    " + line for line in self.call(path, call, role))
@@ -270,7 +271,7 @@ class _Call:
 
     def loop(self, tile: Sequence[str]) -> list[str]:
         return [
-            "#pragma unroll 1",
+            *(["#pragma unroll 1"] if self.call.count > 1 else []),
             f"for (uint32_t j = 0; j < {self.call.count}; j++) {{",
             f"  const uint32_t tile = {self.first()} + j * {self.call.tile_stride};",
             *("  " + line for line in tile),
@@ -285,13 +286,16 @@ class _Call:
                 f"const uint32_t n0 = tile * {call.tile_columns};",
                 f"constexpr uint32_t u0 = 0, u1 = num_units({self.format}, {self.op.in_features});",
             ]
-        blocks = self.op.in_features // call.block_k
+        blocks = -(-self.op.in_features // call.block_k)
         unit = f"unit_k({self.format})"
         bound = f"{call.block_k}u * ({blocks}u * {{}} / {call.num_parts}u)"
         return [
-            f"const uint32_t part = tile % {call.num_parts}, n0 = tile / {call.num_parts} * {call.tile_columns};",
+            f"const uint32_t part = tile % {call.num_parts};",
+            f"const uint32_t n0 = tile / {call.num_parts} * {call.tile_columns};",
             f"const uint32_t u0 = {bound.format('part')} / {unit};",
-            f"const uint32_t u1 = ({bound.format('(part + 1)')} + {unit} - 1) / {unit};",
+            f"const uint32_t last = ({bound.format('(part + 1)')} + {unit} - 1) / {unit};",
+            f"constexpr uint32_t num_of_k = num_units({self.format}, {self.op.in_features});",
+            "const uint32_t u1 = last < num_of_k ? last : num_of_k;",
         ]
 
     def load_tile(self) -> list[str]:
@@ -300,14 +304,14 @@ class _Call:
             f"{-(-self.call.columns // 16)}, u0, u1, {self.page(self.call.weight_pages)}, "
             f"w.instruction - {_pick(self.call.ahead)});"
         )
-        return [*self.place(), *self.where_needed(load, "w.instruction++;")]
+        return [*self.place(), *self.where_needed([load, "w.next(true);"], ["w.next(false);"])]
 
-    def where_needed(self, statement: str, otherwise: str) -> list[str]:
+    def where_needed(self, statements: list[str], otherwise: list[str]) -> list[str]:
         """A tile of the head that no row wants is left out."""
         if self.op.epilogue is not Epilogue.LOGITS or self.call.opcode is not Opcode.LINEAR:
-            return [statement]
+            return statements
         needed = f"is_needed<{self.program.stats_span}>(w, n0, n0 + {self.call.columns})"
-        return [f"if ({needed}) {statement}", f"else {otherwise}"]
+        return [f"if ({needed}) {{", *statements, "} else {", *otherwise, "}"]
 
     @property
     def format(self) -> str:
@@ -331,13 +335,15 @@ class _Call:
                     f"const uint32_t n0 = tile * {call.tile_columns};",
                     f"embed_tile<{self.format}, {geometry.hidden_size}>(w, {self.number('weights')}, n0, "
                     f"n0 + {call.columns}, {self.buffer(op.output)});",
+                    "w.next(false);",
                 ]
             case Opcode.ATTENTION:
                 heads = geometry.num_kv_heads
                 return [
                     f"attention_tile<Shape>(w, {self.number('layer')}, tile % {heads}, tile / {heads}, "
                     f"{call.num_parts}, {self.buffer(op.input)}, {self.buffer(op.output)}, "
-                    f"{program.buffers[op.output].columns}, {self.page(call.input_pages)});"
+                    f"{program.buffers[op.output].columns}, {self.page(call.input_pages)});",
+                    "w.next(false);",
                 ]
             case Opcode.REDUCE:
                 parts = self.buffer(program.partial_buffers[op.index])
@@ -345,6 +351,7 @@ class _Call:
                     f"const uint32_t n0 = tile * {call.tile_columns};",
                     f"reduce_tile<{program.bucket}, {call.columns}>(w, {parts}, {call.num_parts}, "
                     f"{op.out_features}, n0, {self.sink(is_normed=False)});",
+                    "w.next(false);",
                 ]
             case _:
                 return self.linear()
@@ -363,10 +370,12 @@ class _Call:
         else:
             sink, number = self.sink(is_normed=is_normed), f"{input_page} + 1"
         statement = (
-            f"linear_tile<{self.format}, {program.bucket}, {op.in_features}, {call.columns}>(w, {self.input()}, "
-            f"{sink}, u0, u1, {self.page(call.weight_pages)}, {self.page(call.input_pages)}, {number});"
+            f"linear_tile<{self.format}, {program.bucket}, {op.in_features}, {call.columns}>(w, "
+            f"{self.input()}, {sink}, u0, u1, {self.page(call.weight_pages)}, "
+            f"{self.page(call.input_pages)}, w.takes({number}));"
         )
-        return [*self.place(), *self.where_needed(statement, "end_instruction(w);")]
+        skip = ["report_progress(w);", "w.next(false);"]
+        return [*self.place(), *self.where_needed([statement, "w.next(true);"], skip)]
 
     def input(self) -> str:
         op, program = self.op, self.program
@@ -399,8 +408,9 @@ class _Call:
                 bias = self.vector("bias") if op.biases else "nullptr"
                 norms = [self.vector(f"head_norm{i}") for i in range(len(op.head_norms))] or ["nullptr"] * 2
                 heads = f"{geometry.num_heads}, {geometry.num_kv_heads}, {geometry.head_dim}"
+                has = f"{_bool(bool(op.biases))}, {_bool(bool(op.head_norms))}"
                 return (
-                    f"RotateAppend<{template}, {heads}, {_bool(bool(op.biases))}, {_bool(bool(op.head_norms))}>"
+                    f"RotateAppend<{template}, {heads}, {has}>"
                     f"{{n0, {self.page(call.output_pages)}, {self.buffer(op.output)}, "
                     f"static_cast<int>({self.number('layer')}), {bias}, {', '.join(norms)}, "
                     f"{_f32(geometry.rms_norm_eps)}}}"

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from megakernel.artifact import Progress, WeightLayout, pack_weights
 from megakernel.build import build
 from megakernel.codegen_cpu import generate
-from megakernel.cpu_limits import KvFormat
+from megakernel.codegen_limits import KvFormat
 from megakernel.model.shape import ModelShape
 from megakernel.model.weights import Weights
 from megakernel.program import Program

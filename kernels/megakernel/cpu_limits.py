@@ -1,25 +1,18 @@
-"""What the CPU's kernels take: row counts, sizes, KV formats."""
+"""What the CPU's kernels take: row counts and sizes."""
 
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import Literal
 
+from megakernel.codegen_limits import CodegenError, check_same_artifact
 from megakernel.program import Program
 
-KvFormat = Literal["float16", "float32"]
 MAX_ROWS = 256
 """`kMaxRows` of step.h."""
 _LANES = 16
 
 
-class CodegenError(ValueError):
-    """A program the CPU's kernels cannot run: names what is in the way."""
-
-
 def check_programs(programs: Sequence[Program]) -> None:
     """Of one artifact. Raises CodegenError."""
-    if not programs:
-        raise CodegenError("an artifact has at least one program")
+    check_same_artifact(programs)
     first = programs[0]
     geometry = first.geometry
     for name in ("hidden_size", "head_dim", "intermediate_size"):
@@ -29,15 +22,5 @@ def check_programs(programs: Sequence[Program]) -> None:
         raise CodegenError(
             f"splits, SwiGLU groups and statistics spans are multiples of {_LANES} tokens or columns"
         )
-    for before, program in pairwise(programs):
-        if program.bucket <= before.bucket:
-            raise CodegenError("programs come ascending by bucket, one each")
-        same = ("model_fingerprint", "geometry", "split_tokens", "swiglu_group", "stats_span", "ops")
-        if differing := [name for name in same if getattr(program, name) != getattr(first, name)]:
-            raise CodegenError(
-                f"buckets {before.bucket} and {program.bucket} differ in {', '.join(differing)}"
-            )
-        if len(program.workers) != len(first.workers):
-            raise CodegenError("all buckets of an artifact have the same workers")
     if programs[-1].bucket > MAX_ROWS:
         raise CodegenError(f"bucket {programs[-1].bucket} has more than {MAX_ROWS} rows")

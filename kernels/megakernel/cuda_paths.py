@@ -1,8 +1,8 @@
 """What is alike in a program's instruction sequences: runs of tiles, layers, and workers.
 
-A run is consecutive instructions of one op on a worker whose tiles are evenly spaced. Workers whose runs differ only
-in the first tile share a path, layers whose runs differ only in operands that grow evenly from layer to layer
-become a loop. Nothing is lost: `instructions_of_path` gives back every instruction.
+A run is consecutive instructions of one op on a worker whose tiles are evenly spaced. Workers whose runs
+differ only in the first tile share a path, layers whose runs differ only in operands that grow evenly from
+layer to layer become a loop. Nothing is lost: `instructions_of_path` gives back every instruction.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,7 +10,7 @@ from itertools import groupby
 
 import msgspec
 
-from megakernel.cpu_limits import CodegenError
+from megakernel.codegen_limits import CodegenError
 from megakernel.memory import role_of
 from megakernel.program import Instruction, Op, Opcode, PageRole, Program
 
@@ -19,8 +19,8 @@ _K_BLOCKS = (128, 64, 32, 1)
 
 
 class Operands(msgspec.Struct, frozen=True):
-    """What an op's calls take beside their tiles: what must be equal in layers that share code, and numbers that may
-    grow from layer to layer."""
+    """What an op's calls take beside their tiles: what must be equal in layers that share code, and numbers
+    that may grow from layer to layer."""
 
     key: tuple[object, ...]
     numbers: Mapping[str, int]
@@ -90,7 +90,7 @@ def paths_of(program: Program, describe: Callable[[Op], Operands]) -> list[Path]
         key = tuple((run.key, tuple(run.call.numbers.items())) for run in runs)
         by_runs.setdefault(key, []).append(worker)
     return [
-        Path(tuple(workers), tuple(_roll(program, [runs_of[worker] for worker in workers])))
+        Path(tuple(workers), tuple(_roll([runs_of[worker] for worker in workers])))
         for workers in by_runs.values()
     ]
 
@@ -204,9 +204,13 @@ def _hashable(key: tuple[object, ...]) -> tuple[object, ...]:
 def _block_k(op: Op, bounds: set[tuple[int, int, int, int]]) -> int:
     """The block that cuts K as its K-tiles are cut."""
     for block in _K_BLOCKS:
-        count = op.in_features // block
+        count = -(-op.in_features // block)
         if all(
-            (k0, k1) == (block * (count * part // parts), block * (count * (part + 1) // parts))
+            (k0, k1)
+            == (
+                block * (count * part // parts),
+                min(op.in_features, block * (count * (part + 1) // parts)),
+            )
             for part, parts, k0, k1 in bounds
         ):
             return block
@@ -243,7 +247,7 @@ def _pages_repeat(worker: Sequence[Instruction], start: int, end: int) -> bool:
     )
 
 
-def _roll(program: Program, runs_by_worker: Sequence[Sequence[_Run]]) -> Iterator[Call | Loop]:
+def _roll(runs_by_worker: Sequence[Sequence[_Run]]) -> Iterator[Call | Loop]:
     """Of workers whose runs are alike, as the first's."""
     runs = [
         (run, tuple(other[index].first_tile for other in runs_by_worker))
@@ -307,9 +311,8 @@ def instructions_of_path(program: Program, path: Path, worker: int) -> list[tupl
         for layer in layers:
             for call in calls:
                 op = call.op + (layer - layers[0]) * _ops_a_layer(program)
-                found += [
-                    (op, call.opcode, call.first_tiles[place] + j * call.tile_stride) for j in range(call.count)
-                ]
+                first = call.first_tiles[place]
+                found += [(op, call.opcode, first + j * call.tile_stride) for j in range(call.count)]
     return found
 
 

@@ -24,7 +24,7 @@ def default_plan(
     """The same for every bucket. Raises ScratchError where even the smallest tile does not fit."""
     del bucket
     stored = usual_formats(shape) if formats is None else formats
-    ops = {role.name: plan_linear(role, machine) for role in linear_roles(shape, stored)}
+    ops = {role.name: plan_linear(role, machine) for role in linear_roles(shape, stored, machine)}
     ops["embed"] = OpPlan(tile_columns=even_columns(shape.hidden_size, packed_grain(1), machine.num_workers))
     ops["attention"] = OpPlan(tile_columns=1)
     return Plan(ops=ops, prefetch_instructions=MAX_STAGES - 1)

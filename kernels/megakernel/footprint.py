@@ -8,6 +8,12 @@ from collections.abc import Mapping
 
 import msgspec
 
+from megakernel.footprint_cuda import (
+    attention_bytes,
+    input_tile_bytes,
+    output_tile_bytes,
+    weight_tile_bytes,
+)
 from megakernel.machine import Machine
 from megakernel.program import Geometry, Instruction, Op, Opcode, Program
 from megakernel.weight_formats import activation_bits, column_bits, op_formats
@@ -89,11 +95,49 @@ def _attention_chunk(kv_heads: int, geometry: Geometry, chunk: int) -> Footprint
     )
 
 
+def cuda_linear_footprint(*, columns: int, k: int, rows: int, stored: tuple[str, ...]) -> Footprint:
+    """Of a linear tile on an SM, of an op whose matrices are stored in these formats."""
+    return Footprint(
+        weight_stage_bytes=weight_tile_bytes(stored, columns, k),
+        input_bytes=input_tile_bytes(k, rows),
+        output_bytes=output_tile_bytes(columns, rows),
+    )
+
+
+def cuda_attention_footprint(geometry: Geometry) -> Footprint:
+    """Of one KV head, whatever the rows."""
+    group = geometry.num_heads // geometry.num_kv_heads
+    return Footprint(
+        weight_stage_bytes=0, input_bytes=attention_bytes(group, geometry.head_dim), output_bytes=0
+    )
+
+
+def _cuda_footprint(
+    program: Program, instruction: Instruction, formats: Mapping[str, str] | None
+) -> Footprint:
+    op, rows = program.ops[instruction.op], instruction.r1 - instruction.r0
+    columns = instruction.n1 - instruction.n0
+    match instruction.opcode:
+        case Opcode.ATTENTION:
+            return cuda_attention_footprint(program.geometry)
+        case Opcode.EMBED:
+            return Footprint(weight_stage_bytes=0, input_bytes=0, output_bytes=0)
+        case Opcode.REDUCE:
+            sums = output_tile_bytes(columns, rows)
+            return Footprint(weight_stage_bytes=0, input_bytes=0, output_bytes=sums)
+        case _:
+            return cuda_linear_footprint(
+                columns=columns, k=num_k(op, instruction), rows=rows, stored=op_formats(op, formats)
+            )
+
+
 def footprint(
     program: Program, instruction: Instruction, formats: Mapping[str, str] | None = None
 ) -> Footprint:
     """Of an instruction of a program on workers with its scratch pages; `formats` by weight name, usual ones
     where it does not say."""
+    if program.kind == "cuda":
+        return _cuda_footprint(program, instruction, formats)
     op = program.ops[instruction.op]
     rows = instruction.r1 - instruction.r0
     columns = instruction.n1 - instruction.n0

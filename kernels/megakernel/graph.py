@@ -1,6 +1,7 @@
 """A model's shape -> its decode step as a graph in the `mk` dialect, unfused."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from xdsl.dialects.builtin import ModuleOp
 from xdsl.ir import Block, Operation, Region, SSAValue
@@ -24,8 +25,8 @@ from megakernel.dialect.graph_ops import (
 from megakernel.dialect.tiled_ops import AttentionOp, EmbedOp
 from megakernel.dialect.types import (
     BLOCK_FORMATS,
-    FLOAT_FORMATS,
     QUANT_BLOCK,
+    WEIGHT_FORMATS,
     KvType,
     VectorType,
     WeightsType,
@@ -35,7 +36,8 @@ from megakernel.model.shape import ModelShape
 from megakernel.weight_formats import format_of
 
 SWIGLU_GROUP = 16
-STATS_SPAN = 256
+STATS_SPANS: Mapping[str, int] = MappingProxyType({"cpu": 256, "cuda": 32})
+"""By kind of machine: columns of the head that share statistics, and so a tile."""
 DEFAULT_SPLIT_TOKENS = 128
 
 
@@ -49,11 +51,12 @@ def build_graph(
     *,
     split_tokens: int = DEFAULT_SPLIT_TOKENS,
     kv_format: str = "F16",
+    stats_span: int = STATS_SPANS["cpu"],
 ) -> ModuleOp:
     """`formats` by weight name, matrices at least. Raises GraphError."""
     check_shape(shape, split_tokens)
     check_formats(shape, formats)
-    builder = _Builder(shape, formats, split_tokens, kv_format)
+    builder = _Builder(shape, formats, split_tokens, kv_format, stats_span)
     builder.build()
     return builder.module
 
@@ -97,14 +100,13 @@ def check_shape(shape: ModelShape, split_tokens: int) -> None:
 
 
 def check_formats(shape: ModelShape, formats: Mapping[str, str]) -> None:
-    known = FLOAT_FORMATS + BLOCK_FORMATS
     for name, size in expected_shapes(shape).items():
         if len(size) == 1:
             continue
         if name not in formats:
             raise GraphError(f"no format is given for weight {name}")
-        if formats[name] not in known:
-            raise GraphError(f"weight {name} is {formats[name]}; supported are {', '.join(known)}")
+        if formats[name] not in WEIGHT_FORMATS:
+            raise GraphError(f"weight {name} is {formats[name]}; supported are {', '.join(WEIGHT_FORMATS)}")
         if formats[name] in BLOCK_FORMATS and size[1] % QUANT_BLOCK:
             raise GraphError(
                 f"weight {name} is {formats[name]}, which needs in_features in blocks of {QUANT_BLOCK}, "
@@ -116,11 +118,17 @@ class _Builder:
     """Appends ops to one module."""
 
     def __init__(
-        self, shape: ModelShape, formats: Mapping[str, str], split_tokens: int, kv_format: str
+        self,
+        shape: ModelShape,
+        formats: Mapping[str, str],
+        split_tokens: int,
+        kv_format: str,
+        stats_span: int,
     ) -> None:
         self.shape = shape
         self.formats = formats
         self.split_tokens = split_tokens
+        self.stats_span = stats_span
         self.kv_type = KvType.of(shape.num_kv_heads, shape.head_dim, element=kv_format)
         self.sizes = expected_shapes(shape)
         self.block = Block()
@@ -136,7 +144,7 @@ class _Builder:
         normed = self._norm(hidden, "final_norm")
         head = table if self.shape.has_tied_head else self._matrix("head")
         logits = self._add(LinearOp(normed, head))
-        stats = self._add(HeadStatsOp(logits, STATS_SPAN))
+        stats = self._add(HeadStatsOp(logits, self.stats_span))
         self.block.add_op(OutputOp([logits, stats]))
 
     def _attention_half(self, prefix: str, layer: int, hidden: SSAValue) -> SSAValue:

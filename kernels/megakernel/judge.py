@@ -8,13 +8,12 @@ from typing import Protocol
 import msgspec
 
 from megakernel.cost import bandwidth_bound_us, extrapolated_us, simulate
-from megakernel.graph import usual_formats
+from megakernel.graph import STATS_SPANS, usual_formats
 from megakernel.machine import Machine
 from megakernel.memory import ScratchError
 from megakernel.model.shape import ModelShape
 from megakernel.plan import Plan
 from megakernel.program import Program
-from megakernel.schedule import STATS_SPAN
 from megakernel.validate import validate
 
 _SIMULATED_LAYERS = 3
@@ -41,9 +40,9 @@ class CompileProgram(Protocol):
 
 def truncated(shape: ModelShape) -> ModelShape:
     """The model of few layers and tokens that stands for `shape` while searching."""
-    vocab_size = shape.vocab_size
+    vocab_size, span = shape.vocab_size, STATS_SPANS["cpu"]  # a multiple of every kind's
     if vocab_size > _LARGE_VOCABULARY:
-        vocab_size = -(-vocab_size // (_VOCABULARY_SHARE * STATS_SPAN)) * STATS_SPAN
+        vocab_size = -(-vocab_size // (_VOCABULARY_SHARE * span)) * span
     num_layers = min(shape.num_layers, _SIMULATED_LAYERS)
     return msgspec.structs.replace(shape, num_layers=num_layers, vocab_size=vocab_size)
 

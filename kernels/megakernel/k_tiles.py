@@ -20,7 +20,7 @@ def shared_k_tiles(
     not change the answer. Raises ScratchError where no tile of a role fits.
     """
     stored = usual_formats(shape) if formats is None else formats
-    return {role.name: num_k_tiles(role, machine) for role in linear_roles(shape, stored)}
+    return {role.name: num_k_tiles(role, machine) for role in linear_roles(shape, stored, machine)}
 
 
 def num_k_tiles(role: LinearRole, machine: Machine) -> int:

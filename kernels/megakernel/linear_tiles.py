@@ -5,7 +5,8 @@ from itertools import pairwise, product
 
 import msgspec
 
-from megakernel.footprint import ROW_CHUNK, linear_footprint, max_stages
+from megakernel.footprint import ROW_CHUNK, cuda_linear_footprint, linear_footprint, max_stages
+from megakernel.graph import STATS_SPANS
 from megakernel.machine import Machine
 from megakernel.model.shape import ModelShape
 from megakernel.program import Epilogue
@@ -47,7 +48,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     cost_us: float
 
 
-def linear_roles(shape: ModelShape, formats: Mapping[str, str]) -> list[LinearRole]:
+def linear_roles(shape: ModelShape, formats: Mapping[str, str], machine: Machine) -> list[LinearRole]:
     q_columns = shape.num_heads * shape.head_dim
     kv_columns = shape.num_kv_heads * shape.head_dim
     hidden, mlp = shape.hidden_size, shape.intermediate_size
@@ -60,7 +61,7 @@ def linear_roles(shape: ModelShape, formats: Mapping[str, str]) -> list[LinearRo
             name=name,
             in_features=k,
             out_features=columns,
-            grain=epilogue_grain(epilogue, shape.head_dim),
+            grain=epilogue_grain(epilogue, shape.head_dim, STATS_SPANS[machine.kernels]),
             formats=tuple(sorted(stored)),
         )
 
@@ -74,7 +75,7 @@ def linear_roles(shape: ModelShape, formats: Mapping[str, str]) -> list[LinearRo
             name="head",
             in_features=hidden,
             out_features=shape.vocab_size,
-            grain=epilogue_grain(Epilogue.LOGITS, shape.head_dim),
+            grain=epilogue_grain(Epilogue.LOGITS, shape.head_dim, STATS_SPANS[machine.kernels]),
             formats=(head,),
         ),
     ]
@@ -86,14 +87,14 @@ def candidates(role: LinearRole, machine: Machine) -> list[Candidate]:
         even_columns(role.out_features, grain, machine.num_workers * run)
         for run in range(1, MAX_RUN_TILES + 1)
     }
-    splits = range(1, min(MAX_K_TILES, max_k_tiles(role.in_features)) + 1)
+    splits = range(1, min(MAX_K_TILES, max_k_tiles(role.in_features, machine.kernels)) + 1)
     fitting = (candidate(role, machine, width, parts) for width, parts in product(widths | {grain}, splits))
     return [found for found in fitting if found is not None]
 
 
 def candidate(role: LinearRole, machine: Machine, width: int, parts: int) -> Candidate | None:
     """None where the tile does not fit, or has no room for the next one's weights beside its own."""
-    bounds = k_bounds(role.in_features, parts)
+    bounds = k_bounds(role.in_features, parts, machine.kernels)
     k = max(end - start for start, end in pairwise(bounds))
     needed = linear_footprint(
         columns=width,
@@ -102,6 +103,8 @@ def candidate(role: LinearRole, machine: Machine, width: int, parts: int) -> Can
         weight_bits=role.weight_bits,
         input_bits=activation_bits(role.formats),
     )
+    if machine.kernels == "cuda":
+        needed = cuda_linear_footprint(columns=width, k=k, rows=ROW_CHUNK, stored=role.formats)
     stages = min(max_stages(needed, machine), MAX_STAGES)
     if stages == 0:
         return None

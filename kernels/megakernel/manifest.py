@@ -9,8 +9,8 @@ import msgspec
 
 from megakernel.artifact import Segment, WeightLayout
 from megakernel.build import Compiler
+from megakernel.codegen_limits import KvFormat
 from megakernel.cpu_identity import CpuIdentity
-from megakernel.cpu_limits import KvFormat
 from megakernel.machine import Machine
 from megakernel.model.shape import ModelShape
 
@@ -83,7 +83,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def layout(self) -> WeightLayout:
         return WeightLayout(
-            segments={segment.weights: segment for segment in self.segments}, num_bytes=self.weight_bytes
+            segments={segment.weights: segment for segment in self.segments},
+            num_bytes=self.weight_bytes,
+            backend=self.machine.kind,
         )
 
 

@@ -36,6 +36,14 @@ class _Layout(msgspec.Struct, frozen=True):
 _LAYOUTS = {"Q4_1": _Layout(20, 4), "Q4_0": _Layout(18, 2), "Q8_0": _Layout(34, 2)}
 
 
+def common_format(formats: Sequence[str], in_features: int) -> str:
+    """What an op's weights are packed as: their own format, or F32, exactly, where they are in several or in
+    one that no kernel reads."""
+    first = formats[0]
+    is_packable = first in PACKED_FORMATS and (first not in QUANTIZED_FORMATS or in_features % BLOCK == 0)
+    return first if is_packable and set(formats) == {first} else "F32"
+
+
 def pack_linear(tensors: Sequence[RawTensor], *, swiglu_group: int | None = None) -> PackedLinear:
     """The matrix that `join` makes of the tensors.
 

@@ -9,7 +9,7 @@ import msgspec
 from xdsl.dialects.builtin import ModuleOp
 
 from megakernel.default_plan import default_plan
-from megakernel.graph import DEFAULT_SPLIT_TOKENS, build_graph, usual_formats
+from megakernel.graph import DEFAULT_SPLIT_TOKENS, STATS_SPANS, build_graph, usual_formats
 from megakernel.lower import lower
 from megakernel.machine import Machine
 from megakernel.memory import plan_pages
@@ -60,7 +60,7 @@ def compile_program(
     """
     stored = usual_formats(shape) if formats is None else formats
     context = pass_context(shape, machine, bucket, plan, split_tokens=split_tokens, formats=stored)
-    module = fused_graph(shape, stored, split_tokens).clone()
+    module = fused_graph(shape, stored, split_tokens, STATS_SPANS[machine.kernels]).clone()
     run_passes(module, context, list(PASSES)[1:])
     program = lower(module, fingerprint, context)
     if page_planner is None:
@@ -83,7 +83,7 @@ def ir_after(
         raise ValueError(f"no pass is called `{stop_after}`; there are {', '.join(STAGE_NAMES)}")
     stored = usual_formats(shape) if formats is None else formats
     context = pass_context(shape, machine, bucket, plan, split_tokens=split_tokens, formats=stored)
-    module = build_graph(shape, stored, split_tokens=split_tokens)
+    module = build_graph(shape, stored, split_tokens=split_tokens, stats_span=STATS_SPANS[machine.kernels])
     module.verify()
     run_passes(module, context, list(PASSES)[: STAGE_NAMES.index(stop_after)])
     return module
@@ -114,14 +114,18 @@ def pass_context(
     return PassContext(shape=shape, machine=machine, bucket=bucket, plan=plan, split_tokens=split_tokens)
 
 
-def fused_graph(shape: ModelShape, formats: Mapping[str, str], split_tokens: int) -> ModuleOp:
+def fused_graph(
+    shape: ModelShape, formats: Mapping[str, str], split_tokens: int, stats_span: int
+) -> ModuleOp:
     """Shared and cached: clone it before changing it."""
-    return _fused_graph(shape, tuple(sorted(formats.items())), split_tokens)
+    return _fused_graph(shape, tuple(sorted(formats.items())), split_tokens, stats_span)
 
 
 @lru_cache(maxsize=_CACHED_GRAPHS)
-def _fused_graph(shape: ModelShape, formats: tuple[tuple[str, str], ...], split_tokens: int) -> ModuleOp:
-    module = build_graph(shape, dict(formats), split_tokens=split_tokens)
+def _fused_graph(
+    shape: ModelShape, formats: tuple[tuple[str, str], ...], split_tokens: int, stats_span: int
+) -> ModuleOp:
+    module = build_graph(shape, dict(formats), split_tokens=split_tokens, stats_span=stats_span)
     module.verify()
     fuse(module)
     module.verify()

@@ -7,7 +7,7 @@ from functools import partial
 import msgspec
 
 from megakernel.build import BuildError
-from megakernel.cpu_limits import CodegenError
+from megakernel.codegen_limits import CodegenError
 from megakernel.default_plan import default_plan
 from megakernel.machine import Machine
 from megakernel.measure import OnPlan, Refinement, can_measure, refine_on_this_cpu
@@ -17,8 +17,8 @@ from megakernel.model.weights import Weights
 from megakernel.passes.context import PlanError
 from megakernel.pipeline import compile_program
 from megakernel.plan import Plan
-from megakernel.runtime import StepError
 from megakernel.search import Progress, SearchResult, search
+from megakernel.step import StepError
 from megakernel.work import DEFAULT_CONTEXT_TOKENS
 
 _QUIET_LOAD = 0.5

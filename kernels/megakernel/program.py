@@ -10,6 +10,7 @@ every `split_tokens` and its splits are combined in ascending order. Neither dep
 """
 
 from enum import IntEnum, StrEnum
+from typing import Literal
 
 import msgspec
 
@@ -188,6 +189,8 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
     num_counters: int
     num_pages: int
     page_bytes: int
+    kind: Literal["cpu", "cuda"] = "cpu"
+    """Whose tiles it has (`Machine.kernels`): what a tile needs of scratch memory is theirs to say."""
 
 
 class Access(msgspec.Struct, frozen=True):

@@ -10,8 +10,8 @@ import msgspec
 from megakernel.artifact import Progress, packed_formats
 from megakernel.buckets import BUCKETS
 from megakernel.build import find_compiler, headers, library_flags
+from megakernel.codegen_limits import KvFormat
 from megakernel.cpu_identity import this_cpu
-from megakernel.cpu_limits import KvFormat
 from megakernel.default_plan import default_plan
 from megakernel.machine import Machine
 from megakernel.manifest import FORMAT, UnsupportedModelError

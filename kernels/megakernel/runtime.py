@@ -11,18 +11,15 @@ import numpy as np
 import numpy.typing as npt
 
 from megakernel.artifact import Progress
+from megakernel.codegen_limits import KvFormat
 from megakernel.compiled import Compiled, compile_here
-from megakernel.cpu_limits import KvFormat
 from megakernel.head import Reductions
 from megakernel.library import EngineConfig, StepInput, load_library
 from megakernel.model.rope import rope_frequencies
 from megakernel.model.shape import ModelShape
 from megakernel.model.weights import Weights
 from megakernel.program import Program
-
-IntArray = npt.NDArray[np.int32]
-FloatArray = npt.NDArray[np.float32]
-BoolArray = npt.NDArray[np.bool_]
+from megakernel.step import BoolArray, FloatArray, IntArray, Rows, StepError, StepOutput
 
 WAIT_LIMIT_S = 10.0
 SPINS = 2_000
@@ -31,42 +28,6 @@ worker's core uses up the time that the scheduler would give that worker next.""
 TOKENS_A_SMALL_BLOCK = 16
 """`kTokensABlock` of step.h."""
 _DTYPES: dict[KvFormat, type[np.generic]] = {"float16": np.float16, "float32": np.float32}
-
-
-class StepError(RuntimeError):
-    """A step that was refused or failed; after a failure of the workers every later step fails too."""
-
-
-class Rows(msgspec.Struct, frozen=True, kw_only=True, eq=False):
-    """A step's rows, as the library reads them: int32 and C-contiguous, what is needed bool.
-
-    StepBatch (decode_workers/step_batch.py) says what the arrays hold.
-    """
-
-    token_ids: IntArray
-    positions: IntArray
-    slots: IntArray
-    parents: IntArray
-    sequence_starts: IntArray
-    context_lengths: IntArray
-    block_tables: IntArray
-    needs_logits: BoolArray
-    needs_best: BoolArray | None = None
-    top_k: int = 0
-    needs_log_sums: bool = False
-    allowed_starts: IntArray | None = None
-    allowed_token_ids: IntArray | None = None
-
-
-class StepOutput(msgspec.Struct, frozen=True, kw_only=True, eq=False):
-    """What a step's head gave, in arrays of the caller's own."""
-
-    logits: FloatArray
-    """[rows that need logits and have no allowed tokens, vocab] in row order."""
-    reductions: Reductions
-    """Of the rows that need the best, in row order."""
-    allowed_logits: FloatArray
-    """[allowed tokens] in the order of `allowed_token_ids`."""
 
 
 class Stamps(msgspec.Struct, frozen=True, eq=False):

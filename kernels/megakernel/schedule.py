@@ -8,18 +8,25 @@ K-tiles are those that all programs of an artifact share (`k_tiles.py`).
 import heapq
 import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 
 import msgspec
 
-from megakernel.footprint import Footprint, attention_footprint, linear_footprint, max_stages
+from megakernel.footprint import (
+    Footprint,
+    attention_footprint,
+    cuda_attention_footprint,
+    cuda_linear_footprint,
+    linear_footprint,
+    max_stages,
+)
+from megakernel.graph import STATS_SPANS
 from megakernel.k_tiles import shared_k_tiles
 from megakernel.machine import Machine
 from megakernel.memory import ScratchError
 from megakernel.model.shape import ModelShape
 from megakernel.plan import ROLES, OpPlan, Plan
 from megakernel.program import Geometry
-from megakernel.tiles import k_bounds
+from megakernel.tiles import k_block
 from megakernel.weight_formats import (
     FLOAT_ACTIVATION_BITS,
     QUANTIZED,
@@ -29,7 +36,6 @@ from megakernel.weight_formats import (
 )
 
 SPLIT_TOKENS = 128
-STATS_SPAN = 256
 SWIGLU_GROUP = 16
 COLUMN_GRANULE = 16
 K_GRANULE = 32
@@ -55,6 +61,9 @@ class RoleShape(msgspec.Struct, frozen=True, kw_only=True):
     """Ops of the role in the model."""
     num_splits: int = 0
     """Of attention: KV splits of the longest context."""
+    k_block: int = 1
+    """K-tiles are whole multiples of it."""
+    formats: tuple[str, ...] = ()
 
 
 def geometry_of(shape: ModelShape) -> Geometry:
@@ -72,7 +81,11 @@ def geometry_of(shape: ModelShape) -> Geometry:
 
 
 def role_shapes(
-    shape: ModelShape, formats: Mapping[str, str] | None = None, *, split_tokens: int = SPLIT_TOKENS
+    shape: ModelShape,
+    formats: Mapping[str, str] | None = None,
+    *,
+    split_tokens: int = SPLIT_TOKENS,
+    kind: str = "cpu",
 ) -> dict[str, RoleShape]:
     """By role, in dependency order (`plan.ROLES`)."""
     q_columns = shape.num_heads * shape.head_dim
@@ -88,10 +101,11 @@ def role_shapes(
         "o": (q_columns, {"o": hidden}, COLUMN_GRANULE),
         "gate_up": (hidden, {"gate": inner, "up": inner}, 2 * SWIGLU_GROUP),
         "down": (inner, {"down": hidden}, COLUMN_GRANULE),
-        "head": (hidden, {head: shape.vocab_size}, STATS_SPAN),
+        "head": (hidden, {head: shape.vocab_size}, STATS_SPANS[kind]),
     }
     shapes = {
-        role: _linear_role(role, *linear[role], 1 if role == "head" else layers, formats) for role in linear
+        role: _linear_role(role, *linear[role], 1 if role == "head" else layers, formats, kind)
+        for role in linear
     }
     bits = WEIGHT_BITS[format_of("embed", formats)]
     shapes["embed"] = _plain_role("embed", hidden, COLUMN_GRANULE, bits, 1)
@@ -122,6 +136,7 @@ def _linear_role(
     granule: int,
     count: int,
     formats: Mapping[str, str] | None,
+    kind: str,
 ) -> RoleShape:
     """Widths of the layer with the most bits: what fits there fits in all."""
     names = ["{}"] if role == "head" else [f"layers.{layer}.{{}}" for layer in range(count)]
@@ -138,6 +153,8 @@ def _linear_role(
         columns=total,
         granule=granule,
         weight_bits=weight_bits,
+        k_block=k_block(in_features, kind),
+        formats=tuple(sorted({name for layer in stored for name in layer})),
         input_bits=QUANTIZED_ACTIVATION_BITS if is_quantized else FLOAT_ACTIVATION_BITS,
         count=count,
     )
@@ -147,6 +164,8 @@ def tile_footprint(
     role: RoleShape, geometry: Geometry, op_plan: OpPlan, bucket: int, machine: Machine
 ) -> Footprint:
     """Of the role's largest tile."""
+    if role.role == "attention" and machine.kernels == "cuda":
+        return cuda_attention_footprint(geometry)
     if role.role == "attention":
         return attention_footprint(
             kv_heads=op_plan.tile_columns,
@@ -157,6 +176,8 @@ def tile_footprint(
         )
     columns = min(op_plan.tile_columns, role.columns)
     k = largest_k_tile(role, op_plan.num_k_tiles)
+    if machine.kernels == "cuda":
+        return cuda_linear_footprint(columns=columns, k=k, rows=bucket, stored=role.formats)
     return linear_footprint(
         columns=columns, k=k, rows=bucket, weight_bits=role.weight_bits, input_bits=role.input_bits
     )
@@ -164,12 +185,14 @@ def tile_footprint(
 
 def largest_k_tile(role: RoleShape, num_k_tiles: int) -> int:
     """Elements."""
-    return max(end - start for start, end in pairwise(k_bounds(role.in_features, num_k_tiles)))
+    blocks = -(-role.in_features // role.k_block)
+    return min(role.in_features, role.k_block * -(-blocks // num_k_tiles))
 
 
 def k_tile_choices(role: RoleShape) -> tuple[int, ...]:
     """Ascending numbers of K-tiles that cut K into equal runs of whole quantization blocks."""
-    blocks, rest = divmod(role.in_features, K_GRANULE)
+    granule = max(K_GRANULE, role.k_block)
+    blocks, rest = divmod(role.in_features, granule)
     if not blocks or rest:
         return (1,)
     return tuple(n for n in range(1, min(blocks, MAX_K_TILES) + 1) if blocks % n == 0)
@@ -195,7 +218,7 @@ def list_schedule(
     k_tiles = shared_k_tiles(shape, machine, formats)
     ops = {
         role.role: _plan_role(role, geometry, machine, bucket, k_tiles.get(role.role, 1))
-        for role in role_shapes(shape, formats, split_tokens=split_tokens).values()
+        for role in role_shapes(shape, formats, split_tokens=split_tokens, kind=machine.kernels).values()
     }
     return Plan(ops=ops, prefetch_instructions=1)
 
@@ -229,6 +252,8 @@ def _tile_widths(role: RoleShape, machine: Machine, k_tiles: int) -> tuple[int, 
 def with_workers(role: RoleShape, op_plan: OpPlan, machine: Machine) -> OpPlan:
     """The plan with each instruction's worker, longest processing time first."""
     columns = op_plan.tile_columns
+    if machine.kernels == "cuda":
+        return msgspec.structs.replace(op_plan, tile_workers=_in_turn(role, op_plan, machine))
     widths = [min(columns, role.columns - first) for first in range(0, role.columns, columns)]
     if role.role == "attention":
         # Part p has work wherever the context reaches its first split: the lower, the more often.
@@ -237,6 +262,20 @@ def with_workers(role: RoleShape, op_plan: OpPlan, machine: Machine) -> OpPlan:
     else:
         costs = [float(width) for width in widths for _ in range(op_plan.num_k_tiles)]
     return msgspec.structs.replace(op_plan, tile_workers=balanced(costs, machine.num_workers))
+
+
+def _in_turn(role: RoleShape, op_plan: OpPlan, machine: Machine) -> tuple[int, ...]:
+    """Tiles dealt to workers in order: SMs whose tiles are evenly spaced share code.
+
+    Attention's splits ascending, of each its KV heads: the first splits are those that every context has.
+    """
+    tiles = num_tiles(role, op_plan.tile_columns)
+    if role.role == "attention":
+        parts = min(machine.num_workers, role.num_splits)
+        numbers = [part * tiles + head for head in range(tiles) for part in range(parts)]
+    else:
+        numbers = list(range(tiles * op_plan.num_k_tiles))
+    return tuple(number % machine.num_workers for number in numbers)
 
 
 def balanced(costs: Sequence[float], num_workers: int) -> tuple[int, ...]:

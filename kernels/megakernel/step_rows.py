@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from megakernel.runtime import Rows, Runtime
+from megakernel.runtime import Runtime
+from megakernel.step import Rows
 
 BLOCK_TOKENS = 32
 _NO_PARENT = -1

@@ -11,7 +11,8 @@ from megakernel.artifact import Progress
 from megakernel.compiled import Compiled
 from megakernel.cost import bandwidth_bound_us, simulate
 from megakernel.machine import Machine
-from megakernel.runtime import Rows, Runtime
+from megakernel.runtime import Runtime
+from megakernel.step import Rows
 from megakernel.step_rows import BLOCK_TOKENS, decode_rows, fill_context, num_blocks
 
 CONTEXTS = (64, 512, 2048)

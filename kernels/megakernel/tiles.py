@@ -17,7 +17,8 @@ from megakernel.dialect.tiled_ops import (
     TiledOp,
 )
 from megakernel.dialect.types import QUANT_BLOCK
-from megakernel.graph import STATS_SPAN, SWIGLU_GROUP
+from megakernel.footprint_cuda import K_BLOCK
+from megakernel.graph import SWIGLU_GROUP
 from megakernel.program import Epilogue
 
 COLUMN_GROUP = 16
@@ -50,19 +51,19 @@ def width_of(op: TiledOp) -> int:
             raise AssertionError(f"{op.name} has no tiles")
 
 
-def grain_of(op: TiledOp, head_dim: int) -> int:
+def grain_of(op: TiledOp, head_dim: int, stats_span: int) -> int:
     """Columns that must stay in one tile, for the epilogue's sake."""
-    return epilogue_grain(op.epilogue.data, head_dim) if isinstance(op, LinearTail) else 1
+    return epilogue_grain(op.epilogue.data, head_dim, stats_span) if isinstance(op, LinearTail) else 1
 
 
-def epilogue_grain(epilogue: str, head_dim: int) -> int:
+def epilogue_grain(epilogue: str, head_dim: int, stats_span: int) -> int:
     match epilogue:
         case Epilogue.ROPE_APPEND:
             return head_dim
         case Epilogue.SWIGLU:
             return 2 * SWIGLU_GROUP
         case Epilogue.LOGITS:
-            return STATS_SPAN
+            return stats_span
         case _:
             return 1
 
@@ -72,25 +73,34 @@ def packed_grain(grain: int) -> int:
     return lcm(grain, COLUMN_GROUP)
 
 
-def k_bounds(in_features: int, num_k_tiles: int) -> tuple[int, ...]:
-    """Where K-tiles begin and end: as equal as whole quantization blocks allow."""
-    block = 1 if in_features % QUANT_BLOCK else QUANT_BLOCK
-    num_blocks = in_features // block
-    return tuple(block * (num_blocks * tile // num_k_tiles) for tile in range(num_k_tiles + 1))
+def k_block(in_features: int, kind: str) -> int:
+    """What K-tiles are whole multiples of, on a kind of machine: quantization blocks, or units as packed."""
+    if kind == "cuda":
+        return K_BLOCK
+    return 1 if in_features % QUANT_BLOCK else QUANT_BLOCK
 
 
-def max_k_tiles(in_features: int) -> int:
-    return in_features if in_features % QUANT_BLOCK else in_features // QUANT_BLOCK
+def k_bounds(in_features: int, num_k_tiles: int, kind: str = "cpu") -> tuple[int, ...]:
+    """Where K-tiles begin and end: as equal as whole blocks allow."""
+    block = k_block(in_features, kind)
+    num_blocks = -(-in_features // block)
+    return tuple(
+        min(in_features, block * (num_blocks * tile // num_k_tiles)) for tile in range(num_k_tiles + 1)
+    )
 
 
-def tiles_of(op: TiledOp, num_attention_parts: int) -> tuple[Tile, ...]:
+def max_k_tiles(in_features: int, kind: str = "cpu") -> int:
+    return -(-in_features // k_block(in_features, kind))
+
+
+def tiles_of(op: TiledOp, num_attention_parts: int, kind: str = "cpu") -> tuple[Tile, ...]:
     """An op's tiles, after `tile`: columns ascending, of each its K-tiles or attention parts ascending."""
     width, step = width_of(op), op.decided("tile_columns")
     match op:
         case AttentionOp():
             return _dealt_tiles(width, step, num_attention_parts)
         case PartialLinearOp():
-            return _k_tiles(width, step, op.in_features, sizes_of(op.parts)[0])
+            return _k_tiles(width, step, op.in_features, sizes_of(op.parts)[0], kind)
         case ReduceOp():
             return _column_tiles(width, step, 0, sizes_of(op.parts)[0])
         case FusedLinearOp():
@@ -112,8 +122,8 @@ def _column_tiles(width: int, step: int, k: int, num_parts: int) -> tuple[Tile, 
 
 
 @lru_cache(maxsize=256)
-def _k_tiles(width: int, step: int, in_features: int, num_parts: int) -> tuple[Tile, ...]:
-    bounds = k_bounds(in_features, num_parts)
+def _k_tiles(width: int, step: int, in_features: int, num_parts: int, kind: str) -> tuple[Tile, ...]:
+    bounds = k_bounds(in_features, num_parts, kind)
     return tuple(
         Tile(n0, n1, bounds[part], bounds[part + 1], part, num_parts)
         for n0, n1 in _columns(width, step)

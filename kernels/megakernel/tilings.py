@@ -56,7 +56,8 @@ class Tilings:
         self._geometry = geometry_of(shape)
         self._k_tiles = shared_k_tiles(shape, machine, formats)
         self._known = known
-        self.roles = tuple(role_shapes(shape, formats, split_tokens=split_tokens).values())
+        roles = role_shapes(shape, formats, split_tokens=split_tokens, kind=machine.kernels)
+        self.roles = tuple(roles.values())
         self.ranked = tuple(self._rank(role) for role in self.roles)
 
     def plan(self, ranks: tuple[int, ...], turns: tuple[int, ...], prefetch_instructions: int) -> Plan:

@@ -12,7 +12,7 @@ from megakernel.model.weights import Weights
 from megakernel.program import Program
 from megakernel.schedule_error import instruction_name
 from megakernel.vm_ops import execute
-from megakernel.vm_state import Float32Array, OpWeights, StepError, VmKv, VmState, VmStep
+from megakernel.vm_state import Arithmetic, Float32Array, OpWeights, StepError, VmKv, VmState, VmStep
 
 _MAX_SHOWN = 8
 
@@ -49,10 +49,19 @@ class VmResult(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 class Vm:
     """Runs steps of one program; KV stays from step to step in `kv`."""
 
-    def __init__(self, program: Program, weights: Weights | OpWeights, kv: VmKv) -> None:
+    def __init__(
+        self,
+        program: Program,
+        weights: Weights | OpWeights,
+        kv: VmKv,
+        arithmetic: Arithmetic = Arithmetic.CPU,
+    ) -> None:
+        """OpWeights have an arithmetic of their own. Raises ValueError where it keeps KV as another type."""
         self.program = program
         self.kv = kv
-        self._weights = weights if isinstance(weights, OpWeights) else OpWeights(weights)
+        self._weights = weights if isinstance(weights, OpWeights) else OpWeights(weights, arithmetic)
+        if self._weights.arithmetic is Arithmetic.CUDA and kv.dtype != np.float16:
+            raise ValueError(f"a KV pool of {kv.dtype}: CUDA keeps K and V as float16")
 
     def run(
         self,

@@ -1,13 +1,15 @@
 """What each instruction computes: float64 inside an instruction, float32 in buffers, row by row.
 
-Every sum runs along one row's own elements, so that neither other rows nor a tile's width change a bit.
+What is multiplied is rounded first, as the backend's kernels round it (`vm_state.Arithmetic`). Every sum runs
+along one row's own elements, so that neither other rows nor a tile's width change a bit.
 """
 
 import numpy as np
 
+from megakernel.float_formats import round_to_bf16, round_to_f16_saturating
 from megakernel.program import Epilogue, Instruction, Op, Opcode, Prologue, max_splits
 from megakernel.quantize import fake_quantize
-from megakernel.vm_state import Float32Array, Float64Array, IntArray, VmState
+from megakernel.vm_state import Arithmetic, Float32Array, Float64Array, IntArray, VmState
 
 
 def execute(state: VmState, instruction: Instruction) -> None:
@@ -33,18 +35,33 @@ def execute(state: VmState, instruction: Instruction) -> None:
 def _embed(state: VmState, op: Op, instruction: Instruction, row: int) -> None:
     token = int(state.buffers[op.input][row, 0])
     columns = slice(instruction.n0, instruction.n1)
-    state.buffers[op.output][row, columns] = state.weights.vector("embed")[token, columns]
+    state.buffers[op.output][row, columns] = state.weights.table(op)[token, columns]
 
 
 def _product(state: VmState, op: Op, instruction: Instruction, row: int, k0: int, k1: int) -> Float32Array:
-    x = _prologue(state, op, row)
-    matrix, is_quantized = state.weights.matrix(op, state.program.swiglu_group)
+    matrix = state.weights.matrix(op, state.program.swiglu_group)
     columns = _columns(state, op, instruction, row)
-    tile, flags = matrix[columns, k0:k1], is_quantized[columns]
+    tile = matrix.values[columns, k0:k1]
+    if state.weights.arithmetic is Arithmetic.CUDA:
+        x, scale = _rounded_input(state, op, row, matrix.packed_format)
+        return _dot(tile, x[k0:k1].astype(np.float64)) * scale
+    x, flags = _prologue(state, op, row), matrix.is_quantized[columns]
     if not flags.any():
         return _dot(tile, x[k0:k1].astype(np.float64))
     rounded = _dot(tile, fake_quantize(x)[k0:k1])
     return rounded if flags.all() else np.where(flags, rounded, _dot(tile, x[k0:k1].astype(np.float64)))
+
+
+def _rounded_input(state: VmState, op: Op, row: int, packed_format: str) -> tuple[Float32Array, np.float32]:
+    """What tensor cores multiply, and what its product is scaled by: 1 but for rows that are normed."""
+    x, scale = state.buffers[op.input][row], np.float32(1)
+    if op.prologue is Prologue.RMS_NORM:
+        mean_square = np.mean(x.astype(np.float64) ** 2)
+        scale = np.float32(1 / np.sqrt(mean_square + state.program.geometry.rms_norm_eps))
+        x = x * state.weights.vector(op.norm)
+    else:
+        x = _prologue(state, op, row)
+    return (round_to_f16_saturating(x) if packed_format == "F16" else round_to_bf16(x)), scale
 
 
 def _dot(tile: Float32Array, x: Float64Array) -> Float32Array:

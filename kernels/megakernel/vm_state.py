@@ -1,12 +1,17 @@
 """What a VM works on: a step's rows, the paged KV, the program's buffers and the weights by tile."""
 
+from enum import StrEnum
+
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from megakernel.artifact import matrix_names
+from megakernel.float_formats import round_to_bf16
 from megakernel.head import MAX_TOP_K
 from megakernel.model.rope import rope_frequencies
 from megakernel.model.weights import Weights
+from megakernel.pack_cuda import common_format
 from megakernel.program import Epilogue, Op, OpKind, Program, Space
 from megakernel.quantize import QUANTIZED_FORMATS
 
@@ -15,6 +20,18 @@ Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 
 NO_PARENT = -1
+
+
+class Arithmetic(StrEnum):
+    """Whose products a VM computes; they alone differ from backend to backend."""
+
+    CPU = "cpu"
+    """Weights as they are stored; activations as int8 in blocks where the weight is quantized, else as they
+    are."""
+    CUDA = "cuda"
+    """Weights as they are packed, with BF16 for F32; activations rounded to BF16, or to F16, saturating,
+    where that is what the op's weights are. A row to be normed is rounded without its scale, by which the
+    product is multiplied in float32. KV is float16."""
 
 
 class StepError(ValueError):
@@ -83,6 +100,10 @@ class VmKv:
     def num_slots(self) -> int:
         return len(self.layers[0])
 
+    @property
+    def dtype(self) -> np.dtype[np.floating]:
+        return self.layers[0].dtype
+
 
 def kv_for(
     program: Program,
@@ -96,15 +117,28 @@ def kv_for(
     return VmKv(geometry.num_layers, num_slots, columns, block_size=block_size, dtype=dtype)
 
 
-class OpWeights:
-    """Dense matrices of ops, in the order of their output columns; held until dropped, 4 bytes an element."""
+class OpMatrix(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+    """What a linear op multiplies by, in the order of its output columns."""
 
-    def __init__(self, weights: Weights) -> None:
+    values: Float32Array
+    """[out_features, in_features]"""
+    is_quantized: npt.NDArray[np.bool_]
+    """[out_features] whether the stored weights are in blocks of 32."""
+    packed_format: str
+    """What CUDA's kernels have it as."""
+
+
+class OpWeights:
+    """Dense matrices of ops, as an arithmetic has them; held until dropped, 4 bytes an element."""
+
+    def __init__(self, weights: Weights, arithmetic: Arithmetic = Arithmetic.CPU) -> None:
         self.shape = weights.shape
+        self.arithmetic = arithmetic
         self.frequencies = rope_frequencies(weights.shape)
         self._weights = weights
         self._vectors: dict[str, Float32Array] = {}
-        self._matrices: dict[tuple[str, ...], tuple[Float32Array, npt.NDArray[np.bool_]]] = {}
+        self._tables: dict[tuple[str, ...], Float32Array] = {}
+        self._matrices: dict[tuple[str, ...], OpMatrix] = {}
 
     def vector(self, name: str) -> Float32Array:
         if name not in self._vectors:
@@ -114,19 +148,40 @@ class OpWeights:
     def bias(self, op: Op) -> Float32Array:
         return np.concatenate([self.vector(name) for name in op.biases])
 
-    def matrix(self, op: Op, swiglu_group: int) -> tuple[Float32Array, npt.NDArray[np.bool_]]:
-        """[out_features, in_features], and of each row whether it takes quantized activations."""
+    def table(self, op: Op) -> Float32Array:
+        """[vocab, hidden] what an embedding op looks tokens up in."""
+        names = matrix_names(op)
+        if names not in self._tables:
+            (self._tables[names],) = self._parts(names)
+        return self._tables[names]
+
+    def matrix(self, op: Op, swiglu_group: int) -> OpMatrix:
         key = (*op.weights, f"{swiglu_group if op.epilogue is Epilogue.SWIGLU else 0}")
         if key not in self._matrices:
-            parts = [self.vector(name) for name in op.weights]
+            parts = self._parts(op.weights)
             is_quantized = [self._weights.formats[name] in QUANTIZED_FORMATS for name in op.weights]
             rows = [np.full(len(part), flag) for part, flag in zip(parts, is_quantized, strict=True)]
             matrix, flags = np.concatenate(parts), np.concatenate(rows)
             if op.epilogue is Epilogue.SWIGLU:
                 order = _alternating(len(matrix), swiglu_group)
                 matrix, flags = matrix[order], flags[order]
-            self._matrices[key] = matrix, flags
+            self._matrices[key] = OpMatrix(
+                values=matrix, is_quantized=flags, packed_format=self._packed_format(op.weights)
+            )
         return self._matrices[key]
+
+    def _parts(self, names: tuple[str, ...]) -> list[Float32Array]:
+        stored = [self.vector(name) for name in names]
+        if self.arithmetic is Arithmetic.CPU:
+            return stored
+        packed = self._packed_format(names)
+        return [
+            part if self._weights.formats[name] == packed else round_to_bf16(part)
+            for name, part in zip(names, stored, strict=True)
+        ]
+
+    def _packed_format(self, names: tuple[str, ...]) -> str:
+        return common_format([self._weights.formats[name] for name in names], self.vector(names[0]).shape[1])
 
 
 class VmState:

@@ -8,13 +8,15 @@ WEIGHT_BITS: Mapping[str, float] = {
     "Q4_0": 4.5,
     "Q4_1": 5.0,
     "Q8_0": 8.5,
+    "W4G128": 4.25,
+    "W8G128": 8.125,
     "BF16": 16.0,
     "F16": 16.0,
     "F32": 32.0,
 }
 """Bits a weight, scales and offsets included."""
 
-QUANTIZED = frozenset({"Q4_0", "Q4_1", "Q8_0"})
+QUANTIZED = frozenset({"Q4_0", "Q4_1", "Q8_0", "W4G128", "W8G128"})
 QUANTIZED_ACTIVATION_BITS = 9.0
 """int8 and one float32 scale a block of 32."""
 FLOAT_ACTIVATION_BITS = 32.0

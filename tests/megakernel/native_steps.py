@@ -3,7 +3,7 @@
 import msgspec
 import numpy as np
 
-from megakernel.runtime import Rows
+from megakernel.step import Rows
 from megakernel.vm_state import NO_PARENT, VmStep
 
 BLOCK = 16

@@ -5,7 +5,7 @@ import pytest
 
 from megakernel.artifact import lay_out_weights
 from megakernel.codegen_cpu import generate
-from megakernel.cpu_limits import CodegenError
+from megakernel.codegen_limits import CodegenError
 from tests.megakernel.programs import Recipe, build_program
 from tests.tiny_model import tiny_weights
 

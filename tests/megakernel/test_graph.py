@@ -98,6 +98,15 @@ def test_a_format_that_cannot_be_compiled_is_refused(formats: dict[str, str], me
         build_graph(shape, uniform_formats(shape, "F32") | formats)
 
 
+@pytest.mark.parametrize("format", ["W4G128", "W8G128"])
+def test_a_group_of_128_may_end_with_its_row(format: str):
+    shape = small_shape(intermediate_size=80)
+    module = build_graph(shape, uniform_formats(shape, format))
+    module.verify()
+    weights = [op for op in module.body.block.ops if isinstance(op, WeightOp)]
+    assert {op.results[0].type.element for op in weights} == {format}
+
+
 def test_a_missing_format_is_named():
     shape = small_shape()
     formats = uniform_formats(shape, "F32")

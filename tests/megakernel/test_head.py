@@ -11,7 +11,8 @@ from megakernel.build import BuildError, find_compiler
 from megakernel.codegen_cpu import generate
 from megakernel.head import reduce_rows
 from megakernel.model.gguf import GgufWeights
-from megakernel.runtime import Rows, Runtime, StepError
+from megakernel.runtime import Runtime
+from megakernel.step import Rows, StepError
 from megakernel.vm import Vm
 from megakernel.vm_state import NO_PARENT, kv_for
 from megakernel.vm_state import StepError as VmStepError

@@ -10,7 +10,8 @@ from gguf.constants import GGMLQuantizationType
 from megakernel.build import BuildError, find_compiler
 from megakernel.model.gguf import GgufWeights
 from megakernel.reference import reference_logits
-from megakernel.runtime import Runtime, StepError
+from megakernel.runtime import Runtime
+from megakernel.step import StepError
 from megakernel.vm import Vm
 from megakernel.vm_state import NO_PARENT, kv_for
 from tests.megakernel.model.model_files import random_tensors, tiny_shape, write_gguf

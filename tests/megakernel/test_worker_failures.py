@@ -14,7 +14,8 @@ from megakernel.artifact import pack_weights
 from megakernel.build import FLAGS, INCLUDE_FOLDER, BuildError, find_compiler
 from megakernel.codegen_cpu import Generated, generate
 from megakernel.program import Program, Wait
-from megakernel.runtime import Runtime, StepError
+from megakernel.runtime import Runtime
+from megakernel.step import StepError
 from tests.megakernel.native_steps import BLOCK, Group, rows_of
 from tests.megakernel.programs import Recipe, build_program
 from tests.megakernel.test_runtime import QUICK, programs_for, stored_weights

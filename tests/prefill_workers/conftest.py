@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from megakernel.build import BuildError, find_compiler
-from megakernel.cpu_limits import KvFormat
+from megakernel.codegen_limits import KvFormat
 from megakernel.runtime import Runtime
 from tests.megakernel.programs import Recipe, build_program
 from tests.tiny_model import TinyWeights, tiny_weights

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.ids import RequestId
-from megakernel.runtime import Rows, StepError
+from megakernel.step import Rows, StepError
 from prefill_workers.chunked_engine import Chunk
 from prefill_workers.megakernel_engine import MegaKernelPrefillEngine, _rows
 from prefill_workers.torch_engine import TorchPrefillEngine

@@ -126,20 +126,22 @@ inline void add_values(const float* weights, const typename Shape::Kv* const* bl
     }
 }
 
-// In place: scores of `tokens` tokens become e^(score - maximum), with zeros up to a multiple of 16.
+// In place: scores of `tokens` tokens become e^(score - maximum), with zeros up to a multiple of 16. A NaN among
+// them is the maximum and the total, and so makes the row's values one, whichever token it is of.
 inline void soften(float* scores, int tokens, float* maximum, float* total) {
     constexpr float kNever = -3.0e38f;
     for (int i = tokens; i % kLanes != 0; i++) scores[i] = kNever;
     Lanes most = load(scores);
     for (int i = kLanes; i < tokens; i += kLanes) most = max(most, load(scores + i));
-    *maximum = highest(most);
+    const float largest = highest(most);
     Lanes totals = zero_lanes();
     for (int i = 0; i < tokens; i += kLanes) {
-        const Lanes weight = exp(load(scores + i) - splat(*maximum));
+        const Lanes weight = exp(load(scores + i) - splat(largest));
         store(scores + i, weight);
         totals = totals + weight;
     }
     *total = sum(totals);
+    *maximum = *total == *total ? largest : *total;  // maxima drop a NaN, sums do not
 }
 
 // One KV head of one layer's pool.
@@ -215,8 +217,8 @@ class RowKv {
     Kv *tail_keys_, *tail_values_;
 };
 
-// One split of kRows rows for one KV head. `shared_tokens` positions of the split, whole small blocks, are the same for all of them. The split that is
-// done after this one is `stride` further.
+// One split of kRows rows for one KV head. `shared_tokens` positions of the split, whole small blocks, are the
+// same for all of them. The split that is done after this one is `stride` further.
 template <class Shape, int kRows>
 inline void attend_split(const float* queries, int64_t query_stride, float* out, int64_t out_stride, int split,
                          int stride, const RowKv<Shape>* rows, const int* num_tokens, int shared_tokens,
@@ -246,7 +248,8 @@ inline void attend_split(const float* queries, int64_t query_stride, float* out,
         rows[row].blocks(first + shared_blocks, blocks, own_keys[row], own_values[row]);
         if (blocks > 0)
             score_blocks<Shape, Shape::kGroup>(query_of + row * Shape::kGroup, own_keys[row], own_values[row], blocks,
-                                               scores + row * Shape::kGroup * Shape::kSplitTokens + shared_tokens, ahead);
+                                               scores + row * Shape::kGroup * Shape::kSplitTokens + shared_tokens,
+                                               ahead);
     }
     for (int q = 0; q < kQueries; q++)
         soften(scores + q * Shape::kSplitTokens, shared_tokens + rest_tokens(q / Shape::kGroup), value_of[q] - 2,
@@ -286,7 +289,8 @@ void attend_rows(const Step& step, const HeadPool<Shape>& pool, int head, int ro
         float* to = out + row * out_stride + split * split_stride + head * Shape::kGroup * Shape::kColumns;
         const int shared = std::clamp(shared_end - start, 0, Shape::kSplitTokens);
         if (shared > 0 || kRows == 1) {
-            attend_split<Shape, kRows>(own_queries, query_stride, to, out_stride, split, num_parts, kv.data(), num_tokens, shared, ahead);
+            attend_split<Shape, kRows>(own_queries, query_stride, to, out_stride, split, num_parts, kv.data(),
+                                       num_tokens, shared, ahead);
             continue;
         }
         for (int i = 0; i < kRows; i++)

@@ -26,6 +26,7 @@ inline Lanes operator+(Lanes a, Lanes b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Lanes operator-(Lanes a, Lanes b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Lanes operator*(Lanes a, Lanes b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Lanes operator/(Lanes a, Lanes b) { return {_mm512_div_ps(a.v, b.v)}; }
+// Of max and min: the second operand where either is a NaN.
 inline Lanes max(Lanes a, Lanes b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Lanes min(Lanes a, Lanes b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline Lanes fma(Lanes a, Lanes b, Lanes c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
@@ -34,7 +35,7 @@ inline Lanes round_even(Lanes a) { return {_mm512_roundscale_ps(a.v, 8)}; }
 inline int first_equal(Lanes a, float x) {
     return __builtin_ctz(_mm512_cmp_ps_mask(a.v, _mm512_set1_ps(x), _CMP_EQ_OQ) | 1 << kLanes);
 }
-// 2^n for whole n in [-126, 127].
+// 2^n for whole n in [-126, 127]; 1 for a NaN.
 inline Lanes power_of_two(Lanes n) {
     const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(biased, 23))};
@@ -131,7 +132,9 @@ inline int first_equal(Lanes a, float x) {
     while (lane < kLanes && a.v[lane] != x) lane++;
     return lane;
 }
-inline Lanes power_of_two(Lanes n) { return each([&](int i) { return std::ldexp(1.0f, int(n.v[i])); }); }
+inline Lanes power_of_two(Lanes n) {
+    return each([&](int i) { return n.v[i] == n.v[i] ? std::ldexp(1.0f, int(n.v[i])) : 1.0f; });
+}
 inline Lanes load(const Half* p) { return each([=](int i) { return half_to_float(p[i]); }); }
 inline void store(Half* p, Lanes a) {
     for (int i = 0; i < kLanes; i++) p[i] = float_to_half(a.v[i]);
@@ -182,10 +185,10 @@ inline float highest(Lanes a) {
 #endif
 
 // e^x: 2^n times a polynomial of degree 6 in the rest, in [-ln(2)/2, ln(2)/2]; within 2 units in the last
-// place. Below -87.3 the result is 0 (so it is for -infinity), above 88.3 it stays at e^88.3.
+// place. Below -87.3 the result is 0 (so it is for -infinity), above 88.3 it stays at e^88.3; of a NaN it is one.
 inline Lanes exp(Lanes x) {
     const Lanes lowest = splat(-87.3f);
-    const Lanes clamped = max(min(x, splat(88.3f)), lowest);
+    const Lanes clamped = max(lowest, min(splat(88.3f), x));
     const Lanes n = round_even(clamped * splat(1.44269504f));
     const Lanes rest = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), clamped));
     Lanes p = splat(1.0f / 720);
@@ -196,14 +199,14 @@ inline Lanes exp(Lanes x) {
     p = fma(p, rest, splat(1.0f));
     p = fma(p, rest, splat(1.0f));
 #if defined(__AVX512F__)
-    return {_mm512_maskz_mul_ps(_mm512_cmp_ps_mask(x.v, lowest.v, _CMP_GE_OQ), p.v, power_of_two(n).v)};
+    return {_mm512_maskz_mul_ps(_mm512_cmp_ps_mask(x.v, lowest.v, _CMP_NLT_UQ), p.v, power_of_two(n).v)};
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
     const Lanes whole = p * power_of_two(n);
-    return {_mm256_and_ps(_mm256_cmp_ps(x.low, lowest.low, _CMP_GE_OQ), whole.low),
-            _mm256_and_ps(_mm256_cmp_ps(x.high, lowest.high, _CMP_GE_OQ), whole.high)};
+    return {_mm256_and_ps(_mm256_cmp_ps(x.low, lowest.low, _CMP_NLT_UQ), whole.low),
+            _mm256_and_ps(_mm256_cmp_ps(x.high, lowest.high, _CMP_NLT_UQ), whole.high)};
 #else
     const Lanes whole = p * power_of_two(n);
-    return each([&](int i) { return x.v[i] >= -87.3f ? whole.v[i] : 0.0f; });
+    return each([&](int i) { return x.v[i] < -87.3f ? 0.0f : whole.v[i]; });
 #endif
 }
 

@@ -50,11 +50,10 @@ __device__ __forceinline__ void wait_landed(const Worker& w) {
 }
 
 // Consumers: the instruction is done with its pages.
-__device__ __forceinline__ void end_instruction(Worker& w) {
+__device__ __forceinline__ void report_progress(const Worker& w) {
     if (kIsBulkCopy) ptx::fence_async_shared();  // pages written here may be the target of a bulk copy next
     ptx::sync_warp();
     if (w.lane == 0) ptx::add_shared_release(w.shared + kProgressAt, 1);
-    w.instruction++;
 }
 
 // Loader: until the consumers have ended the worker's first `instructions`.

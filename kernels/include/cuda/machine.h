@@ -39,14 +39,15 @@ constexpr uint32_t kSelectionAt = 704;  // [kConsumerWarps] of 16 bytes: a step'
 constexpr uint32_t kSumsAt = 1024;      // [2 column groups][kConsumerWarps][kRowChunk][kColumnGroup] floats
 constexpr uint32_t kReservedBytes = kSumsAt + 2 * kConsumerWarps * kRowChunk * kColumnGroup * 4;
 
-// One thread's view. Both roles count instructions and loads alike: they take the same path.
+// One thread's view. Both roles count instructions and loads alike: they take the same path. It is handed to
+// functions by value, so that it stays in registers; paths do the counting.
 struct Worker {
     const StepArguments& step;
     SharedAddress shared;
     uint32_t sm, warp, lane, thread;
     uint32_t instruction = 0;  // of the worker's sequence, from 0
     uint32_t loads = 0;        // weight tiles before this instruction's
-    uint32_t staged = 0;       // which input is in shared memory, by a number that is never 0
+    uint32_t staged = 0;       // which input is in shared memory, by a number that is never 0; 0: none
 
     __device__ __forceinline__ explicit Worker(const StepArguments& arguments)
         : step(arguments),
@@ -56,6 +57,17 @@ struct Worker {
           lane(ptx::lane()),
           thread(ptx::thread()) {}
 
+    // After an instruction, or in its place where a step has no use for it.
+    __device__ __forceinline__ void next(bool has_loaded) {
+        instruction++;
+        loads += has_loaded;
+    }
+    // Whether input `number` is yet to be brought to shared memory; from now on it is there.
+    __device__ __forceinline__ bool takes(uint32_t number) {
+        const bool is_new = staged != number;
+        staged = number;
+        return is_new;
+    }
     __device__ __forceinline__ bool is_loader() const { return warp == kLoaderWarp; }
     __device__ __forceinline__ SharedAddress landed() const {
         return shared + kLandedAt + loads % kLoadsInFlight * 8;

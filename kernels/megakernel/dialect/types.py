@@ -17,6 +17,9 @@ FLOAT_FORMATS = ("F32", "F16", "BF16")
 BLOCK_FORMATS = ("Q4_0", "Q4_1", "Q8_0")
 """Quantized in blocks of `QUANT_BLOCK` along K."""
 QUANT_BLOCK = 32
+GROUP_FORMATS = ("W4G128", "W8G128")
+"""Quantized in groups of 128 along K, the last of which may be short."""
+WEIGHT_FORMATS = FLOAT_FORMATS + BLOCK_FORMATS + GROUP_FORMATS
 
 
 class SizedType(ParametrizedAttribute, TypeAttribute):
@@ -84,7 +87,7 @@ class WeightsType(SizedType):
     """A matrix [out_features, in_features]."""
 
     name = "mk.weights"
-    FORMATS: ClassVar[tuple[str, ...]] = FLOAT_FORMATS + BLOCK_FORMATS
+    FORMATS: ClassVar[tuple[str, ...]] = WEIGHT_FORMATS
     out_features: IntAttr
     in_features: IntAttr
     element_format: StringAttr

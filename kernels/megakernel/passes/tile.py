@@ -3,6 +3,7 @@
 from xdsl.dialects.builtin import ModuleOp
 
 from megakernel.dialect.tiled_ops import FusedLinearOp, TiledOp
+from megakernel.graph import STATS_SPANS
 from megakernel.passes.context import PassContext, PlanError
 from megakernel.tiles import grain_of, max_k_tiles, width_of
 
@@ -15,20 +16,20 @@ def tile(module: ModuleOp, context: PassContext) -> None:
 
 def tile_op(op: TiledOp, context: PassContext) -> None:
     plan = context.op_plan(op.role)
-    check_columns(op, plan.tile_columns, context.shape.head_dim)
-    check_k_tiles(op, plan.num_k_tiles)
+    check_columns(op, plan.tile_columns, context)
+    check_k_tiles(op, plan.num_k_tiles, context.machine.kernels)
     op.decide(tile_columns=min(plan.tile_columns, width_of(op)), num_k_tiles=plan.num_k_tiles)
 
 
-def check_columns(op: TiledOp, tile_columns: int, head_dim: int) -> None:
-    grain = grain_of(op, head_dim)
+def check_columns(op: TiledOp, tile_columns: int, context: PassContext) -> None:
+    grain = grain_of(op, context.shape.head_dim, STATS_SPANS[context.machine.kernels])
     if tile_columns <= 0 or (tile_columns % grain and tile_columns < width_of(op)):
         raise PlanError(
             f"{op.label.data}: tile_columns must be a positive multiple of {grain}, got {tile_columns}"
         )
 
 
-def check_k_tiles(op: TiledOp, num_k_tiles: int) -> None:
-    most = max_k_tiles(op.in_features) if isinstance(op, FusedLinearOp) else 1
+def check_k_tiles(op: TiledOp, num_k_tiles: int, kind: str) -> None:
+    most = max_k_tiles(op.in_features, kind) if isinstance(op, FusedLinearOp) else 1
     if not 1 <= num_k_tiles <= most:
         raise PlanError(f"{op.label.data}: num_k_tiles must be 1 to {most}, got {num_k_tiles}")

@@ -113,7 +113,7 @@ __device__ __forceinline__ float sum_of_pair(uint32_t pair) {
 // Rows [r0, r0 + count) over units [u0, u1) into `to`; all consumers. Ends with all of it visible to them, but for
 // the scales, which are after the next barrier. Elements past kIn are zeros.
 template <Format F, int kRows, int kIn, class Source>
-__device__ __noinline__ void stage_input(const Worker& w, const Source source, int r0, int count, uint32_t u0, uint32_t u1,
+__device__ __forceinline__ void stage_input(const Worker& w, const Source source, int r0, int count, uint32_t u0, uint32_t u1,
                                          SharedAddress to) {
     using Layout = InputLayout<F, kRows>;
     constexpr uint32_t kPadded = num_units(F, kIn) * unit_k(F);

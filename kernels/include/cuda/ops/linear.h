@@ -179,10 +179,11 @@ __device__ __forceinline__ void add_warps(const Worker& w, const float (&c)[kGro
     }
 }
 
-// One tile: columns of kColumns from the first group in `weights`, units [u0, u1) of K.
+// One tile: kColumns columns from the first group in `weights`, units [u0, u1) of K. `is_new_input`: whether their
+// input is yet to be brought to shared memory.
 template <Format F, int kRows, int kIn, int kColumns, class Source, class Sink>
-__device__ __noinline__ void linear_tile(Worker& w, const Source source, const Sink sink, uint32_t u0, uint32_t u1,
-                                         SharedAddress weights, SharedAddress input, uint32_t input_number) {
+__device__ __noinline__ void linear_tile(const Worker w, const Source source, const Sink sink, uint32_t u0, uint32_t u1,
+                                         SharedAddress weights, SharedAddress input, bool is_new_input) {
     using Layout = InputLayout<F, kRows>;
     constexpr int kGroups = (kColumns + kColumnGroup - 1) / kColumnGroup;
     constexpr int kPasses = (kGroups + kMostGroups - 1) / kMostGroups;
@@ -191,10 +192,9 @@ __device__ __noinline__ void linear_tile(Worker& w, const Source source, const S
     bool has_landed = false;
     for (int r0 = 0; r0 < kRows && r0 < rows; r0 += kRowChunk) {
         const int count = rows - r0 < Layout::kChunk ? rows - r0 : Layout::kChunk;
-        if (kRows > kRowChunk || w.staged != input_number) {
+        if (kRows > kRowChunk || is_new_input) {
             if (kRows > kRowChunk) sync_consumers();  // the chunk before has been read
             stage_input<F, kRows, kIn>(w, source, r0, count, u0, u1, input);
-            w.staged = input_number;
         }
         if (!has_landed) wait_landed(w);
         has_landed = true;
@@ -211,8 +211,7 @@ __device__ __noinline__ void linear_tile(Worker& w, const Source source, const S
         sink.end(w, r0, count);
     }
     if (!has_landed) wait_landed(w);
-    w.loads++;
-    end_instruction(w);
+    report_progress(w);
 }
 
 }  // namespace headrace

@@ -1,0 +1,94 @@
+"""What the CUDA kernels take: row counts, sizes, tiles, shared memory."""
+
+from collections.abc import Iterator, Sequence
+
+from megakernel.codegen_limits import CodegenError, KvFormat, check_same_artifact
+from megakernel.machine import Machine
+from megakernel.packing import GROUP
+from megakernel.program import Instruction, Opcode, Program
+
+MAX_ROWS = 64
+MAX_GROUP = 16
+"""Query heads of a KV head."""
+STATS_SPAN = 32
+"""A pair of column groups, which the head's epilogue has in hand at once."""
+SPLIT_TOKENS = 128
+MAX_LOADS_AHEAD = 7
+"""One less than `kLoadsInFlight` of machine.h."""
+RESERVED_BYTES = 17_408
+"""Of a block's shared memory, before the first page: `kReservedBytes` of machine.h."""
+K_BLOCK = 128
+"""K-tiles are whole units of every format."""
+_HEAD_DIMS = (16, 32, 64, 128, 256)
+
+
+def check_cuda_programs(
+    programs: Sequence[Program], *, kv_format: KvFormat = "float16", machine: Machine | None = None
+) -> None:
+    """Of one artifact. `machine` adds that it has the SMs and the shared memory. Raises CodegenError."""
+    check_same_artifact(programs)
+    if kv_format != "float16":
+        raise CodegenError(f"KV as {kv_format}; CUDA kernels keep it as float16")
+    if programs[-1].bucket > MAX_ROWS:
+        raise CodegenError(f"bucket {programs[-1].bucket} has more than {MAX_ROWS} rows")
+    _check_sizes(programs[0])
+    for program in programs:
+        _check_tiles(program)
+        if machine is not None:
+            _check_fits(program, machine)
+
+
+def _check_sizes(program: Program) -> None:
+    geometry = program.geometry
+    if geometry.head_dim not in _HEAD_DIMS:
+        known = ", ".join(map(str, _HEAD_DIMS))
+        raise CodegenError(f"head_dim is {geometry.head_dim}; CUDA kernels take {known}")
+    for name in ("hidden_size", "intermediate_size"):
+        if (size := getattr(geometry, name)) % GROUP:
+            raise CodegenError(f"{name} is {size}; CUDA kernels take multiples of {GROUP}")
+    if (group := geometry.num_heads // geometry.num_kv_heads) > MAX_GROUP:
+        raise CodegenError(f"{group} query heads share a KV head; CUDA kernels take up to {MAX_GROUP}")
+    wanted = {"split_tokens": SPLIT_TOKENS, "stats_span": STATS_SPAN, "swiglu_group": GROUP}
+    for name, size in wanted.items():
+        if (found := getattr(program, name)) != size:
+            raise CodegenError(f"{name} is {found}; CUDA kernels take {size}")
+
+
+def _check_tiles(program: Program) -> None:
+    """That linear tiles are whole column groups and whole units of K, as weights are packed, and that their
+    weights are not loaded further ahead than loads are counted."""
+    for index, instruction in _instructions(program):
+        op, name = program.ops[instruction.op], _tile_name(program, instruction)
+        if any(index - use.live_from > MAX_LOADS_AHEAD for use in instruction.pages):
+            raise CodegenError(f"{name}: weights are loaded more than {MAX_LOADS_AHEAD} instructions ahead")
+        if instruction.opcode in (Opcode.EMBED, Opcode.ATTENTION):
+            continue
+        if not _is_whole(instruction.n0, instruction.n1, GROUP, op.out_features):
+            raise CodegenError(f"{name}: not whole groups of {GROUP} columns")
+        if not _is_whole(instruction.k0, instruction.k1, K_BLOCK, op.in_features):
+            raise CodegenError(f"{name}: K is not divided in {K_BLOCK}s")
+
+
+def _instructions(program: Program) -> Iterator[tuple[int, Instruction]]:
+    """With each its index in its worker's order."""
+    return (entry for worker in program.workers for entry in enumerate(worker))
+
+
+def _is_whole(start: int, end: int, step: int, size: int) -> bool:
+    return start % step == 0 and (end % step == 0 or end == size)
+
+
+def _tile_name(program: Program, instruction: Instruction) -> str:
+    name = f"{program.ops[instruction.op].name}, columns [{instruction.n0}, {instruction.n1})"
+    return name + (f" of K [{instruction.k0}, {instruction.k1})" if instruction.k1 else "")
+
+
+def _check_fits(program: Program, machine: Machine) -> None:
+    needed = RESERVED_BYTES + program.num_pages * program.page_bytes
+    if needed > machine.scratch_bytes:
+        raise CodegenError(
+            f"bucket {program.bucket} takes {needed} bytes of shared memory, {RESERVED_BYTES} of them "
+            f"reserved; a block of {machine.name} has {machine.scratch_bytes}"
+        )
+    if len(program.workers) > machine.num_workers:
+        raise CodegenError(f"{len(program.workers)} workers; {machine.name} has {machine.num_workers} SMs")

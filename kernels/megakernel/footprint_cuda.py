@@ -1,0 +1,42 @@
+"""What a tile needs of an SM's shared memory: as `kernels/include/cuda/ops` lays it out."""
+
+from megakernel.pack_cuda import PACKED_FORMATS, unit_bytes, unit_k
+
+CONSUMER_WARPS = 8
+ROW_CHUNK = 16
+"""Rows whose input is in shared memory at once; larger buckets take a tile chunk by chunk."""
+K_BLOCK = 128
+"""K-tiles are whole units of every format."""
+COLUMN_GROUP = 16
+_ROW_PADDING = 64
+_FLOAT_BYTES = 4
+_SUM_GROUP = 32
+_ROW_TILE = 8
+
+
+def packed_format(stored: tuple[str, ...]) -> str:
+    """What an op's matrices are packed as: `artifact_cuda` has the same rule for whole rows."""
+    return stored[0] if len(set(stored)) == 1 and stored[0] in PACKED_FORMATS else "BF16"
+
+
+def weight_tile_bytes(stored: tuple[str, ...], columns: int, k: int) -> int:
+    """Of `k` elements from a unit's start, whole units and column groups."""
+    name = packed_format(stored)
+    return -(-columns // COLUMN_GROUP) * -(-k // unit_k(name)) * unit_bytes(name)
+
+
+def input_tile_bytes(k: int, rows: int) -> int:
+    """Rows as 16-bit numbers, and behind them sums of groups, for formats that have them."""
+    chunk = min(rows, ROW_CHUNK)
+    padded = -(-k // K_BLOCK) * K_BLOCK
+    sums = -(-chunk // _ROW_TILE) * _ROW_TILE * (padded // _SUM_GROUP) * _FLOAT_BYTES
+    return chunk * (padded * 2 + _ROW_PADDING) + sums
+
+
+def output_tile_bytes(columns: int, rows: int) -> int:
+    return min(rows, ROW_CHUNK) * columns * _FLOAT_BYTES
+
+
+def attention_bytes(group: int, head_dim: int) -> int:
+    """What the warps made of a split, for the query heads of a KV head: maximum, sum and values."""
+    return CONSUMER_WARPS * group * (head_dim + 2) * _FLOAT_BYTES
