@@ -154,13 +154,18 @@ class Arena {
   public:
     void reset(uint64_t num_bytes) {
         if (num_bytes > size_) {
-            if (base_) munmap(base_, size_);
+            release();
             base_ = reserve(num_bytes);
             size_ = num_bytes;
         } else {
             memset(base_, 0, used_);
         }
         used_ = 0;
+    }
+
+    void release() {
+        give_back(base_, size_);
+        size_ = used_ = 0;
     }
 
     template <class T>
@@ -309,6 +314,16 @@ inline void run(const EmulationConfig& config, EmulationReport& report) {
     report.collectives = machine.collectives;
     report.accesses = machine.accesses;
     report.copies = machine.num_copies;
+}
+
+// Memory that is kept from run to run.
+inline void release_memory() {
+    machine.stacks.release();
+    machine.clocks.release();
+    nodes.release();
+    words.release();
+    copies.release();
+    arena.release();
 }
 
 }  // namespace headrace::emulation

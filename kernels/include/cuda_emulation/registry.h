@@ -67,4 +67,7 @@ inline void emulate(const Kernel* kernels, const char* names, const char* name, 
         const headrace::emulation::Kernel kernels[] = {__VA_ARGS__};                                                  \
         headrace::emulation::emulate(kernels, #__VA_ARGS__, name, argument, argument_bytes, *config, *report);        \
         return report->status;                                                                                        \
+    }                                                                                                                 \
+    extern "C" __attribute__((visibility("default"))) void headrace_release() {                                       \
+        headrace::emulation::release_memory();                                                                        \
     }
