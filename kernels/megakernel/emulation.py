@@ -163,7 +163,7 @@ class Emulation:
             *(ctypes.c_char_p, ctypes.c_void_p, ctypes.c_uint64),
             *(ctypes.POINTER(_Config), ctypes.POINTER(_Report)),
         )
-        function.restype = ctypes.c_uint32
+        function.restype = ctypes.c_int
         release.restype = None
         self._emulate = function
         self._lock = _LOCKS[library.resolve()]

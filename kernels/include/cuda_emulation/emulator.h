@@ -1,4 +1,10 @@
 // A launch of a kernel, from the first thread's start to the last one's end.
+//
+// Threads are fibers of one core (fiber.h), lanes of warps of blocks (machine.h). Each runs until it waits for others or
+// the seed makes it give way (scheduler.h). What they do together is in collectives.h; what orders them in knowledge.h,
+// words.h, mbarriers.h and copies.h; accesses.h checks each load and store against what shadow.h has kept of earlier
+// ones. What is found wrong ends the run (failures.h). Not emulated: caches, so a race is found by what orders its two
+// sides and never by a stale value; and endless loops without any operation of cuda/ptx/.
 #pragma once
 
 #include "collectives.h"
