@@ -18,7 +18,7 @@ from megakernel.folder_lock import locked
 from megakernel.user_cache import cache_folder
 
 # Fused or not is written out in the kernels, as for CPUs: buckets must not differ in what the compiler fuses.
-FLAGS = ("-std=c++17", "-fmad=false", "-Xptxas=-v")
+FLAGS = ("-std=c++17", "--expt-relaxed-constexpr", "-fmad=false", "-Xptxas=-v")
 _SHARED_BYTES = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024}
 """Static and dynamic, that one block may have: CUDA C++ Programming Guide, "Technical Specifications"."""
 ARCHITECTURES = tuple(_SHARED_BYTES)

@@ -1,0 +1,69 @@
+"""What a kernel said when it gave up, in words."""
+
+from collections.abc import Iterator
+
+from megakernel.cuda_arguments import NO_INDEX, Failure, FailureCode
+from megakernel.program import Instruction, Program
+
+_SHOWN_SIGNALS = 3
+_CONSUMERS = 8
+"""Warps that end an instruction: progress counts them."""
+
+
+def describe_failure(failure: Failure, program: Program, first_counter: int, epoch: int) -> str:
+    """Of the bucket's program, its first counter among all buckets', and the steps that it ran before."""
+    place = f"SM {failure.block}, warp {failure.warp}, {_instruction(failure, program)}"
+    match failure.code:
+        case FailureCode.COUNTER_WAIT:
+            return f"{place}: {_counter_wait(failure, program, first_counter, epoch)}"
+        case FailureCode.WEIGHTS_WAIT:
+            return f"{place}: weight tile {failure.expected} of this SM has not landed in shared memory"
+        case FailureCode.PROGRESS_WAIT:
+            return (
+                f"{place}: its weights wait until this SM has ended {failure.expected // _CONSUMERS} "
+                f"instructions; {failure.actual} of {failure.expected} arrivals of its warps came"
+            )
+        case _:
+            return f"{place}: failure code {failure.code}, counter {failure.counter}"
+
+
+def _instruction(failure: Failure, program: Program) -> str:
+    found = _instruction_at(program, failure.block, failure.instruction)
+    if found is not None:
+        tile = f"{found.opcode.name} of {program.ops[found.op].name}, columns [{found.n0}, {found.n1})"
+        return f"instruction {failure.instruction} ({tile})"
+    named = failure.op != NO_INDEX and failure.op < len(program.ops)
+    what = program.ops[failure.op].name if named else "after its last instruction"
+    return f"instruction {failure.instruction} ({what})"
+
+
+def _instruction_at(program: Program, sm: int, index: int) -> Instruction | None:
+    worker = program.workers[sm] if sm < len(program.workers) else ()
+    return worker[index] if index < len(worker) else None
+
+
+def _counter_wait(failure: Failure, program: Program, first_counter: int, epoch: int) -> str:
+    counter = failure.counter - first_counter
+    if counter == program.num_counters:
+        arrivals, signals = len(program.workers), "every SM at its end"
+    else:
+        producers = list(_producers(program, counter))
+        arrivals, signals = len(producers), ", ".join(producers[:_SHOWN_SIGNALS])
+        if len(producers) > _SHOWN_SIGNALS:
+            signals += f" and {len(producers) - _SHOWN_SIGNALS} more"
+    before = (epoch * arrivals) & 0xFFFFFFFF
+    expected, actual = ((value - before) & 0xFFFFFFFF for value in (failure.expected, failure.actual))
+    if actual > arrivals:  # not even those of earlier steps
+        return (
+            f"counter {counter} stands at {failure.actual}, before the {before} arrivals of earlier steps; "
+            f"{failure.expected} are waited for"
+        )
+    came = f"counter {counter} had {actual} of {expected} arrivals of this step"
+    return f"{came}; it gets {arrivals}, from {signals}"
+
+
+def _producers(program: Program, counter: int) -> Iterator[str]:
+    for sm, worker in enumerate(program.workers):
+        for index, instruction in enumerate(worker):
+            if instruction.signal == counter:
+                yield f"SM {sm}'s instruction {index} ({program.ops[instruction.op].name})"
