@@ -9,7 +9,7 @@ from megakernel.schedule import list_schedule
 from megakernel.validate import validate
 from megakernel.vm import Vm
 from megakernel.vm_state import NO_PARENT, Arithmetic, kv_for
-from tests.megakernel.emulated_steps import EmulatedModel, toy_gpu
+from tests.megakernel.emulated_model import EmulatedModel, toy_gpu
 from tests.megakernel.test_vm_cuda import StoredAs
 from tests.megakernel.vm_steps import BLOCK_SIZE, Rows, Sequence, chain, step_of
 from tests.tiny_model import LLAMA3_SCALING, TinyWeights, tiny_weights
