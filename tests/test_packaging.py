@@ -24,6 +24,7 @@ DATA = sorted(
         *(Path("megakernel") / header for header in HEADERS),
         *(path.relative_to(ROOT / "kernels") for path in (ROOT / "kernels/megakernel/machines").iterdir()),
         Path("megakernel/probe.c"),
+        Path("megakernel/probe_kernels.cpp"),
         *(path.relative_to(ROOT) for path in (ROOT / "cluster/placement/lua").glob("*.lua")),
         *(path.relative_to(ROOT) for path in (ROOT / "cluster/wire").glob("*.proto")),
     )

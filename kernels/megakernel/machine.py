@@ -35,6 +35,10 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """From the last arrival at a counter to a waiter's next instruction."""
     macs_per_us: dict[str, float]
     """Multiply-accumulates a microsecond a worker, by weight format (`Q4_1`, `Q8_0`, `BF16`, ...)."""
+    attention_macs_per_us: float | None = None
+    """The same of attention; None: as with weights in F16."""
+    prepared_per_us: float | None = None
+    """Input values a microsecond a worker that a prologue norms and rounds; None: as they are read."""
     instruction_us: float
     """Fixed cost of an instruction."""
     vector_units: tuple[str, ...] = ()
@@ -52,6 +56,8 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def __post_init__(self) -> None:
         wrong = [name for name in _POSITIVE if getattr(self, name) <= 0]
         wrong += [name for name in _NOT_NEGATIVE if getattr(self, name) < 0]
+        stated = {name: getattr(self, name) for name in _POSITIVE_IF_STATED}
+        wrong += [name for name, value in stated.items() if value is not None and value <= 0]
         wrong += [f"macs_per_us[{name}]" for name, value in self.macs_per_us.items() if value <= 0]
         if wrong:
             raise MachineError(f"machine {self.name!r}: not a possible figure: {', '.join(wrong)}")
@@ -87,6 +93,7 @@ _POSITIVE = (
     "worker_bandwidth_gb_s",
     "row_group",
 )
+_POSITIVE_IF_STATED = ("attention_macs_per_us", "prepared_per_us")
 _NOT_NEGATIVE = ("load_latency_us", "sync_us", "instruction_us", "reserved_bytes")
 
 

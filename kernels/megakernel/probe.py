@@ -1,7 +1,6 @@
 """The CPU in hand as a machine: cores, vector units and caches as it states them, the rest measured once.
 
-The result is cached by CPU model, usable cores and kernel. Multiply rates are not measured but taken from
-a table by vector unit: they matter only where a step is not bound by memory (docs/machines.md).
+The result is cached by CPU model, usable cores and kernel (docs/machines.md).
 """
 
 import hashlib
@@ -21,6 +20,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from megakernel.build import BuildError, find_compiler
+from megakernel.kernel_rates import KernelRates, RatesError, measured_rates, usual_rates
 from megakernel.machine import PROBED, Machine
 from megakernel.user_cache import cache_folder, read_if_there, write_atomically
 
@@ -32,11 +33,8 @@ _PROBE_S = 20.0
 _MEASURED_BYTES = 256 << 20
 """Well above any last-level cache share, small beside a model."""
 _UNMEASURED_SYNC_US = 1.0
-
-_INTEGER_MACS = {"avx512_vnni": 600_000.0, "avx512": 250_000.0, "avx2": 195_000.0}
-"""int8 multiply-accumulates a microsecond a core, by the best vector unit; else _SCALAR_MACS."""
-_SCALAR_MACS = 4_000.0
-_FLOAT_SHARE = {"BF16": 0.25, "F16": 0.25, "F32": 0.25}
+_VERSION = 2
+"""Of what is measured and how: raised when either changes."""
 
 
 class Measured(msgspec.Struct, frozen=True):
@@ -45,15 +43,21 @@ class Measured(msgspec.Struct, frozen=True):
     sync_us: float
 
 
-def probe_cpu(folder: Path | None = None, measure: Callable[[int], Measured] | None = None) -> Machine:
-    """This CPU, measured within a few seconds the first time, from the cache afterwards."""
+def probe_cpu(
+    folder: Path | None = None,
+    measure: Callable[[int], Measured] | None = None,
+    measure_kernels: Callable[[], KernelRates] = measured_rates,
+) -> Machine:
+    """This CPU, measured within about ten seconds the first time, from the cache afterwards."""
     cpu_info = _read("/proc/cpuinfo")
     cores = usable_cores()
     path = (folder or cache_folder()) / "machines" / f"cpu-{_key(cpu_info, cores)}.json"
     cached = _cached(path)
     if cached is not None:
         return cached
-    machine = describe(vector_units(cpu_info), cores, l2_bytes(), (measure or measure_memory)(cores))
+    units = vector_units(cpu_info)
+    rates = _rates(units, measure_kernels, path)
+    machine = describe(units, cores, l2_bytes(), (measure or measure_memory)(cores), rates)
     try:
         write_atomically(path, msgspec.json.encode(machine))
     except OSError as error:
@@ -61,11 +65,22 @@ def probe_cpu(folder: Path | None = None, measure: Callable[[int], Measured] | N
     return machine
 
 
-def describe(units: tuple[str, ...], cores: int, l2_per_core_bytes: int, measured: Measured) -> Machine:
+def _rates(units: tuple[str, ...], measure: Callable[[], KernelRates], path: Path) -> KernelRates:
+    try:
+        return measure()
+    except RatesError as error:
+        print(
+            "megakernel: the CPU's kernels are not measured, their rates are from a table. To measure them "
+            f"later, remove {path}. {error}",
+            file=sys.stderr,
+        )
+        return usual_rates(units)
+
+
+def describe(
+    units: tuple[str, ...], cores: int, l2_per_core_bytes: int, measured: Measured, rates: KernelRates
+) -> Machine:
     """The machine record of what was stated and measured; half of a core's L2 is its scratch."""
-    integer = next((_INTEGER_MACS[unit] for unit in _INTEGER_MACS if unit in units), _SCALAR_MACS)
-    rates = {"Q4_0": integer, "Q4_1": integer, "Q8_0": integer}
-    rates |= {name: share * integer for name, share in _FLOAT_SHARE.items()}
     return Machine(
         name=PROBED,
         kind="cpu",
@@ -76,10 +91,12 @@ def describe(units: tuple[str, ...], cores: int, l2_per_core_bytes: int, measure
         worker_bandwidth_gb_s=measured.worker_bandwidth_gb_s,
         load_latency_us=0.1,
         sync_us=measured.sync_us,
-        macs_per_us=rates,
+        macs_per_us=rates.macs_per_us,
+        attention_macs_per_us=rates.attention_macs_per_us,
+        prepared_per_us=rates.prepared_per_us,
         instruction_us=0.05,
         vector_units=units,
-        row_group=4,
+        row_group=rates.row_group,
         computes_while_loading=True,
     )
 
@@ -164,8 +181,17 @@ def _key(cpu_info: str, cores: int) -> str:
         if key.strip() in ("model name", "cpu family", "model", "stepping", "flags")
     }
     facts = [platform.machine(), platform.release(), str(cores), str(l2_bytes()), *sorted(named.values())]
-    facts += [str(_INTEGER_MACS)]
+    facts += [f"probe {_VERSION}", "measured" if _has_compiler() else "from a table"]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+
+
+def _has_compiler() -> bool:
+    """Once there is one, the kernels are measured."""
+    try:
+        find_compiler()
+    except BuildError:
+        return False
+    return True
 
 
 def _cached(path: Path) -> Machine | None:

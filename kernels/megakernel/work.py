@@ -61,6 +61,9 @@ def work_of(
             kept = rows * k * activation_bits(stored) / 8
             prologue_us = _cached_read_us(machine, rows * read * _FLOAT_BYTES + kept)
             refill_us = _stream_us(machine, rows * k * _FLOAT_BYTES)
+            if machine.prepared_per_us is not None:
+                prologue_us = max(prologue_us, rows * read / machine.prepared_per_us)
+                refill_us = max(refill_us, rows * k / machine.prepared_per_us)
             return Work(k * bits / 8, compute_us, prologue_us, refill_us)
 
 
@@ -101,7 +104,8 @@ def _attention_work(
     kv_heads = instruction.n1 - instruction.n0
     elements = 2 * tokens * kv_heads * geometry.head_dim
     group = geometry.num_heads // geometry.num_kv_heads
-    compute_us = elements * group * rows / macs_per_us(machine, "F16")
+    rate = machine.attention_macs_per_us or macs_per_us(machine, "F16")
+    compute_us = elements * group * rows / rate
     queries = rows * kv_heads * group * geometry.head_dim * _FLOAT_BYTES
     return Work(elements * _KV_ELEMENT_BYTES, compute_us, _cached_read_us(machine, queries))
 

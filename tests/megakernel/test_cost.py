@@ -29,7 +29,7 @@ from megakernel.program import (
     Wait,
 )
 from megakernel.shapes import SHAPES
-from megakernel.work import grouped_rows, work_of
+from megakernel.work import DEFAULT_CONTEXT_TOKENS, Work, grouped_rows, work_of
 from tests.megakernel.model.model_files import tiny_shape
 from tests.megakernel.programs import Recipe, build_program
 
@@ -220,6 +220,26 @@ def test_a_longer_context_costs_more_and_only_attention():
     near, far = (work_of(program, L20, instruction, None, tokens).load_bytes for tokens in (8, 64))
     assert far > near > 0
     assert bandwidth_bound_us(program, L20, None, 64) > bandwidth_bound_us(program, L20, None, 8)
+
+
+def test_attention_and_prologues_have_rates_of_their_own_where_these_are_stated():
+    program = tiny_program(bucket=4, k_tiles={"down": 2})
+
+    def works(**changes: float) -> dict[str, Work]:
+        machine = msgspec.structs.replace(L20, **changes)
+        instructions = (instruction for worker in program.workers for instruction in worker)
+        computing = [i for i in instructions if i.part == 0 and i.opcode is not Opcode.REDUCE]
+        return {program.ops[i.op].name: work_of(program, machine, i) for i in computing}
+
+    usual, stated = works(), works(attention_macs_per_us=L20.macs_per_us["F16"] / 4, prepared_per_us=10.0)
+    assert stated["layers.0.attention"].compute_us == 4 * usual["layers.0.attention"].compute_us
+    assert stated["layers.0.qkv"].prologue_us == 4 * 64 / 10
+    k_tile = 64
+    assert stated["layers.0.down"].prologue_us == stated["layers.0.down"].refill_us == 4 * k_tile / 10
+    assert stated["layers.0.qkv"].compute_us == usual["layers.0.qkv"].compute_us
+    splits = min(-(-DEFAULT_CONTEXT_TOKENS // 16), -(-program.geometry.max_context_tokens // 16))
+    columns = splits * program.geometry.num_heads * (program.geometry.head_dim + 2)
+    assert stated["layers.0.o"].prologue_us == 4 * columns / 10
 
 
 def test_ops_end_in_dependency_order():

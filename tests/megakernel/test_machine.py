@@ -1,10 +1,12 @@
 import msgspec
 import pytest
 
+from megakernel.kernel_rates import RatesError, usual_rates
 from megakernel.machine import Machine, MachineError, load_machine, machine_names
 from megakernel.probe import Measured, describe, l2_bytes, probe_cpu, usable_cores, vector_units
 
 MEASURED = Measured(worker_bandwidth_gb_s=9.0, bandwidth_gb_s=14.0, sync_us=0.2)
+RATES = usual_rates(("avx2",))
 
 
 def test_every_packaged_machine_loads_under_its_own_name():
@@ -61,6 +63,8 @@ def test_unknown_fields_of_a_file_are_refused(tmp_path):
         {"sync_us": -0.1},
         {"page_bytes": 1 << 30},
         {"macs_per_us": {}},
+        {"attention_macs_per_us": 0.0},
+        {"prepared_per_us": -1.0},
     ],
 )
 def test_impossible_figures_are_refused(change):
@@ -92,27 +96,64 @@ def test_l2_is_shared_among_its_cores(tmp_path):
 
 
 def test_a_probed_machine_is_measured_once(tmp_path):
-    calls: list[int] = []
+    calls: list[object] = []
 
     def measure(threads: int) -> Measured:
         calls.append(threads)
         return MEASURED
 
-    first = probe_cpu(tmp_path, measure)
-    assert probe_cpu(tmp_path, measure) == first
-    assert calls == [usable_cores()]
+    def measure_kernels():
+        calls.append("kernels")
+        return RATES
+
+    first = probe_cpu(tmp_path, measure, measure_kernels)
+    assert probe_cpu(tmp_path, measure, measure_kernels) == first
+    assert calls == ["kernels", usable_cores()]
     assert (first.kind, first.num_workers, first.sync_us) == ("cpu", usable_cores(), 0.2)
+    assert first.macs_per_us == RATES.macs_per_us
+    assert first.attention_macs_per_us == RATES.attention_macs_per_us
+    assert (first.prepared_per_us, first.row_group) == (RATES.prepared_per_us, RATES.row_group)
 
 
 def test_a_broken_cache_is_measured_again(tmp_path):
-    first = probe_cpu(tmp_path, lambda _: MEASURED)
+    first = probe_cpu(tmp_path, lambda _: MEASURED, lambda: RATES)
     (cached,) = tmp_path.rglob("cpu-*.json")
     cached.write_text("{")
-    assert probe_cpu(tmp_path, lambda _: MEASURED) == first
+    assert probe_cpu(tmp_path, lambda _: MEASURED, lambda: RATES) == first
+
+
+def test_kernels_that_cannot_be_measured_have_rates_from_a_table_and_that_is_said(tmp_path, capsys):
+    def fail():
+        raise RatesError("for this test")
+
+    machine = probe_cpu(tmp_path, lambda _: MEASURED, fail)
+    usual = usual_rates(machine.vector_units)
+    assert machine.macs_per_us == usual.macs_per_us
+    assert machine.attention_macs_per_us == usual.attention_macs_per_us
+    (cached,) = tmp_path.rglob("cpu-*.json")
+    said = capsys.readouterr().err
+    assert "rates are from a table" in said
+    assert f"remove {cached}. for this test" in said
+    assert probe_cpu(tmp_path, lambda _: MEASURED, lambda: RATES) == machine
+    assert not capsys.readouterr().err
+
+
+def test_kernels_are_measured_once_there_is_a_compiler(tmp_path, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    with monkeypatch.context() as without:
+        without.setenv("PATH", str(tmp_path))
+        first = probe_cpu(tmp_path, lambda _: MEASURED, lambda: RATES)
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho one\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    other = msgspec.structs.replace(RATES, prepared_per_us=7.0)
+    assert probe_cpu(tmp_path, lambda _: MEASURED, lambda: other).prepared_per_us == 7.0
+    assert first.prepared_per_us == RATES.prepared_per_us
 
 
 def test_all_workers_together_read_no_slower_than_one():
     noisy = Measured(worker_bandwidth_gb_s=20.0, bandwidth_gb_s=15.0, sync_us=0.2)
-    machine = describe(("avx2",), 2, 1 << 20, noisy)
+    machine = describe(("avx2",), 2, 1 << 20, noisy, RATES)
     assert machine.bandwidth_gb_s >= machine.worker_bandwidth_gb_s
     assert machine.scratch_bytes == 1 << 19
