@@ -125,9 +125,7 @@ def test_kernels_get_their_shared_memory(driver, bindings, cubin):
 
 
 def test_a_grid_that_is_not_resident_is_refused(driver, bindings, cubin):
-    with pytest.raises(
-        ResidencyError, match=r"one: 5 blocks of 288 threads.*holds 1 on each of 4 SMs"
-    ):
+    with pytest.raises(ResidencyError, match=r"one: 5 blocks of 288 threads.*holds 1 on each of 4 SMs"):
         driver.load(cubin, ["one"], Grid(num_blocks=5, num_threads=288, shared_bytes=0))
 
 
