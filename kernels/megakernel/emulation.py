@@ -9,7 +9,9 @@ import re
 import shutil
 import subprocess
 import threading
-from collections.abc import Sequence
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -27,11 +29,13 @@ EMULATION_FOLDER = INCLUDE_FOLDER / "cuda_emulation"
 THREADS_A_BLOCK = 288
 DEFAULT_MAX_OPERATIONS = 200_000_000
 _FLAGS = (
-    *("-std=c++17", "-O2", "-g1", "-fvisibility=hidden", "-fno-gnu-unique", "-fno-exceptions"),
+    *("-std=c++17", "-O1", "-g1", "-fvisibility=hidden", "-fno-gnu-unique", "-fno-exceptions"),
     # Calls must return to the line that made them: reports name it.
     *("-fno-optimize-sibling-calls", "-fno-crossjumping", "-fno-tree-tail-merge", "-fno-ipa-icf"),
     f"-I{EMULATION_FOLDER}",
 )
+_LOCKS: defaultdict[Path, threading.RLock] = defaultdict(threading.RLock)
+"""A library has one machine, however often it is loaded."""
 _ALIGNMENT_BYTES = 256
 _MESSAGE_BYTES = 4096
 _PLACE_BYTES = 64
@@ -151,16 +155,19 @@ class Emulation:
         """Raises LibraryError."""
         self.library = library
         try:
-            function = ctypes.CDLL(str(library)).headrace_emulate
+            loaded = ctypes.CDLL(str(library))
+            function, release = loaded.headrace_emulate, loaded.headrace_release
         except (OSError, AttributeError) as error:
             raise LibraryError(f"{error}: {library} holds no emulated kernels") from None
         function.argtypes = (
             *(ctypes.c_char_p, ctypes.c_void_p, ctypes.c_uint64),
             *(ctypes.POINTER(_Config), ctypes.POINTER(_Report)),
         )
-        function.restype = ctypes.c_uint32
+        function.restype = ctypes.c_int
+        release.restype = None
         self._emulate = function
-        self._lock = threading.Lock()
+        self._lock = _LOCKS[library.resolve()]
+        weakref.finalize(self, _release, release, self._lock)
 
     def run(
         self,
@@ -208,6 +215,12 @@ class Emulation:
     def _with_sources(self, message: str) -> str:
         """Offsets into the library (@1a2b) become lines of source."""
         return re.sub(r"@([0-9a-f]+)", lambda found: f"at {source_of(self.library, found[1])}", message)
+
+
+def _release(function: Callable[[], None], lock: threading.RLock) -> None:
+    """Gives back the memory that a library keeps from run to run."""
+    with lock:
+        function()
 
 
 def _describe(region: Region) -> _Region:

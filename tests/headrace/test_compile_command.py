@@ -1,9 +1,12 @@
 """`headrace compile`, and what becomes of a configuration that names its artifacts."""
 
+import itertools
+import re
 import shutil
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -12,11 +15,16 @@ from headrace.artifacts import executable
 from headrace.cli import app
 from headrace.execution import ExecutionError
 from megakernel.artifact_folder import open_artifact
-from megakernel.build import BuildError, find_compiler
+from megakernel.build import BuildError, build, find_compiler
 from megakernel.manifest import WEIGHTS, ArtifactDamagedError, ArtifactMismatchError
 from megakernel.model.load import open_model
+from megakernel.runtime import Runtime
+from megakernel.step_rows import BLOCK_TOKENS, decode_rows
+from tests.megakernel.model.model_files import random_tensors, tiny_shape, write_gguf
 
 MODEL = "smollm2-135m-instruct"
+PLAN = r"(?P<name>\S.*?) +(?P<predicted_us>\d+) +(?P<measured_us>\d+)(?P<taken>  <- taken)?"
+"""A line of what a search measured."""
 
 
 @pytest.fixture(scope="session")
@@ -109,6 +117,66 @@ def test_a_given_folder_that_is_of_no_use_is_an_error(folder, model, tmp_path):
     (shipped / WEIGHTS).write_bytes(b"")
     with pytest.raises(ArtifactDamagedError, match=f"{WEIGHTS} has 0 bytes"):
         executable(config, model)
+
+
+@pytest.fixture
+def tiny_model_file(tmp_path):
+    shape = tiny_shape("llama", num_layers=1, max_context_tokens=1024)
+    write_gguf(tmp_path / "tiny.gguf", shape, random_tensors(shape))
+    return tmp_path / "tiny.gguf"
+
+
+@pytest.fixture
+def search(tiny_model_file, tmp_path, monkeypatch):
+    """What `compile --search` of a tiny model says at a load average; with a cache of its own."""
+    try:
+        find_compiler()
+    except BuildError as error:
+        pytest.skip(str(error))
+
+    def quick_build(source, **options):
+        return build(source, **options | {"extra_flags": ("-O0",)})
+
+    def run(load_average):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.setattr("megakernel.compiled.build", quick_build)  # of the plans that are compared
+        monkeypatch.setattr("megakernel.plan_search.load_average", lambda: load_average)
+        options = ["--model", str(tiny_model_file), "--threads", "2", "--out", str(tmp_path / "made")]
+        said = CliRunner().invoke(app, ["compile", "--search", *options], env={"COLUMNS": "200"})
+        assert said.exit_code == 0, said.output
+        return said.stdout
+
+    return run
+
+
+def test_a_search_says_what_it_predicted_and_measured_and_its_plan_is_what_runs(search, tmp_path):
+    lines = search(load_average=0.1).splitlines()
+    found = re.match(
+        r"(\d+) plans searched: (\d+) us predicted, (\d+) by list scheduling, at least (\d+)", lines[0]
+    )
+    evaluations, predicted_us, listed_us, bound_us = map(int, found.groups())
+    assert evaluations > 1
+    assert 0 < bound_us <= predicted_us <= listed_us
+    assert lines[1].split() == ["plan", "predicted", "us", "measured", "us"]
+    plans = [re.fullmatch(PLAN, line) for line in itertools.takewhile(re.compile(PLAN).fullmatch, lines[2:])]
+    measured_us = [int(plan["measured_us"]) for plan in plans]
+    assert len(plans) > 1
+    assert all(int(plan["predicted_us"]) > 0 for plan in plans)
+    assert [int(plan["measured_us"]) for plan in plans if plan["taken"]] == [min(measured_us)]
+    artifact = open_artifact(tmp_path / "made")
+    artifact.verify()
+    assert artifact.manifest.is_searched
+    assert "searched schedule" in lines[2 + len(plans)]
+    with Runtime(artifact.load(), 1, BLOCK_TOKENS) as runtime:
+        assert np.isfinite(runtime.run(decode_rows(1, 0))).all()
+
+
+def test_a_busy_machine_is_searched_for_but_not_measured(search, tmp_path):
+    said = search(load_average=1.7)
+    assert "plans searched" in said
+    assert "not measured: other work keeps this machine busy (load average 1.7 on 2 cores)" in said
+    assert "measured us" not in said
+    assert open_artifact(tmp_path / "made").manifest.is_searched
 
 
 def test_out_writes_the_folder_it_is_given_and_nothing_else(tmp_path):

@@ -1,228 +1,143 @@
-"""Random programs of emulated threads, and by brute force whether any two of their accesses race.
+"""Emulated CUDA kernels beside the VM: the same step on both, buffer by buffer."""
 
-Words and mbarriers are waited for once all arrivals are there, so what happens before what is the same in
-any order."""
-
-import random
-from enum import IntEnum, auto
+import ctypes
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
 
-NUM_BLOCKS, WARPS, LANES = 2, 3, 32
-MOST_DATA_BYTES = 48
-WORDS_AT, NUM_WORDS = 256, 32
-MBARRIERS_AT, NUM_MBARRIERS = 512, 12
+from megakernel.artifact import pack_weights
+from megakernel.codegen_cuda import GeneratedCuda, generate_cuda
+from megakernel.emulation import Counts, Emulation, Region, build_emulation, device_array, device_copy
+from megakernel.graph import STATS_SPANS
+from megakernel.machine import Machine, load_machine
+from megakernel.model.rope import rope_frequencies
+from megakernel.program import Program, Space
+from megakernel.vm_state import NO_PARENT, VmKv, VmStep
+
+WANTS_REDUCTIONS = 2
 
 
-class Kind(IntEnum):
-    """`Kind` of steps.cu."""
-
-    LOAD_SHARED = 0
-    STORE_SHARED = auto()
-    LOAD_GLOBAL = auto()
-    STORE_GLOBAL = auto()
-    SYNC_WARP = auto()
-    SYNC_THREADS = auto()
-    ADD_SHARED = auto()
-    WAIT_SHARED = auto()
-    ADD_GLOBAL = auto()
-    WAIT_GLOBAL = auto()
-    ARRIVE = auto()
-    WAIT_PHASE = auto()
-    COPY = auto()
-    ARRIVE_COPIED = auto()
-    INIT_MBARRIER = auto()
+def toy_gpu(num_workers: int = 3, scratch_bytes: int = 101_376) -> Machine:
+    gpu = load_machine("l20").for_cuda_kernels()
+    return msgspec.structs.replace(gpu, name="toy", num_workers=num_workers, scratch_bytes=scratch_bytes)
 
 
-class Access(msgspec.Struct, frozen=True):
-    """Of bytes [begin, end) of a space: a block's shared memory by its number, or global memory, None."""
+class _Arguments(ctypes.Structure):
+    """`StepArguments` of step.h."""
 
-    space: int | None
-    begin: int
-    end: int
-    is_store: bool
-    before: int
-    """Bits of the events that happen before it."""
-    completion: int
-    """The event that happens before whoever may rely on it."""
+    _fields_ = (
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("weights", "activations", "kv", "turns", "counters", "failure")
+        ),
+        *((name, ctypes.c_void_p) for name in ("token_ids", "positions", "slots", "context_lengths")),
+        *((name, ctypes.c_void_p) for name in ("table_rows", "path_starts", "path_slots", "block_tables")),
+        *((name, ctypes.c_void_p) for name in ("row_flags", "needed_spans", "allowed_starts")),
+        *((name, ctypes.c_void_p) for name in ("allowed_token_ids", "logits", "stats", "values", "tokens")),
+        ("allowed_logits", ctypes.c_void_p),
+        ("num_slots", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("num_rows", "max_blocks", "block_size_tokens", "top_k")),
+        ("epoch", ctypes.c_uint32),
+        ("timeout_ns", ctypes.c_uint64),
+    )
 
-    def races_with(self, other: "Access") -> bool:
-        if self.space != other.space or not (self.is_store or other.is_store):
-            return False
-        if self.end <= other.begin or other.end <= self.begin:
-            return False
-        return not (other.before >> self.completion & 1 or self.before >> other.completion & 1)
 
+class EmulatedModel:
+    """Programs of one artifact, their weights and counters in emulated device memory."""
 
-class Program:
-    """Steps by thread, drawn one after the other: that order is one in which they can run."""
+    def __init__(self, programs: list[Program], weights, flags: Sequence[str] = (), edit=None) -> None:
+        """`edit` changes the generated source: how tests plant faults."""
+        self.programs = {program.bucket: program for program in programs}
+        self.generated: GeneratedCuda = generate_cuda(programs, weights.formats)
+        source = edit(self.generated.source) if edit else self.generated.source
+        self.emulation: Emulation = build_emulation(source, extra_flags=flags)
+        self.packed = device_array(self.generated.layout.num_bytes, np.uint8)
+        pack_weights(self.generated.layout, weights, self.packed)
+        geometry = programs[0].geometry
+        angles = np.arange(geometry.max_context_tokens)[:, None] * rope_frequencies(weights.shape)
+        self.turns = device_copy(np.stack([np.cos(angles), np.sin(angles)], axis=-1), np.float32)
+        self.counters = device_array(self.generated.num_counters + 64, np.uint32)
+        self.epochs = dict.fromkeys(self.programs, 0)
 
-    def __init__(self, seed: int, *, num_steps: int, care: float, is_crowded: bool, may_race: bool) -> None:
-        """`care`: how likely a warp or block is brought in step, rather than one lane told something.
-        `is_crowded`: few lanes of a warp do anything by themselves, to few bytes. `may_race`: one access may,
-        with any number of earlier ones."""
-        self.random = random.Random(seed)
-        self.may_race, self.has_race = may_race, False
-        self.busy_lanes, self.data_bytes = (2, 16) if is_crowded else (4, MOST_DATA_BYTES)
-        self.steps: dict[tuple[int, int, int], list[tuple[int, int, int, int]]] = {
-            (block, warp, lane): []
-            for block in range(NUM_BLOCKS)
-            for warp in range(WARPS)
-            for lane in range(LANES)
+    def run(self, bucket: int, kv: VmKv, step: VmStep, *, top_k: int = 0, seed: int = 0):
+        """Buffers by name, [rows, columns], results, and the run's counts; `kv` changes as the step does."""
+        program, geometry = self.programs[bucket], self.programs[bucket].geometry
+        rows = step.num_rows
+        pool = device_copy(np.stack(kv.layers), np.float16)
+        paths = [_path(step, row) for row in range(rows)]
+        spans = -(-geometry.vocab_size // STATS_SPANS["cuda"])
+        constants = {
+            "token_ids": step.token_ids,
+            "positions": step.positions,
+            "slots": step.slots,
+            "context_lengths": step.context_lengths[step.sequences],
+            "table_rows": step.sequences,
+            "path_starts": np.cumsum([0, *map(len, paths)]),
+            "path_slots": np.concatenate(paths),
+            "block_tables": step.block_tables,
+            "row_flags": np.full(rows, WANTS_REDUCTIONS),
+            "needed_spans": np.full(-(-spans // 32), -1),
+            "allowed_starts": np.zeros(rows + 1),
+            "allowed_token_ids": np.zeros(1),
         }
-        self.known = dict.fromkeys(self.steps, 0)
-        self.accesses: list[Access] = []
-        self.num_events = 0
-        self.words: list[tuple[Kind, int, int, int, int]] = []
-        """That may be waited for: how, block, where, for how much, and what that tells."""
-        self.used_shared, self.used_mbarriers, self.used_global = [0] * NUM_BLOCKS, [0] * NUM_BLOCKS, 0
-        self.arrivals_of: list[list[int]] = []
-        """By block and mbarrier."""
-        for block in range(NUM_BLOCKS):
-            self.set_up(block)
-        for _ in range(num_steps):
-            self.draw(care)
+        arrays = {name: device_copy(np.asarray(values), np.int32) for name, values in constants.items()}
+        written = {
+            "activations": device_array(self.generated.activation_bytes, np.uint8),
+            "logits": device_array((bucket, geometry.vocab_size), np.float32),
+            "stats": device_array((bucket, 3 * spans), np.float32),
+            "values": device_array((rows, 2 + top_k), np.float32),
+            "tokens": device_array((rows, 1 + top_k), np.int32),
+            "allowed_logits": device_array(1, np.float32),
+        }
+        mutable = {"kv": pool, "counters": self.counters, "failure": device_array(8, np.uint32)}
+        regions = [Region("weights", self.packed), Region("turns", self.turns)]
+        regions += [Region(name, array) for name, array in arrays.items()]
+        regions += [Region(name, array, is_writable=True) for name, array in mutable.items()]
+        regions += [
+            Region(name, array, is_writable=True, is_uninitialised=True) for name, array in written.items()
+        ]
+        arguments = _Arguments(
+            num_slots=kv.num_slots,
+            num_rows=rows,
+            max_blocks=step.block_tables.shape[1],
+            block_size_tokens=kv.block_size,
+            top_k=top_k,
+            epoch=self.epochs[bucket],
+            timeout_ns=10**12,
+        )
+        for region in regions:
+            setattr(arguments, region.name, region.array.ctypes.data)
+        counts: Counts = self.emulation.run(
+            GeneratedCuda.kernel_name(bucket),
+            arguments,
+            regions,
+            num_blocks=self.generated.num_blocks,
+            shared_bytes=self.generated.shared_bytes,
+            seed=seed,
+        )
+        self.epochs[bucket] += 1
+        for layer, values in zip(kv.layers, pool, strict=True):
+            layer[...] = values
+        buffers = self._buffers(program, written["activations"], rows)
+        buffers["logits"] = written["logits"][:rows]
+        buffers["head_stats"] = written["stats"][:rows]
+        return buffers, (written["values"], written["tokens"]), counts
 
-    def packed(self) -> tuple[np.ndarray, int]:
-        """The kernel's input as words, and where its steps begin, in bytes."""
-        lists = list(self.steps.values())
-        starts = np.cumsum([0, *(len(steps) for steps in lists)])
-        header = np.zeros(-(-len(starts) // 4) * 4, dtype=np.uint32)
-        header[: len(starts)] = starts
-        body = np.array([step for steps in lists for step in steps], dtype=np.uint32).reshape(-1)
-        return np.concatenate([header, body]), header.nbytes
+    def _buffers(self, program: Program, activations, rows: int):
+        floats = activations.view(np.float32)
+        found = {}
+        for buffer in program.buffers:
+            if buffer.space is Space.ACTIVATION:
+                start = self.generated.buffer_offsets[buffer.name] // 4
+                size = program.bucket * buffer.columns
+                found[buffer.name] = floats[start : start + size].reshape(program.bucket, -1)[:rows]
+        return found
 
-    def set_up(self, block: int) -> None:
-        first = (block, 0, 0)
-        arrivals = [self.random.randint(1, 3) for _ in range(NUM_MBARRIERS)]
-        self.arrivals_of.append(arrivals)
-        for offset in range(0, MOST_DATA_BYTES, 4):
-            self.access(first, Kind.STORE_SHARED, offset, 4)
-        for word in range(NUM_WORDS):
-            self.add(first, Kind.STORE_SHARED, WORDS_AT + 4 * word, 0, 4)
-        for number in range(NUM_MBARRIERS):
-            self.add(first, Kind.INIT_MBARRIER, MBARRIERS_AT + 8 * number, arrivals[number])
-        self.sync_threads(block, list(range(WARPS)))
 
-    def draw(self, care: float) -> None:
-        block, warp = self.random.randrange(NUM_BLOCKS), self.random.randrange(WARPS)
-        thread = (block, warp, self.random.randrange(self.busy_lanes))
-        if self.random.random() < 0.4:
-            self.draw_access(thread)
-        elif self.random.random() < care:
-            if self.random.random() < 0.5:
-                self.sync_warps([(block, warp)])
-            else:
-                self.sync_threads(block, self.random.sample(range(WARPS), self.random.randint(2, WARPS)))
-        elif self.words and self.random.random() < 0.6:
-            self.wait(thread)
-        else:
-            self.draw_word(block)
-
-    def draw_access(self, thread: tuple[int, int, int]) -> None:
-        is_store = self.random.random() < 0.4
-        if self.random.random() < 0.5:
-            num_bytes = self.random.choice((2, 2, 4, 8))
-            kind = Kind.STORE_SHARED if is_store else Kind.LOAD_SHARED
-        else:
-            num_bytes = self.random.choice((1, 2, 4))
-            kind = Kind.STORE_GLOBAL if is_store else Kind.LOAD_GLOBAL
-        self.access(thread, kind, self.random.randrange(0, self.data_bytes, num_bytes), num_bytes)
-
-    def draw_word(self, block: int) -> None:
-        """Arrivals at a word or an mbarrier that is new; waits may follow."""
-        shared, mbarriers = self.used_shared, self.used_mbarriers
-        choice = self.random.choice(("shared", "global", "mbarrier", "copies"))
-        lanes = [(warp, lane) for warp in range(WARPS) for lane in range(self.busy_lanes)]
-        if choice == "shared" and shared[block] < NUM_WORDS:
-            at = WORDS_AT + 4 * shared[block]
-            shared[block] += 1
-            threads = [(block, *lane) for lane in self.random.sample(lanes, self.random.randint(1, 3))]
-            self.arrive(threads, Kind.ADD_SHARED, Kind.WAIT_SHARED, block, at)
-        elif choice == "global":
-            at = self.used_global
-            self.used_global += 1
-            threads = [
-                (self.random.randrange(NUM_BLOCKS), *lane)
-                for lane in self.random.sample(lanes, self.random.randint(1, 3))
-            ]
-            self.arrive(threads, Kind.ADD_GLOBAL, Kind.WAIT_GLOBAL, -1, at)
-        elif mbarriers[block] < NUM_MBARRIERS:
-            at = MBARRIERS_AT + 8 * mbarriers[block]
-            arrivals = self.arrivals_of[block][mbarriers[block]]
-            mbarriers[block] += 1
-            threads = [(block, *lane) for lane in self.random.sample(lanes, arrivals)]
-            if choice == "copies":
-                self.copy(threads, block, at)
-            else:
-                self.arrive(threads, Kind.ARRIVE, Kind.WAIT_PHASE, block, at)
-
-    def arrive(
-        self, threads: list[tuple[int, int, int]], kind: Kind, wait: Kind, block: int, at: int
-    ) -> None:
-        told = 0
-        for thread in threads:
-            self.add(thread, kind, at)
-            told |= self.known[thread]
-        self.words.append((wait, block, at, len(threads), told))
-
-    def copy(self, threads: list[tuple[int, int, int]], block: int, at: int) -> None:
-        told = 0
-        for thread in threads:
-            for _ in range(self.random.randrange(3)):
-                to, start = (self.random.randrange(0, self.data_bytes, 16) for _ in range(2))
-                before, completion = self.known[thread], self.num_events
-                copied = Access(block, to, to + 16, True, before, completion)
-                if self.try_access(copied, Access(None, start, start + 16, False, before, completion)):
-                    self.add(thread, Kind.COPY, to, start)
-                    told |= 1 << completion
-            self.add(thread, Kind.ARRIVE_COPIED, at)
-        self.words.append((Kind.WAIT_PHASE, block, at, 0, told))
-
-    def wait(self, thread: tuple[int, int, int]) -> None:
-        kind, block, at, target, told = self.random.choice(self.words)
-        if block in (-1, thread[0]):
-            self.add(thread, kind, at, target)
-            self.known[thread] |= told
-
-    def access(self, thread: tuple[int, int, int], kind: Kind, at: int, num_bytes: int) -> None:
-        is_store = kind in (Kind.STORE_SHARED, Kind.STORE_GLOBAL)
-        space = thread[0] if kind in (Kind.LOAD_SHARED, Kind.STORE_SHARED) else None
-        event = self.num_events
-        if self.try_access(Access(space, at, at + num_bytes, is_store, self.known[thread], event)):
-            self.add(thread, kind, at, event, num_bytes)
-            self.known[thread] |= 1 << event
-
-    def try_access(self, *made: Access) -> bool:
-        """Whether they are made; together they are one event."""
-        is_race = any(one.races_with(other) for one in made for other in self.accesses)
-        if is_race and not (self.may_race and not self.has_race):
-            return False
-        self.has_race |= is_race
-        self.accesses.extend(made)
-        self.num_events += 1
-        return True
-
-    def sync_warps(self, warps: list[tuple[int, int]]) -> None:
-        threads = [(*warp, lane) for warp in warps for lane in range(LANES)]
-        known = 0
-        for thread in threads:
-            known |= self.known[thread]
-        for thread in threads:
-            self.known[thread] = known
-            if len(warps) == 1:
-                self.add(thread, Kind.SYNC_WARP)
-
-    def sync_threads(self, block: int, warps: list[int]) -> None:
-        """Each set of warps has a barrier of its own."""
-        number = sum(1 << warp for warp in warps)
-        for warp in warps:
-            for lane in range(LANES):
-                self.add((block, warp, lane), Kind.SYNC_THREADS, number, len(warps) * LANES)
-        self.sync_warps([(block, warp) for warp in warps])
-
-    def add(
-        self, thread: tuple[int, int, int], kind: Kind, at: int = 0, value: int = 0, num_bytes: int = 0
-    ) -> None:
-        self.steps[thread].append((kind, at, value, num_bytes))
+def _path(step: VmStep, row: int) -> list[int]:
+    path = []
+    while row != NO_PARENT:
+        path.append(int(step.slots[row]))
+        row = int(step.parents[row])
+    return path[::-1]

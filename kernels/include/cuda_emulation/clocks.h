@@ -34,6 +34,8 @@ class Clocks {
         free_clock_ = nullptr, free_lanes_ = nullptr;
     }
 
+    void release() { give_back(clocks_, kMostBytes), give_back(lanes_, kMostBytes); }
+
     // Knows nothing, and is held once.
     Clock* make() {
         Clock* clock = take();

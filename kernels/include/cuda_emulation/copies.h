@@ -39,6 +39,8 @@ struct Copies {
         used = num_completable = num_from_writable = 0;
     }
 
+    void release() { give_back(pool, kMost * sizeof(Copy)), give_back(completable, kMost * sizeof(Copy*)); }
+
     Copy& make() {
         Copy* made = free;
         if (made)

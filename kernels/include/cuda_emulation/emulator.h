@@ -1,4 +1,10 @@
 // A launch of a kernel, from the first thread's start to the last one's end.
+//
+// Threads are fibers of one core (fiber.h), lanes of warps of blocks (machine.h). Each runs until it waits for others or
+// the seed makes it give way (scheduler.h). What they do together is in collectives.h; what orders them in knowledge.h,
+// words.h, mbarriers.h and copies.h; accesses.h checks each load and store against what shadow.h has kept of earlier
+// ones. What is found wrong ends the run (failures.h). Not emulated: caches, so a race is found by what orders its two
+// sides and never by a stale value; and endless loops without any operation of cuda/ptx/.
 #pragma once
 
 #include "collectives.h"
@@ -154,13 +160,18 @@ class Arena {
   public:
     void reset(uint64_t num_bytes) {
         if (num_bytes > size_) {
-            if (base_) munmap(base_, size_);
+            release();
             base_ = reserve(num_bytes);
             size_ = num_bytes;
         } else {
             memset(base_, 0, used_);
         }
         used_ = 0;
+    }
+
+    void release() {
+        give_back(base_, size_);
+        size_ = used_ = 0;
     }
 
     template <class T>
@@ -309,6 +320,16 @@ inline void run(const EmulationConfig& config, EmulationReport& report) {
     report.collectives = machine.collectives;
     report.accesses = machine.accesses;
     report.copies = machine.num_copies;
+}
+
+// Memory that is kept from run to run.
+inline void release_memory() {
+    machine.stacks.release();
+    machine.clocks.release();
+    nodes.release();
+    words.release();
+    copies.release();
+    arena.release();
 }
 
 }  // namespace headrace::emulation

@@ -33,16 +33,17 @@ struct Place {
 };
 
 inline Place place_of(const void* address) {
-    const auto at = reinterpret_cast<uint64_t>(address);
+    const auto at = reinterpret_cast<int64_t>(address);
     for (uint32_t i = 0; i < machine.config.num_blocks; i++) {
-        const auto shared = reinterpret_cast<uint64_t>(machine.blocks[i].shared);
-        if (at >= shared && at < shared + machine.config.shared_bytes) return {"shared", static_cast<int>(i), static_cast<int64_t>(at - shared)};
+        const int64_t offset = at - reinterpret_cast<int64_t>(machine.blocks[i].shared);
+        if (offset >= 0 && offset < machine.config.shared_bytes) return {"shared", static_cast<int>(i), offset};
     }
     for (uint32_t i = 0; i < machine.num_memories; i++) {
         const Memory& memory = machine.memories[i];
-        if (at >= memory.begin && at < memory.end) return {memory.region.name, -1, static_cast<int64_t>(at - memory.begin)};
+        const int64_t offset = at - reinterpret_cast<int64_t>(memory.region.base);
+        if (offset >= 0 && offset < static_cast<int64_t>(memory.region.num_bytes)) return {memory.region.name, -1, offset};
     }
-    return {nullptr, -1, static_cast<int64_t>(at)};
+    return {nullptr, -1, at};
 }
 
 inline void add_place(Text& text, const Place& place) {

@@ -80,6 +80,13 @@ inline char* reserve(uint64_t num_bytes) {
     return static_cast<char*>(at);
 }
 
+// What reserve gave, and nothing where it gave nothing.
+template <class T>
+void give_back(T*& at, uint64_t num_bytes) {
+    if (at) munmap(at, num_bytes);
+    at = nullptr;
+}
+
 // Kept from run to run. A page below each stack is left out, so that a deep one ends the process and nothing worse.
 class Stacks {
   public:
@@ -88,11 +95,16 @@ class Stacks {
 
     void make(uint64_t count) {
         if (count <= count_) return;
-        if (base_) munmap(base_, count_ * kStride);
+        release();
         base_ = reserve(count * kStride);
         count_ = count;
         constexpr uint64_t kMostGuarded = 16384;  // a process may have only so many mappings
         for (uint64_t i = 0; i < count && i < kMostGuarded; i++) mprotect(base_ + i * kStride, kPage, PROT_NONE);
+    }
+
+    void release() {
+        if (base_) munmap(base_, count_ * kStride);
+        base_ = nullptr, count_ = 0;
     }
 
     char* bottom(uint64_t index) const { return base_ + index * kStride + kPage; }

@@ -61,10 +61,13 @@ inline void emulate(const Kernel* kernels, const char* names, const char* name, 
 }  // namespace headrace::emulation
 
 #define HEADRACE_KERNELS(...)                                                                                         \
-    extern "C" __attribute__((visibility("default"))) uint32_t headrace_emulate(                                      \
+    extern "C" __attribute__((visibility("default"))) int headrace_emulate(                                           \
         const char* name, const void* argument, uint64_t argument_bytes, const EmulationConfig* config,               \
         EmulationReport* report) {                                                                                    \
         const headrace::emulation::Kernel kernels[] = {__VA_ARGS__};                                                  \
         headrace::emulation::emulate(kernels, #__VA_ARGS__, name, argument, argument_bytes, *config, *report);        \
         return report->status;                                                                                        \
+    }                                                                                                                 \
+    extern "C" __attribute__((visibility("default"))) void headrace_release() {                                       \
+        headrace::emulation::release_memory();                                                                        \
     }

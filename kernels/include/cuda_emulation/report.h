@@ -21,7 +21,6 @@ enum Status : uint32_t {
     kOperations,     // more than max_operations
     kStack,          // a thread's stack is full
     kCall,           // no such kernel, or a configuration that makes no sense
-    kNumStatuses,
 };
 
 enum RegionFlags : uint32_t { kWritable = 1, kUninitialisedRegion = 2 };

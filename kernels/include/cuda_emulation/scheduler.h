@@ -90,7 +90,7 @@ inline void unpark(Waiters& waiters) {
     waiters.version--;  // nothing has changed: who looks again and does nothing else is parked again
 }
 
-void unpark_all();  // memory_words.h
+void unpark_all();  // words.h
 
 // Nobody can go on, or those who can do nothing but poll: what has been put off happens now.
 inline void break_standstill() {

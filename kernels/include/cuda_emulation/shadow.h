@@ -52,6 +52,8 @@ class Nodes {
         used_ = 1, free_ = 0;
     }
 
+    void release() { give_back(nodes_, kMost * sizeof(Node)); }
+
     Node& operator[](uint32_t number) { return nodes_[number]; }
 
     uint32_t make(const Record& record, uint32_t next) {

@@ -13,6 +13,8 @@ class Words {
         num_used_ = 0;
     }
 
+    void release() { give_back(slots_, kSlots * sizeof(Word)), give_back(used_, kSlots * sizeof(uint32_t)); }
+
     Word& at(const void* address) {
         const auto key = reinterpret_cast<uint64_t>(address);
         for (uint32_t i = static_cast<uint32_t>(key * 0x9e3779b97f4a7c15 >> 40) % kSlots;; i = (i + 1) % kSlots) {
