@@ -24,7 +24,10 @@ MAY_IMPORT = {
     "megakernel": set[str](),
 }
 WITHOUT_TORCH = ("cluster", "router")
-TENSORRT_FILES = {"prefill_workers/trtllm_engine.py", "prefill_workers/trtllm_connector.py"}
+MAY_BE_MISSING = {
+    "tensorrt_llm": {"prefill_workers/trtllm_engine.py", "prefill_workers/trtllm_connector.py"},
+    "cuda": {"kernels/megakernel/cuda_driver.py"},
+}
 
 
 def imports_of(source: str, package: str) -> Iterator[str]:
@@ -68,12 +71,13 @@ def test_the_control_plane_runs_without_torch(package):
     assert violations(package, {"torch", "torchvision", "transformers"}) == []
 
 
-def test_tensorrt_is_imported_where_it_may_be_missing_only():
+@pytest.mark.parametrize("name", MAY_BE_MISSING)
+def test_what_may_be_missing_is_imported_where_that_is_said_only(name):
     found = [
         line
         for package in PACKAGES
-        for line in violations(package, {"tensorrt_llm"})
-        if line.split()[0] not in TENSORRT_FILES
+        for line in violations(package, {name})
+        if line.split()[0] not in MAY_BE_MISSING[name]
     ]
     assert found == []
 

@@ -22,7 +22,8 @@ FLAGS = ("-std=c++17", "--expt-relaxed-constexpr", "-fmad=false", "-Xptxas=-v")
 _SHARED_BYTES = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024}
 """Static and dynamic, that one block may have: CUDA C++ Programming Guide, "Technical Specifications"."""
 ARCHITECTURES = tuple(_SHARED_BYTES)
-_REGISTERS_AN_SM = 65_536
+_SCHEDULERS, _REGISTERS_A_SCHEDULER = 4, 16_384
+"""An SM's warps are dealt to its schedulers, and each has its registers from its own."""
 _REGISTERS_A_THREAD = 255
 _REGISTER_GRAIN = 8
 """Registers are given to a warp in eights a thread."""
@@ -106,8 +107,9 @@ def cubin_flags(architecture: str, extra_flags: Sequence[str] = ()) -> tuple[str
 
 def most_registers(num_threads: int) -> int:
     """That a thread may have for a block of so many to fit an SM."""
-    threads = -(-num_threads // 32) * 32
-    return min(_REGISTERS_A_THREAD, _REGISTERS_AN_SM // threads // _REGISTER_GRAIN * _REGISTER_GRAIN)
+    warps_a_scheduler = -(-num_threads // (32 * _SCHEDULERS))
+    registers = _REGISTERS_A_SCHEDULER // (32 * warps_a_scheduler)
+    return min(_REGISTERS_A_THREAD, registers // _REGISTER_GRAIN * _REGISTER_GRAIN)
 
 
 def most_shared_bytes(architecture: str) -> int:
