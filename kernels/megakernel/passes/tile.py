@@ -17,12 +17,12 @@ def tile(module: ModuleOp, context: PassContext) -> None:
 def tile_op(op: TiledOp, context: PassContext) -> None:
     plan = context.op_plan(op.role)
     check_columns(op, plan.tile_columns, context)
-    check_k_tiles(op, plan.num_k_tiles, context.machine.kernels)
+    check_k_tiles(op, plan.num_k_tiles, context.machine.kind)
     op.decide(tile_columns=min(plan.tile_columns, width_of(op)), num_k_tiles=plan.num_k_tiles)
 
 
 def check_columns(op: TiledOp, tile_columns: int, context: PassContext) -> None:
-    grain = grain_of(op, context.shape.head_dim, STATS_SPANS[context.machine.kernels])
+    grain = grain_of(op, context.shape.head_dim, STATS_SPANS[context.machine.kind])
     if tile_columns <= 0 or (tile_columns % grain and tile_columns < width_of(op)):
         raise PlanError(
             f"{op.label.data}: tile_columns must be a positive multiple of {grain}, got {tile_columns}"
