@@ -1,6 +1,6 @@
 """What a tile needs of an SM's shared memory: as `kernels/include/cuda/ops` lays it out."""
 
-from megakernel.pack_cuda import PACKED_FORMATS, unit_bytes, unit_k
+from megakernel.pack_cuda import common_format, unit_bytes, unit_k
 
 CONSUMER_WARPS = 8
 ROW_CHUNK = 16
@@ -14,14 +14,11 @@ _SUM_GROUP = 32
 _ROW_TILE = 8
 
 
-def packed_format(stored: tuple[str, ...]) -> str:
-    """What an op's matrices are packed as: `artifact_cuda` has the same rule for whole rows."""
-    return stored[0] if len(set(stored)) == 1 and stored[0] in PACKED_FORMATS else "BF16"
-
-
 def weight_tile_bytes(stored: tuple[str, ...], columns: int, k: int) -> int:
-    """Of `k` elements from a unit's start, whole units and column groups."""
-    name = packed_format(stored)
+    """Of `k` elements from a unit's start, whole units and column groups as they are packed; `stored` are the
+    formats of the op's matrices."""
+    # K is cut at whole blocks: what does not fill one in a tile does not in the whole of K.
+    name = common_format(stored, k)
     return -(-columns // COLUMN_GROUP) * -(-k // unit_k(name)) * unit_bytes(name)
 
 

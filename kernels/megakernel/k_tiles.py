@@ -31,7 +31,7 @@ def num_k_tiles(role: LinearRole, machine: Machine) -> int:
     found = candidates(role, machine)
     if not found:
         raise ScratchError(
-            f"{role.name}: no tile of {role.grain} columns or more fits the {machine.scratch_bytes} scratch "
+            f"{role.name}: no tile of {role.grain} columns or more fits the {machine.usable_bytes} scratch "
             f"bytes of a worker of {machine.name}"
         )
     if machine.kind == "cpu":

@@ -61,7 +61,7 @@ def linear_roles(shape: ModelShape, formats: Mapping[str, str], machine: Machine
             name=name,
             in_features=k,
             out_features=columns,
-            grain=epilogue_grain(epilogue, shape.head_dim, STATS_SPANS[machine.kernels]),
+            grain=epilogue_grain(epilogue, shape.head_dim, STATS_SPANS[machine.kind]),
             formats=tuple(sorted(stored)),
         )
 
@@ -75,7 +75,7 @@ def linear_roles(shape: ModelShape, formats: Mapping[str, str], machine: Machine
             name="head",
             in_features=hidden,
             out_features=shape.vocab_size,
-            grain=epilogue_grain(Epilogue.LOGITS, shape.head_dim, STATS_SPANS[machine.kernels]),
+            grain=epilogue_grain(Epilogue.LOGITS, shape.head_dim, STATS_SPANS[machine.kind]),
             formats=(head,),
         ),
     ]
@@ -87,14 +87,14 @@ def candidates(role: LinearRole, machine: Machine) -> list[Candidate]:
         even_columns(role.out_features, grain, machine.num_workers * run)
         for run in range(1, MAX_RUN_TILES + 1)
     }
-    splits = range(1, min(MAX_K_TILES, max_k_tiles(role.in_features, machine.kernels)) + 1)
+    splits = range(1, min(MAX_K_TILES, max_k_tiles(role.in_features, machine.kind)) + 1)
     fitting = (candidate(role, machine, width, parts) for width, parts in product(widths | {grain}, splits))
     return [found for found in fitting if found is not None]
 
 
 def candidate(role: LinearRole, machine: Machine, width: int, parts: int) -> Candidate | None:
     """None where the tile does not fit, or has no room for the next one's weights beside its own."""
-    bounds = k_bounds(role.in_features, parts, machine.kernels)
+    bounds = k_bounds(role.in_features, parts, machine.kind)
     k = max(end - start for start, end in pairwise(bounds))
     needed = linear_footprint(
         columns=width,
@@ -103,7 +103,7 @@ def candidate(role: LinearRole, machine: Machine, width: int, parts: int) -> Can
         weight_bits=role.weight_bits,
         input_bits=activation_bits(role.formats),
     )
-    if machine.kernels == "cuda":
+    if machine.kind == "cuda":
         needed = cuda_linear_footprint(columns=width, k=k, rows=ROW_CHUNK, stored=role.formats)
     stages = min(max_stages(needed, machine), MAX_STAGES)
     if stages == 0:

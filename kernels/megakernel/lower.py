@@ -114,7 +114,7 @@ def instructions_of(op: TiledOp, number: int, context: PassContext) -> list[Inst
             waits=waits.get(index, ()),
             signal=counter if index in signals else -1,
         )
-        for index, tile in enumerate(tiles_of(op, context.num_attention_parts, context.machine.kernels))
+        for index, tile in enumerate(tiles_of(op, context.num_attention_parts, context.machine.kind))
     ]
 
 
@@ -140,7 +140,7 @@ def outline_of(module: ModuleOp, fingerprint: str, context: PassContext) -> Prog
         geometry=outline.geometry,
         split_tokens=context.split_tokens,
         swiglu_group=SWIGLU_GROUP,
-        stats_span=STATS_SPANS[context.machine.kernels],
+        stats_span=STATS_SPANS[context.machine.kind],
         buffers=tuple(outline.buffers.values()),
         ops=tuple(outline.ops),
         partial_buffers=tuple(outline.partial_buffers),
@@ -148,7 +148,7 @@ def outline_of(module: ModuleOp, fingerprint: str, context: PassContext) -> Prog
         num_counters=0,
         num_pages=0,
         page_bytes=context.machine.page_bytes,
-        kind=context.machine.kernels,
+        kind=context.machine.kind,
     )
 
 

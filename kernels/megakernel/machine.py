@@ -46,10 +46,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     row_group: int = 1
     """Rows are computed in groups of this many: one row costs what a whole group costs."""
     reserved_bytes: int = 0
-    """Of the scratch memory, what kernels keep for themselves: barriers and sums of warps."""
-    kernels: Literal["cpu", "cuda"] = "cpu"
-    """Whose tiles are planned. The packaged GPUs are planned as a CPU is until the CUDA kernels serve; with
-    `for_cuda_kernels` as those kernels need it."""
+    """Of the scratch memory, what kernels keep: barriers and reductions. The rest is pages."""
     computes_while_loading: bool = False
     """Whether an instruction works on its weights as they arrive, or only when its tile has landed."""
 
@@ -61,7 +58,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         wrong += [f"macs_per_us[{name}]" for name, value in self.macs_per_us.items() if value <= 0]
         if wrong:
             raise MachineError(f"machine {self.name!r}: not a possible figure: {', '.join(wrong)}")
-        if self.page_bytes > self.scratch_bytes - self.reserved_bytes:
+        if self.page_bytes > self.usable_bytes:
             raise MachineError(
                 f"machine {self.name!r}: a page of {self.page_bytes} bytes exceeds the scratch memory of "
                 f"{self.scratch_bytes} less {self.reserved_bytes} reserved"
@@ -69,22 +66,16 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         if not self.macs_per_us:
             raise MachineError(f"machine {self.name!r}: macs_per_us names no weight format")
 
-    def for_cuda_kernels(self) -> "Machine":
-        """The same GPU, planned for `kernels/include/cuda`."""
-        rate = self.macs_per_us[_UNKNOWN_RATE_FORMAT]
-        rates = dict.fromkeys(("W4G128", "W8G128"), rate) | self.macs_per_us
-        return msgspec.structs.replace(
-            self, kernels="cuda", reserved_bytes=_CUDA_RESERVED_BYTES, macs_per_us=rates
-        )
+    @property
+    def usable_bytes(self) -> int:
+        """Of the scratch memory, what tiles may have."""
+        return self.scratch_bytes - self.reserved_bytes
 
     @property
     def num_pages(self) -> int:
-        return (self.scratch_bytes - self.reserved_bytes) // self.page_bytes
+        return self.usable_bytes // self.page_bytes
 
 
-_CUDA_RESERVED_BYTES = 17_408
-"""`kReservedBytes` of machine.h."""
-_UNKNOWN_RATE_FORMAT = "BF16"
 _POSITIVE = (
     "num_workers",
     "scratch_bytes",

@@ -60,7 +60,7 @@ def compile_program(
     """
     stored = usual_formats(shape) if formats is None else formats
     context = pass_context(shape, machine, bucket, plan, split_tokens=split_tokens, formats=stored)
-    module = fused_graph(shape, stored, split_tokens, STATS_SPANS[machine.kernels]).clone()
+    module = fused_graph(shape, stored, split_tokens, STATS_SPANS[machine.kind]).clone()
     run_passes(module, context, list(PASSES)[1:])
     program = lower(module, fingerprint, context)
     if page_planner is None:
@@ -83,7 +83,7 @@ def ir_after(
         raise ValueError(f"no pass is called `{stop_after}`; there are {', '.join(STAGE_NAMES)}")
     stored = usual_formats(shape) if formats is None else formats
     context = pass_context(shape, machine, bucket, plan, split_tokens=split_tokens, formats=stored)
-    module = build_graph(shape, stored, split_tokens=split_tokens, stats_span=STATS_SPANS[machine.kernels])
+    module = build_graph(shape, stored, split_tokens=split_tokens, stats_span=STATS_SPANS[machine.kind])
     module.verify()
     run_passes(module, context, list(PASSES)[: STAGE_NAMES.index(stop_after)])
     return module

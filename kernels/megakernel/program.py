@@ -190,7 +190,7 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
     num_pages: int
     page_bytes: int
     kind: Literal["cpu", "cuda"] = "cpu"
-    """Whose tiles it has (`Machine.kernels`): what a tile needs of scratch memory is theirs to say."""
+    """Whose kernels run it (`Machine.kind`): what a tile needs of scratch memory is theirs to say."""
 
 
 class Access(msgspec.Struct, frozen=True):

@@ -53,7 +53,7 @@ def split_rows(
     formats: Mapping[str, str] | None = None,
 ) -> tuple[SplitRow, ...]:
     """By linear role. Where the plan leaves K whole, the comparison is with its smallest split."""
-    linear = [role for role in role_shapes(shape, formats, kind=machine.kernels).values() if role.in_features]
+    linear = [role for role in role_shapes(shape, formats, kind=machine.kind).values() if role.in_features]
     return tuple(_split_row(role, shape, machine, bucket, plan.ops[role.role]) for role in linear)
 
 

@@ -164,7 +164,7 @@ def tile_footprint(
     role: RoleShape, geometry: Geometry, op_plan: OpPlan, bucket: int, machine: Machine
 ) -> Footprint:
     """Of the role's largest tile."""
-    if role.role == "attention" and machine.kernels == "cuda":
+    if role.role == "attention" and machine.kind == "cuda":
         return cuda_attention_footprint(geometry)
     if role.role == "attention":
         return attention_footprint(
@@ -176,7 +176,7 @@ def tile_footprint(
         )
     columns = min(op_plan.tile_columns, role.columns)
     k = largest_k_tile(role, op_plan.num_k_tiles)
-    if machine.kernels == "cuda":
+    if machine.kind == "cuda":
         return cuda_linear_footprint(columns=columns, k=k, rows=bucket, stored=role.formats)
     return linear_footprint(
         columns=columns, k=k, rows=bucket, weight_bits=role.weight_bits, input_bits=role.input_bits
@@ -218,7 +218,7 @@ def list_schedule(
     k_tiles = shared_k_tiles(shape, machine, formats)
     ops = {
         role.role: _plan_role(role, geometry, machine, bucket, k_tiles.get(role.role, 1))
-        for role in role_shapes(shape, formats, split_tokens=split_tokens, kind=machine.kernels).values()
+        for role in role_shapes(shape, formats, split_tokens=split_tokens, kind=machine.kind).values()
     }
     return Plan(ops=ops, prefetch_instructions=1)
 
@@ -237,7 +237,7 @@ def _plan_role(role: RoleShape, geometry: Geometry, machine: Machine, bucket: in
     smallest = tile_footprint(role, geometry, narrowest, bucket, machine)
     raise ScratchError(
         f"{role.role}: its smallest tile, {role.granule} columns in {k_tiles} K-tiles of {bucket} rows, "
-        f"needs {smallest.total_bytes(1)} bytes; a worker of {machine.name} has {machine.scratch_bytes}"
+        f"needs {smallest.total_bytes(1)} bytes; a worker of {machine.name} has {machine.usable_bytes}"
     )
 
 
@@ -252,7 +252,7 @@ def _tile_widths(role: RoleShape, machine: Machine, k_tiles: int) -> tuple[int, 
 def with_workers(role: RoleShape, op_plan: OpPlan, machine: Machine) -> OpPlan:
     """The plan with each instruction's worker, longest processing time first."""
     columns = op_plan.tile_columns
-    if machine.kernels == "cuda":
+    if machine.kind == "cuda":
         return msgspec.structs.replace(op_plan, tile_workers=_in_turn(role, op_plan, machine))
     widths = [min(columns, role.columns - first) for first in range(0, role.columns, columns)]
     if role.role == "attention":

@@ -75,10 +75,9 @@ def check_page_counts(program: Program, formats: Mapping[str, str]) -> None:
 
 
 def check_scratch(program: Program, machine: Machine) -> None:
-    scratch = program.num_pages * program.page_bytes
-    if scratch > machine.scratch_bytes:
+    if program.num_pages * program.page_bytes > machine.usable_bytes:
         raise ScheduleError(
             Hazard.SCRATCH,
             f"{program.num_pages} pages of {program.page_bytes} bytes, where a worker of {machine.name} has"
-            f" {machine.scratch_bytes} bytes",
+            f" {machine.usable_bytes} bytes for them",
         )

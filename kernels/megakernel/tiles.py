@@ -18,7 +18,7 @@ from megakernel.dialect.tiled_ops import (
 )
 from megakernel.dialect.types import QUANT_BLOCK
 from megakernel.footprint_cuda import K_BLOCK
-from megakernel.graph import SWIGLU_GROUP
+from megakernel.graph import STATS_SPANS, SWIGLU_GROUP
 from megakernel.program import Epilogue
 
 COLUMN_GROUP = 16
@@ -51,9 +51,12 @@ def width_of(op: TiledOp) -> int:
             raise AssertionError(f"{op.name} has no tiles")
 
 
-def grain_of(op: TiledOp, head_dim: int, stats_span: int) -> int:
-    """Columns that must stay in one tile, for the epilogue's sake."""
-    return epilogue_grain(op.epilogue.data, head_dim, stats_span) if isinstance(op, LinearTail) else 1
+def grain_of(op: TiledOp, head_dim: int, kind: str) -> int:
+    """Columns that must stay in one tile: for the epilogue's sake, and on CUDA as weights are packed."""
+    grain = 1
+    if isinstance(op, LinearTail):
+        grain = epilogue_grain(op.epilogue.data, head_dim, STATS_SPANS[kind])
+    return packed_grain(grain) if kind == "cuda" and not isinstance(op, AttentionOp) else grain
 
 
 def epilogue_grain(epilogue: str, head_dim: int, stats_span: int) -> int:

@@ -56,7 +56,7 @@ class Tilings:
         self._geometry = geometry_of(shape)
         self._k_tiles = shared_k_tiles(shape, machine, formats)
         self._known = known
-        roles = role_shapes(shape, formats, split_tokens=split_tokens, kind=machine.kernels)
+        roles = role_shapes(shape, formats, split_tokens=split_tokens, kind=machine.kind)
         self.roles = tuple(roles.values())
         self.ranked = tuple(self._rank(role) for role in self.roles)
 
@@ -89,7 +89,7 @@ class Tilings:
         fitting = [op_plan for op_plan in self._candidates(role, known) if op_plan.stages >= 1]
         if not fitting:
             raise ScratchError(
-                f"{role.role}: no tile of {self._bucket} rows fits the {self._machine.scratch_bytes} bytes "
+                f"{role.role}: no tile of {self._bucket} rows fits the {self._machine.usable_bytes} bytes "
                 f"of a worker of {self._machine.name}"
             )
         if role.in_features:

@@ -30,7 +30,15 @@ def small_shape(**changes: object) -> ModelShape:
 
 
 def small_machine(num_workers: int = 3) -> Machine:
-    return msgspec.structs.replace(load_machine("l4"), num_workers=num_workers, name="small")
+    """With a GPU's figures, planned as a CPU is: tiles may be as small as tests like."""
+    return msgspec.structs.replace(
+        load_machine("l4"), num_workers=num_workers, name="small", kind="cpu", reserved_bytes=0
+    )
+
+
+def cuda_machine(num_workers: int = 3) -> Machine:
+    """A GPU of few SMs."""
+    return msgspec.structs.replace(load_machine("l4"), num_workers=num_workers, name="small-gpu")
 
 
 def cpu_machine(num_workers: int = 2, scratch_bytes: int = 1 << 20) -> Machine:

@@ -18,7 +18,7 @@ NUM_SMS = 3
 
 
 def small_gpu(num_sms: int = NUM_SMS) -> Machine:
-    machine = load_machine("l4").for_cuda_kernels()
+    machine = load_machine("l4")
     return msgspec.structs.replace(machine, num_workers=num_sms, name="small")
 
 

@@ -19,7 +19,7 @@ WANTS_REDUCTIONS = 2
 
 
 def toy_gpu(num_workers: int = 3, scratch_bytes: int = 101_376) -> Machine:
-    gpu = load_machine("l20").for_cuda_kernels()
+    gpu = load_machine("l20")
     return msgspec.structs.replace(gpu, name="toy", num_workers=num_workers, scratch_bytes=scratch_bytes)
 
 

@@ -1,9 +1,11 @@
 import msgspec
 import pytest
 
+from megakernel.cuda_limits import RESERVED_BYTES
 from megakernel.kernel_rates import RatesError, usual_rates
 from megakernel.machine import Machine, MachineError, load_machine, machine_names
 from megakernel.probe import Measured, describe, l2_bytes, probe_cpu, usable_cores, vector_units
+from megakernel.weight_formats import WEIGHT_BITS
 
 MEASURED = Measured(worker_bandwidth_gb_s=9.0, bandwidth_gb_s=14.0, sync_us=0.2)
 RATES = usual_rates(("avx2",))
@@ -16,14 +18,26 @@ def test_every_packaged_machine_loads_under_its_own_name():
         machine = load_machine(name)
         assert machine.name == name
         assert machine.kind == "cuda"
-        assert {"Q4_0", "Q4_1", "Q8_0", "BF16", "F16", "F32"} <= machine.macs_per_us.keys()
+        assert machine.macs_per_us.keys() == WEIGHT_BITS.keys()
+        assert machine.reserved_bytes == RESERVED_BYTES
 
 
 @pytest.mark.parametrize(("name", "workers", "scratch"), [("l20", 92, 101376), ("h100", 132, 232448)])
 def test_capacity_of_a_block_is_the_architecture_s(name, workers, scratch):
     machine = load_machine(name)
     assert (machine.num_workers, machine.scratch_bytes) == (workers, scratch)
-    assert machine.num_pages == scratch // machine.page_bytes
+    assert machine.num_pages == (scratch - 17_408) // machine.page_bytes
+
+
+def test_pages_are_what_kernels_leave_of_the_scratch_memory():
+    machine = msgspec.structs.replace(
+        load_machine("l4"), scratch_bytes=10_000, page_bytes=1_000, reserved_bytes=0
+    )
+    assert machine.num_pages == 10
+    assert msgspec.structs.replace(machine, reserved_bytes=1).num_pages == 9
+    assert msgspec.structs.replace(machine, reserved_bytes=9_000).num_pages == 1
+    with pytest.raises(MachineError, match=r"a page of 1000 bytes exceeds .* 10000 less 9001 reserved"):
+        msgspec.structs.replace(machine, reserved_bytes=9_001)
 
 
 def test_an_unknown_name_is_answered_with_all_known():
@@ -62,6 +76,7 @@ def test_unknown_fields_of_a_file_are_refused(tmp_path):
         {"bandwidth_gb_s": -1.0},
         {"sync_us": -0.1},
         {"page_bytes": 1 << 30},
+        {"reserved_bytes": -1},
         {"macs_per_us": {}},
         {"attention_macs_per_us": 0.0},
         {"prepared_per_us": -1.0},

@@ -26,7 +26,8 @@ from megakernel.shapes import SHAPES
 from tests.megakernel.model.model_files import tiny_shape
 from tests.megakernel.programs import Recipe, build_program
 
-L20 = load_machine("l20")
+L20 = msgspec.structs.replace(load_machine("l20"), kind="cpu", reserved_bytes=0)
+"""Its figures, planned as a CPU is: of an SM `test_footprint_cuda.py` tells."""
 
 
 def small_machine(num_pages: int, page_bytes: int = 1024) -> Machine:

@@ -19,13 +19,13 @@ def assign(module: ModuleOp, context: PassContext) -> None:
 
 
 def workers_of(op: TiledOp, context: PassContext) -> tuple[int, ...]:
-    num_tiles = len(tiles_of(op, context.num_attention_parts, context.machine.kernels))
+    num_tiles = len(tiles_of(op, context.num_attention_parts, context.machine.kind))
     planned = context.op_plan(op.role).tile_workers
     if planned is not None:
         return planned_workers(op, planned, num_tiles, context.machine.num_workers)
     if isinstance(op, AttentionOp):
         return dealt(num_tiles, context.num_attention_parts, context.machine.num_workers)
-    if context.machine.kernels == "cuda":
+    if context.machine.kind == "cuda":
         return tuple(tile % context.machine.num_workers for tile in range(num_tiles))
     return contiguous(num_tiles, context.machine.num_workers)
 

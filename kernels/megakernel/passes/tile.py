@@ -2,8 +2,7 @@
 
 from xdsl.dialects.builtin import ModuleOp
 
-from megakernel.dialect.tiled_ops import FusedLinearOp, TiledOp
-from megakernel.graph import STATS_SPANS
+from megakernel.dialect.tiled_ops import AttentionOp, FusedLinearOp, TiledOp
 from megakernel.passes.context import PassContext, PlanError
 from megakernel.tiles import grain_of, max_k_tiles, width_of
 
@@ -17,12 +16,15 @@ def tile(module: ModuleOp, context: PassContext) -> None:
 def tile_op(op: TiledOp, context: PassContext) -> None:
     plan = context.op_plan(op.role)
     check_columns(op, plan.tile_columns, context)
-    check_k_tiles(op, plan.num_k_tiles, context.machine.kernels)
+    check_k_tiles(op, plan.num_k_tiles, context.machine.kind)
     op.decide(tile_columns=min(plan.tile_columns, width_of(op)), num_k_tiles=plan.num_k_tiles)
 
 
 def check_columns(op: TiledOp, tile_columns: int, context: PassContext) -> None:
-    grain = grain_of(op, context.shape.head_dim, STATS_SPANS[context.machine.kernels])
+    kind = context.machine.kind
+    if kind == "cuda" and isinstance(op, AttentionOp) and tile_columns != 1:
+        raise PlanError(f"{op.label.data}: CUDA's attention takes one KV head a tile, got {tile_columns}")
+    grain = grain_of(op, context.shape.head_dim, kind)
     if tile_columns <= 0 or (tile_columns % grain and tile_columns < width_of(op)):
         raise PlanError(
             f"{op.label.data}: tile_columns must be a positive multiple of {grain}, got {tile_columns}"
