@@ -10,11 +10,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import msgspec
 
 from megakernel.artifact import WeightLayout, lay_out_weights, matrix_names
+from megakernel.buffer_layout import lay_out_buffers
 from megakernel.codegen_limits import CodegenError, KvFormat
 from megakernel.cpu_limits import check_programs
 from megakernel.pack import group_bytes
 from megakernel.packing import GROUP
-from megakernel.program import Epilogue, Instruction, Op, Opcode, OpKind, Program, Prologue, Space
+from megakernel.program import Epilogue, Instruction, Op, Opcode, OpKind, Program, Prologue
 
 _KV_TYPES: dict[KvFormat, str] = {"float16": "Half", "float32": "float"}
 _LINE_BYTES = 64
@@ -39,24 +40,9 @@ def generate(
     """One source for all of an artifact's programs, ascending by bucket. Raises CodegenError."""
     check_programs(programs)
     layout = lay_out_weights(programs[0], formats)
-    offsets, activation_bytes = _buffer_offsets(programs)
+    offsets, activation_bytes = lay_out_buffers(programs, _LINE_BYTES)
     writer = _Source(programs, layout, offsets, activation_bytes, kv_format)
     return Generated(source=writer.text(), layout=layout, buffer_offsets=offsets)
-
-
-def _buffer_offsets(programs: Sequence[Program]) -> tuple[dict[str, int], int]:
-    """Buffers between ops, each large enough for every bucket's."""
-    sizes: dict[str, int] = {}
-    for program in programs:
-        for buffer in program.buffers:
-            if buffer.space is Space.ACTIVATION:
-                num_bytes = 4 * buffer.columns * program.bucket
-                sizes[buffer.name] = max(sizes.get(buffer.name, 0), num_bytes)
-    offsets, end = {}, 0
-    for name, num_bytes in sizes.items():
-        offsets[name] = end
-        end += -(-num_bytes // _LINE_BYTES) * _LINE_BYTES
-    return offsets, max(end, _LINE_BYTES)
 
 
 class Ahead(msgspec.Struct, frozen=True):
