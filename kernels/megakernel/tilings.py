@@ -103,6 +103,8 @@ class Tilings:
         if other := sorted({known_k_tiles for _, known_k_tiles in known} - {k_tiles}):
             raise PlanError(f"{role.role}: a plan has {other[0]} K-tiles, all programs have {k_tiles}")
         granules = -(-role.columns // role.granule)
+        if role.role == "attention" and self._machine.kind == "cuda":
+            granules = 1  # its kernel takes one KV head
         widths = [width for width in _WIDTHS if width <= granules] or [1]
         sizes = {width * role.granule for width in widths} | {columns for columns, _ in known}
         return [

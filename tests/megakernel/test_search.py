@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megakernel.cost import simulate
+from megakernel.cuda_limits import check_cuda_programs
 from megakernel.default_plan import default_plan
 from megakernel.footprint import max_stages
 from megakernel.judge import truncated, with_head_for
@@ -107,13 +108,26 @@ def test_k_tiles_are_whole_blocks():
 def test_list_schedule_fits_the_scratch_memory(name, machine, bucket):
     shape, target = SHAPES[name], load_machine(machine)
     plan = list_schedule(shape, target, bucket)
-    for role in role_shapes(shape).values():
+    for role in role_shapes(shape, kind=target.kind).values():
         op_plan = plan.ops[role.role]
         if role.in_features:
             needed = tile_footprint(role, geometry_of(shape), op_plan, bucket, target)
             assert max_stages(needed, target) >= op_plan.stages
         if op_plan.tile_workers is not None:
             assert set(op_plan.tile_workers) <= set(range(target.num_workers))
+
+
+def test_a_gpu_is_searched_within_what_its_kernels_take(tmp_path):
+    """Every plan that is tried compiles: a tile that the kernels do not take would end the search."""
+    gpu = msgspec.structs.replace(L20, name="toy", num_workers=8)
+    found = search(
+        SHAPE, "toy", gpu, 4, compile_program, budget=Budget(evaluations=40, seconds=600), folder=tmp_path
+    )
+    assert found.is_complete
+    for plan in (found.plan, *found.finalists):
+        program = compile_program(SHAPE, "toy", gpu, 4, plan)
+        validate(program)
+        check_cuda_programs([program], machine=gpu)
 
 
 def test_a_start_with_other_k_tiles_is_refused():
