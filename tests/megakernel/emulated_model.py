@@ -1,6 +1,5 @@
 """Emulated CUDA kernels beside the VM: the same step on both, buffer by buffer."""
 
-import ctypes
 from collections.abc import Sequence
 
 import msgspec
@@ -8,6 +7,8 @@ import numpy as np
 
 from megakernel.artifact import pack_weights
 from megakernel.codegen_cuda import GeneratedCuda, generate_cuda
+from megakernel.cuda_arguments import EXTRA_COUNTERS, RowFlag, StepArguments
+from megakernel.cuda_runtime import turns_of
 from megakernel.emulation import Counts, Emulation, Region, build_emulation, device_array, device_copy
 from megakernel.graph import STATS_SPANS
 from megakernel.machine import Machine, load_machine
@@ -15,32 +16,10 @@ from megakernel.model.rope import rope_frequencies
 from megakernel.program import Program, Space
 from megakernel.vm_state import NO_PARENT, VmKv, VmStep
 
-WANTS_REDUCTIONS = 2
-
 
 def toy_gpu(num_workers: int = 3, scratch_bytes: int = 101_376) -> Machine:
     gpu = load_machine("l20")
     return msgspec.structs.replace(gpu, name="toy", num_workers=num_workers, scratch_bytes=scratch_bytes)
-
-
-class _Arguments(ctypes.Structure):
-    """`StepArguments` of step.h."""
-
-    _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("weights", "activations", "kv", "turns", "counters", "failure")
-        ),
-        *((name, ctypes.c_void_p) for name in ("token_ids", "positions", "slots", "context_lengths")),
-        *((name, ctypes.c_void_p) for name in ("table_rows", "path_starts", "path_slots", "block_tables")),
-        *((name, ctypes.c_void_p) for name in ("row_flags", "needed_spans", "allowed_starts")),
-        *((name, ctypes.c_void_p) for name in ("allowed_token_ids", "logits", "stats", "values", "tokens")),
-        ("allowed_logits", ctypes.c_void_p),
-        ("num_slots", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("num_rows", "max_blocks", "block_size_tokens", "top_k")),
-        ("epoch", ctypes.c_uint32),
-        ("timeout_ns", ctypes.c_uint64),
-    )
 
 
 class EmulatedModel:
@@ -55,9 +34,8 @@ class EmulatedModel:
         self.packed = device_array(self.generated.layout.num_bytes, np.uint8)
         pack_weights(self.generated.layout, weights, self.packed)
         geometry = programs[0].geometry
-        angles = np.arange(geometry.max_context_tokens)[:, None] * rope_frequencies(weights.shape)
-        self.turns = device_copy(np.stack([np.cos(angles), np.sin(angles)], axis=-1), np.float32)
-        self.counters = device_array(self.generated.num_counters + 64, np.uint32)
+        self.turns = device_copy(turns_of(rope_frequencies(weights.shape), 0, geometry.max_context_tokens))
+        self.counters = device_array(self.generated.num_counters + EXTRA_COUNTERS, np.uint32)
         self.epochs = dict.fromkeys(self.programs, 0)
 
     def run(self, bucket: int, kv: VmKv, step: VmStep, *, top_k: int = 0, seed: int = 0):
@@ -76,7 +54,7 @@ class EmulatedModel:
             "path_starts": np.cumsum([0, *map(len, paths)]),
             "path_slots": np.concatenate(paths),
             "block_tables": step.block_tables,
-            "row_flags": np.full(rows, WANTS_REDUCTIONS),
+            "row_flags": np.full(rows, RowFlag.WANTS_REDUCTIONS),
             "needed_spans": np.full(-(-spans // 32), -1),
             "allowed_starts": np.zeros(rows + 1),
             "allowed_token_ids": np.zeros(1),
@@ -97,7 +75,7 @@ class EmulatedModel:
         regions += [
             Region(name, array, is_writable=True, is_uninitialised=True) for name, array in written.items()
         ]
-        arguments = _Arguments(
+        arguments = StepArguments(
             num_slots=kv.num_slots,
             num_rows=rows,
             max_blocks=step.block_tables.shape[1],

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megakernel.emulation_errors import EmulationError
+from megakernel.emulation_errors import DeadlockError, InFlightError, RaceError, UninitialisedError
 from megakernel.pipeline import compile_program
 from megakernel.schedule import list_schedule
 from megakernel.validate import validate
@@ -136,29 +136,32 @@ def test_a_row_has_the_same_bits_alone_in_company_and_in_any_bucket():
 
 
 FAULTS = {
-    "a dropped wait": lambda source: source.replace(
-        "  wait_counter(w, 1,", "  if (false) wait_counter(w, 1,"
+    "a dropped wait": ("  wait_counter(w, 1,", "  if (false) wait_counter(w, 1,", RaceError),
+    "weights loaded too early": (
+        "w.instruction - 1)",
+        "w.instruction - (w.instruction < 4 ? w.instruction : 4))",
+        InFlightError,
     ),
-    "weights loaded too early": lambda source: source.replace("w.instruction - 1)", "w.instruction - 4)"),
-    "a dropped arrival": lambda source: source.replace("signal_counter(w, 2);", ""),
-    "tiles one off": lambda source: source.replace(
-        "const uint32_t n0 = tile * 16;", "const uint32_t n0 = tile * 16 + 16;"
+    "a dropped arrival": ("signal_counter(w, 2);", "", DeadlockError),
+    "tiles one off": (
+        "const uint32_t n0 = tile * 16;",
+        "const uint32_t n0 = tile * 16 + 16;",
+        UninitialisedError,
     ),
 }
+"""What is put in place of what, and how it shows."""
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_caught(fault):
+    right, wrong, error = FAULTS[fault]
     weights = stored("llama", "Q8_0")
     programs = programs_of(weights, toy_gpu(scratch_bytes=17_408 + 30 * 1024))
-    edited = []
 
     def edit(source: str) -> str:
-        changed = FAULTS[fault](source)
-        edited.append(changed != source)
-        return changed
+        assert right in source
+        return source.replace(right, wrong)
 
     model = EmulatedModel(programs, weights, edit=edit)
-    assert edited == [True]
-    with pytest.raises((EmulationError, AssertionError)):
+    with pytest.raises(error):
         check(weights, model, range(30))
