@@ -12,14 +12,12 @@ from itertools import groupby
 import msgspec
 
 from megakernel.artifact import WeightLayout, lay_out_weights, matrix_names
+from megakernel.buffer_layout import lay_out_buffers
+from megakernel.cuda_constants import ASSERTION, RESERVED_BYTES, THREADS_A_BLOCK
 from megakernel.cuda_limits import check_cuda_programs
 from megakernel.cuda_paths import Call, Loop, Operands, Path, paths_of
-from megakernel.program import Epilogue, Op, Opcode, Program, Prologue, Space
+from megakernel.program import Epilogue, Op, Opcode, Program, Prologue
 
-NUM_CONSUMER_WARPS = 8
-THREADS_A_BLOCK = 32 * (NUM_CONSUMER_WARPS + 1)
-RESERVED_BYTES = 17_408
-"""`kReservedBytes` of machine.h."""
 _LINE_BYTES = 256
 
 
@@ -46,7 +44,7 @@ def generate_cuda(programs: Sequence[Program], formats: Mapping[str, str]) -> Ge
     """One source for all of an artifact's programs, ascending by bucket. Raises CodegenError."""
     check_cuda_programs(programs)
     layout = lay_out_weights(programs[0], formats, "cuda")
-    offsets, activation_bytes = buffer_offsets(programs)
+    offsets, activation_bytes = lay_out_buffers(programs, _LINE_BYTES)
     first_counters, num_counters = [], 0
     for program in programs:
         first_counters.append(num_counters)
@@ -64,21 +62,6 @@ def generate_cuda(programs: Sequence[Program], formats: Mapping[str, str]) -> Ge
         num_blocks=len(first.workers),
         paths=writer.num_paths,
     )
-
-
-def buffer_offsets(programs: Sequence[Program]) -> tuple[dict[str, int], int]:
-    """Of buffers between ops, each large enough for every bucket's; and their bytes in all."""
-    sizes: dict[str, int] = {}
-    for program in programs:
-        for buffer in program.buffers:
-            if buffer.space is Space.ACTIVATION:
-                num_bytes = 4 * buffer.columns * program.bucket
-                sizes[buffer.name] = max(sizes.get(buffer.name, 0), num_bytes)
-    offsets, end = {}, 0
-    for name, num_bytes in sizes.items():
-        offsets[name] = end
-        end += -(-num_bytes // _LINE_BYTES) * _LINE_BYTES
-    return offsets, max(end, _LINE_BYTES)
 
 
 def _f32(value: float) -> str:
@@ -104,6 +87,7 @@ class _Source:
         geometry = first.geometry
         yield f"// {first.model_fingerprint} on {first.machine}. Generated; do not edit."
         yield '#include "cuda/engine.h"'
+        yield ASSERTION
         yield "namespace {"
         yield "using namespace headrace;"
         yield (

@@ -3,11 +3,10 @@
 from collections.abc import Iterator
 
 from megakernel.cuda_arguments import NO_INDEX, Failure, FailureCode
+from megakernel.cuda_constants import NUM_CONSUMER_WARPS
 from megakernel.program import Instruction, Program
 
 _SHOWN_SIGNALS = 3
-_CONSUMERS = 8
-"""Warps that end an instruction: progress counts them."""
 
 
 def describe_failure(failure: Failure, program: Program, first_counter: int, epoch: int) -> str:
@@ -20,7 +19,7 @@ def describe_failure(failure: Failure, program: Program, first_counter: int, epo
             return f"{place}: weight tile {failure.expected} of this SM has not landed in shared memory"
         case FailureCode.PROGRESS_WAIT:
             return (
-                f"{place}: its weights wait until this SM has ended {failure.expected // _CONSUMERS} "
+                f"{place}: its weights wait until this SM has ended {failure.expected // NUM_CONSUMER_WARPS} "
                 f"instructions; {failure.actual} of {failure.expected} arrivals of its warps came"
             )
         case _:

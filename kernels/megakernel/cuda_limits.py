@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from megakernel.codegen_limits import CodegenError, KvFormat, check_same_artifact
+from megakernel.cuda_constants import K_BLOCK, MAX_LOADS_AHEAD, RESERVED_BYTES, STATS_SPAN
 from megakernel.machine import Machine
 from megakernel.packing import GROUP
 from megakernel.program import Instruction, Opcode, Program
@@ -10,15 +11,7 @@ from megakernel.program import Instruction, Opcode, Program
 MAX_ROWS = 64
 MAX_GROUP = 16
 """Query heads of a KV head."""
-STATS_SPAN = 32
-"""A pair of column groups, which the head's epilogue has in hand at once."""
 SPLIT_TOKENS = 128
-MAX_LOADS_AHEAD = 7
-"""One less than `kLoadsInFlight` of machine.h."""
-RESERVED_BYTES = 17_408
-"""Of a block's shared memory, before the first page: `kReservedBytes` of machine.h."""
-K_BLOCK = 128
-"""K-tiles are whole units of every format."""
 _HEAD_DIMS = (16, 32, 64, 128, 256)
 
 

@@ -22,11 +22,11 @@ import numpy.typing as npt
 
 from megakernel.artifact import Progress
 from megakernel.build import INCLUDE_FOLDER, Compiler, build
+from megakernel.cuda_constants import THREADS_A_BLOCK
 from megakernel.emulation_errors import ERRORS, Fault
 from megakernel.library import LibraryError
 
 EMULATION_FOLDER = INCLUDE_FOLDER / "cuda_emulation"
-THREADS_A_BLOCK = 288
 DEFAULT_MAX_OPERATIONS = 200_000_000
 _FLAGS = (
     *("-std=c++17", "-O1", "-g1", "-fvisibility=hidden", "-fno-gnu-unique", "-fno-exceptions"),

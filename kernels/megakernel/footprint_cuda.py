@@ -1,13 +1,9 @@
 """What a tile needs of an SM's shared memory: as `kernels/include/cuda/ops` lays it out."""
 
+from megakernel.cuda_constants import K_BLOCK, NUM_CONSUMER_WARPS, ROW_CHUNK
 from megakernel.pack_cuda import common_format, unit_bytes, unit_k
+from megakernel.packing import GROUP
 
-CONSUMER_WARPS = 8
-ROW_CHUNK = 16
-"""Rows whose input is in shared memory at once; larger buckets take a tile chunk by chunk."""
-K_BLOCK = 128
-"""K-tiles are whole units of every format."""
-COLUMN_GROUP = 16
 _ROW_PADDING = 64
 _FLOAT_BYTES = 4
 _SUM_GROUP = 32
@@ -19,7 +15,7 @@ def weight_tile_bytes(stored: tuple[str, ...], columns: int, k: int) -> int:
     formats of the op's matrices."""
     # K is cut at whole blocks: what does not fill one in a tile does not in the whole of K.
     name = common_format(stored, k)
-    return -(-columns // COLUMN_GROUP) * -(-k // unit_k(name)) * unit_bytes(name)
+    return -(-columns // GROUP) * -(-k // unit_k(name)) * unit_bytes(name)
 
 
 def input_tile_bytes(k: int, rows: int) -> int:
@@ -36,4 +32,4 @@ def output_tile_bytes(columns: int, rows: int) -> int:
 
 def attention_bytes(group: int, head_dim: int) -> int:
     """What the warps made of a split, for the query heads of a KV head: maximum, sum and values."""
-    return CONSUMER_WARPS * group * (head_dim + 2) * _FLOAT_BYTES
+    return NUM_CONSUMER_WARPS * group * (head_dim + 2) * _FLOAT_BYTES

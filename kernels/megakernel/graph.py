@@ -6,6 +6,7 @@ from types import MappingProxyType
 from xdsl.dialects.builtin import ModuleOp
 from xdsl.ir import Block, Operation, Region, SSAValue
 
+from megakernel.cuda_constants import STATS_SPAN
 from megakernel.dialect.graph_ops import (
     AddOp,
     CombineOp,
@@ -36,7 +37,7 @@ from megakernel.model.shape import ModelShape
 from megakernel.weight_formats import format_of
 
 SWIGLU_GROUP = 16
-STATS_SPANS: Mapping[str, int] = MappingProxyType({"cpu": 256, "cuda": 32})
+STATS_SPANS: Mapping[str, int] = MappingProxyType({"cpu": 256, "cuda": STATS_SPAN})
 """By kind of machine: columns of the head that share statistics, and so a tile."""
 DEFAULT_SPLIT_TOKENS = 128
 

@@ -6,6 +6,7 @@ from math import lcm
 
 import msgspec
 
+from megakernel.cuda_constants import K_BLOCK
 from megakernel.dialect.graph_ops import columns_of, sizes_of
 from megakernel.dialect.tiled_ops import (
     AttentionOp,
@@ -17,7 +18,6 @@ from megakernel.dialect.tiled_ops import (
     TiledOp,
 )
 from megakernel.dialect.types import QUANT_BLOCK
-from megakernel.footprint_cuda import K_BLOCK
 from megakernel.graph import STATS_SPANS, SWIGLU_GROUP
 from megakernel.program import Epilogue
 
