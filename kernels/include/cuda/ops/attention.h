@@ -136,7 +136,7 @@ __device__ __forceinline__ void merge_warps(const Worker& w, SharedAddress parti
 
 // Splits `part`, `part + num_parts`, ... of every row's positions, for one KV head.
 template <class Shape>
-__device__ __noinline__ void attention_tile(const Worker w, int layer, uint32_t kv_head, uint32_t part, uint32_t num_parts,
+__device__ __forceinline__ void attention_tile(const Worker w, int layer, uint32_t kv_head, uint32_t part, uint32_t num_parts,
                                             const float* queries, float* out, int64_t out_columns, SharedAddress partial) {
     constexpr int kDim = Shape::kDim, kTokens = Shape::kTokens;
     const uint32_t of_token = w.lane / Shape::kLanesAToken, chunk = w.lane % Shape::kLanesAToken;

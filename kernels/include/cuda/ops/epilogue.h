@@ -221,7 +221,7 @@ struct RotateAppend {
 
 // Sums of K-tiles, ascending, of columns [n0, n0 + kColumns) of an op.
 template <int kRows, int kColumns, class Sink>
-__device__ __noinline__ void reduce_tile(const Worker w, const float* parts, int num_parts, int out_features, uint32_t n0,
+__device__ __forceinline__ void reduce_tile(const Worker w, const float* parts, int num_parts, int out_features, uint32_t n0,
                                          const Sink sink) {
     constexpr int kGroups = (kColumns + kColumnGroup - 1) / kColumnGroup;
     const int64_t row_columns = static_cast<int64_t>(num_parts) * out_features;

@@ -182,7 +182,7 @@ __device__ __forceinline__ void add_warps(const Worker& w, const float (&c)[kGro
 // One tile: kColumns columns from the first group in `weights`, units [u0, u1) of K. `is_new_input`: whether their
 // input is yet to be brought to shared memory.
 template <Format F, int kRows, int kIn, int kColumns, class Source, class Sink>
-__device__ __noinline__ void linear_tile(const Worker w, const Source source, const Sink sink, uint32_t u0, uint32_t u1,
+__device__ __forceinline__ void linear_tile(const Worker w, const Source source, const Sink sink, uint32_t u0, uint32_t u1,
                                          SharedAddress weights, SharedAddress input, bool is_new_input) {
     using Layout = InputLayout<F, kRows>;
     constexpr int kGroups = (kColumns + kColumnGroup - 1) / kColumnGroup;

@@ -99,7 +99,7 @@ __device__ __forceinline__ void reduce_row(const Worker& w, int row) {
 
 // `finished`: a counter that every block brings one arrival when it has run its path.
 template <int kVocab, int kSpan>
-__device__ __noinline__ void hand_out_results(const Worker w, uint32_t finished) {
+__device__ __forceinline__ void hand_out_results(const Worker w, uint32_t finished) {
     const uint32_t num_blocks = ptx::num_blocks();
     signal_counter(w, finished);
     if (w.sm >= static_cast<uint32_t>(w.step.num_rows)) return;
