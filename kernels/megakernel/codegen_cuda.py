@@ -195,7 +195,7 @@ class _Call:
 
     def consume(self) -> list[str]:
         lines = list(self.waits())
-        lines += ["w.staged = 0;", *self.loop(self.consume_tile()), *self.signal()]
+        lines += [*self.loop(self.consume_tile()), *self.signal()]
         return self.where_run(lines)
 
     def load(self) -> list[str]:
@@ -208,7 +208,7 @@ class _Call:
         count = self.literal(lambda run: run.count, 0)
         condition = [] if all(run for layer in self.call.runs for run in layer) else ["if (count > 0)"]
         head = f"{{  // {self.op.name}: tiles of {self.call.columns} columns"
-        return [head, f"const uint32_t count = {count};", *condition, "{", *lines, "}", "}"]
+        return [head, "w.begin_call();", f"const uint32_t count = {count};", *condition, "{", *lines, "}", "}"]
 
     def waits(self) -> Iterator[str]:
         runs = list(self.call.all_runs())
