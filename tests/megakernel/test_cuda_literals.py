@@ -69,7 +69,7 @@ def test_what_a_compiler_reads(tmp_path_factory, grid):
         ([[None, 4, None, 4]], "4u"),
         ([[None, None]], "0u"),
         ([[2, 2], [5, 5], [8, 8]], "(2u + layer * 3u)"),
-        ([[9, 9], [2, 2], [5, 5]], "(layer < 1u ? 9u : (2u + (layer - 1u) * 3u))"),
+        ([[2, 2], [5, 5], [0, 0], [9, 9]], "(layer < 2u ? (2u + layer * 3u) : (0u + (layer - 2u) * 9u))"),
     ],
 )
 def test_how_they_are_written(grid, text):
