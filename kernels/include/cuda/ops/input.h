@@ -43,6 +43,12 @@ struct Plain {
     }
 };
 
+// Before a wait: a vector that will be read after it is sent for.
+template <int kIn>
+__device__ __forceinline__ void prefetch_vector(const Worker& w, const float* vector) {
+    for (uint32_t k = w.thread * 32; k < kIn; k += kConsumers * 32) ptx::prefetch(vector + k);
+}
+
 // RMS norm but for the scale.
 template <int kIn>
 struct Normed {
