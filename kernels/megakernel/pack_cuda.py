@@ -13,8 +13,8 @@ the numbers, then the scales:
     Q4_0, Q4_1, W4G128   bit 16 * e + 4 * i of the word at 512 * (s / 4) + 16 * l + 4 * (s % 4)
     Q8_0, W8G128         byte 512 * (s / 2) + 16 * l + 8 * (s % 2) + 2 * i + e: number + 128
     BF16, F16            byte 512 * s + 16 * l + 4 * i + 2 * e
-    scales               [8 columns][groups of K that share them][column, column + 8]: half d, where there is a
-                         minimum half m
+    scales               [8 columns][groups of K that share them][column, column + 8]: half d, where there
+                         is a minimum half m
 
 Values are never changed. Columns are padded to 16 with zeros, K to whole units with blocks of zeros: what
 lies past a row's end is multiplied by zeros, and need not be zero in a last, short group of W4G128.
