@@ -196,7 +196,8 @@ class _Call:
 
     def consume(self) -> list[str]:
         lines = [*self.prefetch(), *self.waits()]
-        lines += [*self.loop(self.consume_tile()), *self.signal()]
+        lines += self.attention() if self.call.opcode is Opcode.ATTENTION else self.loop(self.consume_tile())
+        lines += self.signal()
         return self.where_run(lines)
 
     def load(self) -> list[str]:
@@ -225,9 +226,8 @@ class _Call:
         if self.call.opcode in (Opcode.LINEAR, Opcode.LINEAR_PARTIAL) and self.op.norm:
             yield f"prefetch_vector<{self.op.in_features}>(w, {self.vector('norm')});"
         if self.call.opcode is Opcode.ATTENTION:
-            heads = self.program.geometry.num_kv_heads
-            tile = f"prefetch_attention<Shape>(w, {self.number('layer')}, tile % {heads}, tile / {heads}, "
-            yield from ("{", *self.loop([tile + f"{self.call.num_parts});"]), "}")
+            yield f"const AttentionTiles tiles = {{{self.first}, {self.stride}, count, {self.call.num_parts}}};"
+            yield f"const Share<Shape> begun = begin_attention<Shape>(w, {self.number('layer')}, tiles);"
 
     def waits(self) -> Iterator[str]:
         """A worker's first wait with the others' first, and so on."""
@@ -256,13 +256,19 @@ class _Call:
         counter = self.literal(lambda run: first + run.signal if run.signal >= 0 else None)
         yield f"signal_counter(w, {counter});"
 
+    @property
+    def first(self) -> str:
+        return self.literal(lambda run: run.first)
+
+    @property
+    def stride(self) -> str:
+        return self.literal(lambda run: run.stride if run.count > 1 else None)
+
     def loop(self, tile: Sequence[str]) -> list[str]:
-        first = self.literal(lambda run: run.first)
         if max(run.count for run in self.call.all_runs()) == 1:
-            return [f"const uint32_t tile = {first};", *tile]
-        stride = self.literal(lambda run: run.stride if run.count > 1 else None)
+            return [f"const uint32_t tile = {self.first};", *tile]
         return [
-            f"const uint32_t first = {first}, stride = {stride};",
+            f"const uint32_t first = {self.first}, stride = {self.stride};",
             "#pragma unroll 1",
             "for (uint32_t j = 0; j < count; j++) {",
             "  const uint32_t tile = first + j * stride;",
@@ -360,14 +366,6 @@ class _Call:
                     f"n0 + {call.columns}, {self.buffer(op.output)});",
                     "w.next(false);",
                 ]
-            case Opcode.ATTENTION:
-                heads = geometry.num_kv_heads
-                return [
-                    f"attention_tile<Shape>(w, {self.number('layer')}, tile % {heads}, tile / {heads}, "
-                    f"{call.num_parts}, {self.buffer(op.input)}, {self.buffer(op.output)}, "
-                    f"{program.buffers[op.output].columns}, {self.page(PageRole.INPUT)});",
-                    "w.next(false);",
-                ]
             case Opcode.REDUCE:
                 parts = self.buffer(program.partial_buffers[op.index])
                 return [
@@ -378,6 +376,17 @@ class _Call:
                 ]
             case _:
                 return self.linear()
+
+    def attention(self) -> list[str]:
+        """All of an SM's tiles in one call, in which they share a page."""
+        op, program = self.op, self.program
+        page = self.literal(lambda run: run.pages[PageRole.INPUT][0])
+        return [
+            f"attention_tiles<Shape>(w, {self.number('layer')}, tiles, begun, {self.buffer(op.input)}, "
+            f"{self.buffer(op.output)}, {program.buffers[op.output].columns}, "
+            f"w.page({page}, {program.page_bytes}));",
+            "w.instruction += count;",
+        ]
 
     def linear(self) -> list[str]:
         op, call, program = self.op, self.call, self.program

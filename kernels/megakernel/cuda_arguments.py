@@ -22,6 +22,7 @@ class FailureCode(IntEnum):
     COUNTER_WAIT = 1
     WEIGHTS_WAIT = 2
     PROGRESS_WAIT = 3
+    REPORTING = 0xFFFFFFFF
 
 
 class Failure(ctypes.Structure):

@@ -253,7 +253,8 @@ def test_closing_gives_all_back_whatever_fails(driver, bindings, cubin):
 
 
 def test_without_bindings_the_message_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cuda", None)
+    for name in ("cuda", "cuda.bindings", "cuda.bindings.driver"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(CudaUnavailableError, match=r"pip install 'headrace\[cuda\]'"):
         open_driver()
 

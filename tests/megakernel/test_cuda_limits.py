@@ -4,6 +4,7 @@ import msgspec
 import pytest
 
 from megakernel.codegen_limits import CodegenError
+from megakernel.cuda_constants import MAX_LOADS_AHEAD
 from megakernel.cuda_limits import check_cuda_programs
 from megakernel.machine import load_machine
 from megakernel.program import Opcode, PageRole, PageUse
@@ -81,19 +82,20 @@ def test_the_last_group_of_a_vocabulary_may_be_short():
 
 
 def test_loads_are_counted_only_so_far_ahead():
-    path = programs(8)[0].workers[0]
-    late = next(index for index, i in enumerate(path) if index > 8 and i.opcode is Opcode.LINEAR)
-    for ahead, is_refused in ((7, False), (8, True)):
-        program = programs(8)[0]
-        pages = (PageUse(PageRole.WEIGHTS, 0, 1, late - ahead),)
+    program = programs(8)[0]
+    path = program.workers[0]
+    loading = [at for at, i in enumerate(path) if any(use.role is PageRole.WEIGHTS for use in i.pages)]
+    late = loading[-1]
+    for ahead in (7, 8):
+        pages = (PageUse(PageRole.WEIGHTS, 0, 1, loading[-1 - ahead]),)
         instruction = msgspec.structs.replace(path[late], pages=pages)
         changed_path = (*path[:late], instruction, *path[late + 1 :])
-        program = msgspec.structs.replace(program, workers=(changed_path, program.workers[1]))
-        if is_refused:
-            with pytest.raises(CodegenError, match="more than 7 instructions ahead"):
-                check_cuda_programs([program])
+        changed_program = msgspec.structs.replace(program, workers=(changed_path, program.workers[1]))
+        if ahead > MAX_LOADS_AHEAD:
+            with pytest.raises(CodegenError, match="before those of more than 7 tiles are used"):
+                check_cuda_programs([changed_program])
         else:
-            check_cuda_programs([program])
+            check_cuda_programs([changed_program])
 
 
 def test_kv_is_kept_in_half_precision_alone():

@@ -5,10 +5,13 @@
 
 namespace headrace {
 
-// Out of line, and without the worker's address: so that it stays in registers.
+constexpr uint64_t kReportNanoseconds = 10'000'000;
+
+// Out of line, and without the worker's address: so that it stays in registers. Others that fail meanwhile let the
+// first one finish: a trap ends the kernel for all.
 __device__ __noinline__ inline void report_failure(Failure* failure, uint32_t instruction, uint32_t code,
                                                    uint32_t counter, uint32_t expected, uint32_t actual) {
-    if (ptx::compare_exchange(&failure->code, kNoFailure, code) == kNoFailure) {
+    if (ptx::compare_exchange(&failure->code, kNoFailure, kReporting) == kNoFailure) {
         ptx::store_system(&failure->block, ptx::block());
         ptx::store_system(&failure->warp, ptx::warp());
         ptx::store_system(&failure->instruction, instruction);
@@ -17,6 +20,12 @@ __device__ __noinline__ inline void report_failure(Failure* failure, uint32_t in
         ptx::store_system(&failure->actual, actual);
         ptx::store_system(&failure->op, kNoIndex);
         ptx::fence_system();
+        ptx::store_system(&failure->code, code);
+        ptx::fence_system();
+    } else {
+        const uint64_t start = ptx::nanoseconds();
+        while (ptx::compare_exchange(&failure->code, kReporting, kReporting) == kReporting &&
+               ptx::nanoseconds() - start < kReportNanoseconds) {}
     }
     ptx::trap();
 }
@@ -54,20 +63,21 @@ __device__ __forceinline__ void wait_landed(const Worker& w) {
         if (ptx::nanoseconds() - start > w.step.timeout_ns) fail(w, kWeightsWait, kNoIndex, w.loads, w.loads);
 }
 
-// Consumers: the instruction is done with its pages.
-__device__ __forceinline__ void report_progress(const Worker& w) {
+// Consumers: the instruction, or so many, are done with their pages.
+__device__ __forceinline__ void report_progress(const Worker& w, uint32_t instructions = 1) {
     if (kIsBulkCopy) ptx::fence_async_shared();  // pages written here may be the target of a bulk copy next
     ptx::sync_warp();
-    if (w.lane == 0) ptx::add_shared_release(w.shared + kProgressAt, 1);
+    if (w.lane == 0) ptx::add_shared_release(w.shared + kProgressAt, instructions);
 }
 
-// Loader: until the consumers have ended the worker's first `instructions`.
+// Loader: until the consumers have ended the worker's first `instructions`. It gives up later than the wait that holds
+// the consumers up, which says more.
 __device__ __forceinline__ void wait_progress(const Worker& w, uint32_t instructions) {
     const uint32_t expected = instructions * kConsumerWarps;
     const uint64_t start = ptx::nanoseconds();
     uint32_t actual;
     while ((actual = ptx::load_shared_acquire(w.shared + kProgressAt)) < expected)
-        if (ptx::nanoseconds() - start > w.step.timeout_ns) fail(w, kProgressWait, kNoIndex, expected, actual);
+        if (ptx::nanoseconds() - start > 2 * w.step.timeout_ns) fail(w, kProgressWait, kNoIndex, expected, actual);
 }
 
 // Before either role begins.

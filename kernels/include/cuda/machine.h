@@ -36,9 +36,10 @@ constexpr uint32_t kProgressAt = 64;    // consumer warps that ended an instruct
 constexpr uint32_t kSmAt = 72;          // the block's own number, and 0: see Worker::begin_call
 constexpr uint32_t kScalesAt = 128;     // [kRowChunk] floats: what RMS norm multiplies a row's sums by
 constexpr uint32_t kSquaresAt = 192;    // [kRowChunk][kConsumerWarps] floats
-constexpr uint32_t kSelectionAt = 704;  // [kConsumerWarps] of 16 bytes: a step's results
-constexpr uint32_t kSumsAt = 1024;      // [2 column groups][kConsumerWarps][kRowChunk][kColumnGroup] floats
-constexpr uint32_t kReservedBytes = kSumsAt + 2 * kConsumerWarps * kRowChunk * kColumnGroup * 4;
+constexpr uint32_t kSelectionAt = 704;  // [kConsumerWarps] of 8 bytes and of 4: a step's results
+constexpr uint32_t kSumsAt = 1024;      // of a linear op's warps: [column groups][kConsumerWarps][rows][kColumnGroup] floats
+constexpr uint32_t kSumsBytes = 16384;
+constexpr uint32_t kReservedBytes = kSumsAt + kSumsBytes;
 
 // One thread's view. Both roles count instructions and loads alike: they take the same path. It is handed to
 // functions by value, so that it stays in registers; paths do the counting.

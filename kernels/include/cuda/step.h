@@ -14,11 +14,18 @@ constexpr int32_t kWantsLogits = 1;      // its logits over the whole vocabulary
 constexpr int32_t kWantsReductions = 2;  // values and tokens of the row are handed out
 constexpr int32_t kIsRestricted = 4;     // only logits of needed spans are computed, for its allowed tokens
 
-enum FailureCode : uint32_t { kNoFailure = 0, kCounterWait = 1, kWeightsWait = 2, kProgressWait = 3 };
+enum FailureCode : uint32_t {
+    kNoFailure = 0,
+    kCounterWait = 1,
+    kWeightsWait = 2,
+    kProgressWait = 3,
+    kReporting = 0xffffffff
+};
 
 constexpr uint32_t kNoIndex = 0xffffffff;  // of a failure that has no such thing
 
-// In host memory that the device sees. The first to fail swaps `code` from 0, fills in the rest and traps.
+// In host memory that the device sees. The first to fail swaps `code` from 0 to kReporting, fills in the rest, then
+// `code`, and traps.
 struct Failure {
     uint32_t code, block, warp, instruction, counter, expected, actual, op;
 };

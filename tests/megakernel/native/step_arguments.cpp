@@ -18,5 +18,6 @@ int main() {
     printf("FailureCode COUNTER_WAIT %d 0\n", headrace::kCounterWait);
     printf("FailureCode WEIGHTS_WAIT %d 0\n", headrace::kWeightsWait);
     printf("FailureCode PROGRESS_WAIT %d 0\n", headrace::kProgressWait);
+    printf("FailureCode REPORTING %u 0\n", headrace::kReporting);
     printf("NO_INDEX value %u 0\n", headrace::kNoIndex);
 }

@@ -6,7 +6,7 @@
 // their way at once.
 #pragma once
 
-#include "cuda/barrier.h"
+#include "cuda/ops/input.h"
 
 namespace headrace {
 
@@ -42,6 +42,34 @@ __device__ __forceinline__ int64_t slot_of(const StepArguments& step, int row, i
     return static_cast<int64_t>(block) * step.block_size_tokens + position % step.block_size_tokens;
 }
 
+// A warp's share of a split of a row.
+template <class Shape>
+struct Share {
+    int num_warps;  // that have tokens of the split
+    int num_own;    // tokens of the warp; may be less than one
+    uint32_t slot;  // by lane, of the warp's tokens
+
+    __device__ __forceinline__ Share(const Worker& w, int row, int split, int num_tokens) {
+        constexpr int kTokens = Shape::kTokens;
+        const int in_split = num_tokens - split * Shape::kSplitTokens;
+        const int first_position = split * Shape::kSplitTokens + static_cast<int>(w.warp) * kTokens;
+        const int own = num_tokens - first_position;
+        num_warps = in_split < Shape::kSplitTokens ? (in_split + kTokens - 1) / kTokens : kConsumerWarps;
+        num_own = own < kTokens ? own : kTokens;
+        slot = 0;
+        // Lanes past the warp's tokens take its first: what they load is not used.
+        if (num_own > 0) slot = slot_of(w.step, row, first_position + (static_cast<int>(w.lane) < num_own ? w.lane : 0));
+    }
+
+    // Where a lane's 16 bytes of its i-th token's key are; its value's are kKvHeads heads on. All lanes ask.
+    __device__ __forceinline__ const uint16_t* key_at(const Worker& w, int layer, uint32_t kv_head, int i) const {
+        const uint32_t of_token = w.lane / Shape::kLanesAToken, chunk = w.lane % Shape::kLanesAToken;
+        const int64_t own_slot = ptx::shuffle(slot, (i * Shape::kTokensATime + of_token) % Shape::kTokens);
+        return w.step.kv + (static_cast<int64_t>(layer) * w.step.num_slots + own_slot) * Shape::kSlotColumns +
+               kv_head * Shape::kDim + chunk * 8;
+    }
+};
+
 // What a warp makes of its tokens of a split, for each head of the KV head's group, to `partial`: [warp][head of
 // the group][kDim + 2] floats.
 template <class Shape>
@@ -51,20 +79,18 @@ __device__ __forceinline__ void attend_warp(const Worker& w, const uint4 (&keys)
     constexpr int kTimes = Shape::kTimes, kDim = Shape::kDim;
     const uint32_t of_token = w.lane / Shape::kLanesAToken, chunk = w.lane % Shape::kLanesAToken;
     constexpr float kNone = -__builtin_huge_valf();
+    Eight next = load_eight(queries + chunk * 8);
 #pragma unroll 1  // two heads at once take more registers than there are
     for (int head = 0; head < Shape::kGroup; head++) {
-        float query[8];
-        const float4 low = ptx::load_global(reinterpret_cast<const float4*>(queries + head * kDim + chunk * 8));
-        const float4 high = ptx::load_global(reinterpret_cast<const float4*>(queries + head * kDim + chunk * 8) + 1);
-        query[0] = low.x, query[1] = low.y, query[2] = low.z, query[3] = low.w;
-        query[4] = high.x, query[5] = high.y, query[6] = high.z, query[7] = high.w;
+        const Eight query = next;
+        if (head + 1 < Shape::kGroup) next = load_eight(queries + (head + 1) * kDim + chunk * 8);
         float scores[kTimes], largest = kNone;
 #pragma unroll
         for (int i = 0; i < kTimes; i++) {
             float key[8], score = 0;
             unpack_halves(keys[i], key);
 #pragma unroll
-            for (int e = 0; e < 8; e++) score = fma_f32(query[e], key[e], score);
+            for (int e = 0; e < 8; e++) score = fma_f32(query.x[e], key[e], score);
 #pragma unroll
             for (uint32_t mask = 1; mask < Shape::kLanesAToken; mask *= 2) score += ptx::shuffle_xor(score, mask);
             const int token = i * Shape::kTokensATime + of_token;
@@ -131,64 +157,77 @@ __device__ __forceinline__ void merge_warps(const Worker& w, SharedAddress parti
     }
 }
 
-// Before the wait for queries: what an instruction will read of committed tokens is sent for.
+// Tiles of an SM: tile number n is KV head n % kKvHeads over splits n / kKvHeads, + num_parts, ... of every row.
+struct AttentionTiles {
+    uint32_t first, stride, count, num_parts;
+};
+
+// What the first of an SM's tiles reads of its first row is sent for while queries are waited for.
 template <class Shape>
-__device__ __forceinline__ void prefetch_attention(const Worker& w, int layer, uint32_t kv_head, uint32_t part, uint32_t num_parts) {
-    constexpr int kLines = Shape::kDim * 2 / 128 > 0 ? Shape::kDim * 2 / 128 : 1;  // of 128 bytes, a head's K or V
-    for (int row = 0; row < w.step.num_rows; row++) {
-        const int context = ptx::load_constant(w.step.context_lengths + row);
-        for (int split = part; split * Shape::kSplitTokens < context; split += num_parts) {
-            const int position = split * Shape::kSplitTokens + static_cast<int>(w.thread) / 2;
-            if (position >= context || w.thread >= 2 * Shape::kSplitTokens) continue;
-            const int64_t slot = slot_of(w.step, row, position);
-            const uint16_t* from = w.step.kv + (layer * w.step.num_slots + slot) * Shape::kSlotColumns +
-                                   (w.thread % 2 * Shape::kKvHeads + kv_head) * Shape::kDim;
-#pragma unroll
-            for (int line = 0; line < kLines; line++) ptx::prefetch(from + line * 64);
+__device__ __forceinline__ Share<Shape> begin_attention(const Worker& w, int layer, const AttentionTiles& tiles) {
+    const Share<Shape> share(w, 0, tiles.first / Shape::kKvHeads, ptx::load_constant(w.step.positions) + 1);
+    if (share.num_own > 0)
+#pragma unroll 1
+        for (int i = 0; i < Shape::kTimes; i++) {
+            const uint16_t* key = share.key_at(w, layer, tiles.first % Shape::kKvHeads, i);
+            ptx::prefetch(key);
+            ptx::prefetch(key + Shape::kKvHeads * Shape::kDim);
         }
-    }
+    return share;
 }
 
-// Splits `part`, `part + num_parts`, ... of every row's positions, for one KV head.
 template <class Shape>
-__device__ __forceinline__ void attention_tile(const Worker w, int layer, uint32_t kv_head, uint32_t part, uint32_t num_parts,
-                                            const float* queries, float* out, int64_t out_columns, SharedAddress partial) {
-    constexpr int kDim = Shape::kDim, kTokens = Shape::kTokens;
-    const uint32_t of_token = w.lane / Shape::kLanesAToken, chunk = w.lane % Shape::kLanesAToken;
-    for (int row = 0; row < w.step.num_rows; row++) {
-        const int num_tokens = ptx::load_constant(w.step.positions + row) + 1;
-        const float* query = queries + (static_cast<int64_t>(row) * Shape::kHeads + kv_head * Shape::kGroup) * kDim;
-        for (int split = part; split * Shape::kSplitTokens < num_tokens; split += num_parts) {
-            const int in_split = num_tokens - split * Shape::kSplitTokens;
-            const int num_warps = in_split < Shape::kSplitTokens ? (in_split + kTokens - 1) / kTokens : kConsumerWarps;
-            if (w.warp < static_cast<uint32_t>(num_warps)) {
-                const int own = in_split - static_cast<int>(w.warp) * kTokens;
-                const int num_own = own < kTokens ? own : kTokens;
-                const int first_position = split * Shape::kSplitTokens + w.warp * kTokens;
-                // Lanes past the warp's tokens take its first: what they load is not used.
-                const int position = first_position + (static_cast<int>(w.lane) < num_own ? w.lane : 0);
-                const uint32_t slot = static_cast<uint32_t>(slot_of(w.step, row, position));
-                const uint16_t* pool = w.step.kv + static_cast<int64_t>(layer) * w.step.num_slots * Shape::kSlotColumns +
-                                       kv_head * kDim + chunk * 8;
-                uint4 keys[Shape::kTimes], values[Shape::kTimes];
+__device__ __forceinline__ void attend_split(const Worker& w, int layer, int row, uint32_t kv_head, int split,
+                                             const Share<Shape>& share, const float* queries, float* out, int64_t out_columns,
+                                             SharedAddress partial) {
+    constexpr int kDim = Shape::kDim;
+    if (share.num_own > 0) {
+        uint4 keys[Shape::kTimes], values[Shape::kTimes];
 #pragma unroll
-                for (int i = 0; i < Shape::kTimes; i++) {
-                    const uint32_t token = (i * Shape::kTokensATime + of_token) % kTokens;
-                    const int64_t own_slot = ptx::shuffle(slot, token);
-                    const uint16_t* from = pool + own_slot * Shape::kSlotColumns;
-                    keys[i] = ptx::load_global(reinterpret_cast<const uint4*>(from));
-                    values[i] = ptx::load_global(reinterpret_cast<const uint4*>(from + Shape::kKvHeads * kDim));
-                }
-                attend_warp<Shape>(w, keys, values, query, num_own, partial);
+        for (int i = 0; i < Shape::kTimes; i++) {
+            const uint16_t* key = share.key_at(w, layer, kv_head, i);
+            keys[i] = ptx::load_global(reinterpret_cast<const uint4*>(key));
+            values[i] = ptx::load_global(reinterpret_cast<const uint4*>(key + Shape::kKvHeads * kDim));
+        }
+        const float* query = queries + (static_cast<int64_t>(row) * Shape::kHeads + kv_head * Shape::kGroup) * kDim;
+        attend_warp<Shape>(w, keys, values, query, share.num_own, partial);
+    }
+    sync_consumers();
+    float* of_split =
+        out + row * out_columns + (static_cast<int64_t>(split) * Shape::kHeads + kv_head * Shape::kGroup) * (kDim + 2);
+    merge_warps<Shape>(w, partial, share.num_warps, of_split);
+    sync_consumers();
+}
+
+template <class Shape>
+__device__ __forceinline__ void attention_tiles(const Worker w, int layer, const AttentionTiles tiles, const Share<Shape> begun,
+                                                const float* queries, float* out, int64_t out_columns, SharedAddress partial) {
+    int most_tokens = 0;
+    for (int row = w.lane; row < w.step.num_rows; row += kLanes) {
+        const int own = ptx::load_constant(w.step.positions + row) + 1;
+        most_tokens = own > most_tokens ? own : most_tokens;
+    }
+#pragma unroll
+    for (uint32_t mask = kLanes / 2; mask; mask /= 2) {
+        const int other = ptx::shuffle_xor(static_cast<uint32_t>(most_tokens), mask);
+        most_tokens = other > most_tokens ? other : most_tokens;
+    }
+#pragma unroll 1
+    for (uint32_t j = 0; j < tiles.count; j++) {
+        const uint32_t tile = tiles.first + j * tiles.stride, kv_head = tile % Shape::kKvHeads, part = tile / Shape::kKvHeads;
+        if (static_cast<int>(part) * Shape::kSplitTokens >= most_tokens) continue;
+#pragma unroll 1
+        for (int row = 0; row < w.step.num_rows; row++) {
+            const int num_tokens = ptx::load_constant(w.step.positions + row) + 1;
+#pragma unroll 1
+            for (int split = part; split * Shape::kSplitTokens < num_tokens; split += tiles.num_parts) {
+                const bool has_begun = j == 0 && row == 0 && split == static_cast<int>(part);
+                const Share<Shape> share = has_begun ? begun : Share<Shape>(w, row, split, num_tokens);
+                attend_split<Shape>(w, layer, row, kv_head, split, share, queries, out, out_columns, partial);
             }
-            sync_consumers();
-            float* of_split = out + row * out_columns +
-                              (static_cast<int64_t>(split) * Shape::kHeads + kv_head * Shape::kGroup) * (kDim + 2);
-            merge_warps<Shape>(w, partial, num_warps, of_split);
-            sync_consumers();
         }
     }
-    report_progress(w);
+    report_progress(w, tiles.count);
 }
 
 }  // namespace headrace

@@ -171,12 +171,35 @@ struct RotateAppend {
         sync_consumers();
     }
 
+    // Before the wait for the sums.
+    static __device__ __forceinline__ void prefetch(const Worker& w) {
+        for (int row = w.warp; row < w.step.num_rows; row += kConsumerWarps) {
+            const int position = ptx::load_constant(w.step.positions + row);
+            if (w.lane * 16 < kDim / 2) ptx::prefetch(w.step.turns + static_cast<int64_t>(position) * (kDim / 2) + w.lane * 16);
+        }
+    }
+
    private:
     __device__ __forceinline__ void finish(const Worker& w, int row, int tile_head, SharedAddress from) const {
         constexpr int kHalf = kDim / 2;
         constexpr int kPairs = (kHalf + 31) / 32;  // of a lane
         const uint32_t head = n0 / kDim + tile_head;
         const bool is_query = head < kHeads, is_value = head >= kHeads + kKvHeads;
+        // What does not depend on the sums first, all at once.
+        const int position = ptx::load_constant(w.step.positions + row);
+        const int64_t slot = ptx::load_constant(w.step.slots + row);
+        float2 turn[kPairs] = {};
+        float norm[kPairs][2] = {};
+#pragma unroll
+        for (int p = 0; p < kPairs; p++) {
+            const uint32_t i = p * 32 + w.lane;
+            if (i >= kHalf || is_value) continue;
+            turn[p] = ptx::load_constant(w.step.turns + static_cast<int64_t>(position) * kHalf + i);
+            if constexpr (kHasNorms) {
+                const float* of_head = is_query ? query_norm : key_norm;
+                norm[p][0] = ptx::load_constant(of_head + i), norm[p][1] = ptx::load_constant(of_head + i + kHalf);
+            }
+        }
         float x[kPairs][2] = {};
         float squares = 0;
 #pragma unroll
@@ -196,18 +219,15 @@ struct RotateAppend {
 #pragma unroll
             for (uint32_t mask = 16; mask; mask /= 2) squares += ptx::shuffle_xor(squares, mask);
             const float scale = ptx::reciprocal_sqrt(squares / kDim + eps);
-            const float* norm = is_query ? query_norm : key_norm;
             if (!is_value)
 #pragma unroll
                 for (int p = 0; p < kPairs; p++) {
                     const uint32_t i = p * 32 + w.lane;
                     if (i >= kHalf) continue;
-                    x[p][0] = x[p][0] * scale * ptx::load_constant(norm + i);
-                    x[p][1] = x[p][1] * scale * ptx::load_constant(norm + i + kHalf);
+                    x[p][0] = x[p][0] * scale * norm[p][0];
+                    x[p][1] = x[p][1] * scale * norm[p][1];
                 }
         }
-        const int position = ptx::load_constant(w.step.positions + row);
-        const int64_t slot = ptx::load_constant(w.step.slots + row);
         uint16_t* appended = w.step.kv + (layer * w.step.num_slots + slot) * (2 * kKvHeads * kDim) +
                              static_cast<int64_t>(static_cast<int>(head) - kHeads) * kDim;
         float* query = queries + (static_cast<int64_t>(row) * kHeads + head) * kDim;
@@ -217,9 +237,8 @@ struct RotateAppend {
             if (i >= kHalf) continue;
             float low = x[p][0], high = x[p][1];
             if (!is_value) {
-                const float2 turn = ptx::load_constant(w.step.turns + static_cast<int64_t>(position) * kHalf + i);
-                const float turned = low * turn.x - high * turn.y;
-                high = high * turn.x + low * turn.y;
+                const float turned = low * turn[p].x - high * turn[p].y;
+                high = high * turn[p].x + low * turn[p].y;
                 low = turned;
             }
             if (is_query) {

@@ -98,8 +98,9 @@ struct Combined {
 #pragma unroll
             for (int j = 0; j < 8; j++) sums.x[j] = fma_f32(share, values.x[j], sums.x[j]);
         }
+        const float scale = divide_f32(1, total);
 #pragma unroll
-        for (int j = 0; j < 8; j++) sums.x[j] = divide_f32(sums.x[j], total);
+        for (int j = 0; j < 8; j++) sums.x[j] *= scale;
         return sums;
     }
 

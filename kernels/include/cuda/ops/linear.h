@@ -10,9 +10,19 @@
 
 namespace headrace {
 
-// Column groups whose sums a warp holds at once: code and registers for more would be more, and instructions hardly
-// fewer.
-constexpr int kMostGroups = 2;
+constexpr int kMostGroups = 2;  // column groups whose sums a warp holds at once: sinks take pairs
+
+// Where the warps' sums of `kGroupsAtOnce` column groups meet.
+template <int kRows>
+struct Sums {
+    static constexpr int kRowsOfChunk = kRows < kRowChunk ? kRows : kRowChunk;
+    static constexpr int kElements = kRowsOfChunk * kColumnGroup;  // of a column group
+    static constexpr uint32_t kGroupBytes = kConsumerWarps * kElements * 4;
+    static constexpr int kGroupsAtOnce = kMostGroups * kGroupBytes <= kSumsBytes ? kMostGroups : 1;
+    // Whether there is room for two passes: then they alternate, and one barrier a pass does.
+    static constexpr bool kAlternates = 2 * kMostGroups * kGroupBytes <= kSumsBytes;
+    static_assert(kGroupsAtOnce * kGroupBytes <= kSumsBytes);
+};
 
 // c += a b; b: of step `s` of the two that `pair` holds.
 template <Format F>
@@ -168,42 +178,47 @@ __device__ __forceinline__ void accumulate(const Worker& w, float (&c)[kGroups][
 }
 
 // Where a thread stands among the sums of two column groups; which threads have none.
-template <int kTiles>
+template <int kRows>
 __device__ __forceinline__ Place place_of(const Worker& w, int r0, int count, int group0) {
-    const int row = w.thread / kColumnGroup;
-    return {r0, row, row < count && row < kTiles * 8, group0 * kColumnGroup + static_cast<int>(w.thread % kColumnGroup)};
+    const int row = w.thread / kColumnGroup;  // those past the chunk's are no rows
+    return {r0, row, row < count, group0 * kColumnGroup + static_cast<int>(w.thread % kColumnGroup)};
 }
 
-// Adds up the warps' sums of two column groups, and hands them to the sink: of `at` and of the column 16 columns on.
-// Sums of 8 rows leave room for those of the next call: calls alternate by `parity`, so that one barrier a call does.
-template <int kTiles, int kGroups, class Sink>
+// Adds up the warps' sums of a pass, and hands them to the sink: of `at` and of the column 16 columns on.
+template <int kRows, int kTiles, int kGroups, class Sink>
 __device__ __forceinline__ void add_warps(const Worker& w, const float (&c)[kGroups][kTiles][4], const Place& at, const Sink& sink,
                                           const typename Sink::Held& held, uint32_t parity) {
-    constexpr int kElements = kTiles * 8 * kColumnGroup;  // of a column group
-    constexpr uint32_t kBytes = 2 * kConsumerWarps * kElements * 4;
+    using Where = Sums<kRows>;
     const uint32_t g = w.lane / 4, t = w.lane % 4;
-    const SharedAddress sums = w.shared + kSumsAt + (kTiles == 1 ? parity % 2 * kBytes : 0);
+    const SharedAddress sums =
+        w.shared + kSumsAt + (Where::kAlternates ? parity % 2 * kMostGroups * Where::kGroupBytes : 0);
+    float total[2] = {0, 0};
 #pragma unroll
-    for (int half = 0; half < kGroups; half++)
+    for (int group0 = 0; group0 < kGroups; group0 += Where::kGroupsAtOnce) {
+        if (group0 > 0) sync_consumers();  // the sums before have been read
 #pragma unroll
-        for (int n = 0; n < kTiles; n++)
+        for (int group = group0; group < group0 + Where::kGroupsAtOnce && group < kGroups; group++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const uint32_t row = n * 8 + 2 * t + i % 2, column = g + 8 * (i / 2);
-                ptx::store_shared(sums + ((half * kConsumerWarps + w.warp) * kElements + row * kColumnGroup + column) * 4,
-                                  c[half][n][i]);
-            }
-    sync_consumers();
-    if (w.thread < static_cast<uint32_t>(kElements)) {
-        float total[2] = {0, 0};
+            for (int n = 0; n < kTiles; n++)
 #pragma unroll
-        for (int half = 0; half < kGroups; half++)
+                for (int i = 0; i < 4; i++) {
+                    const uint32_t row = n * 8 + 2 * t + i % 2, element = row * kColumnGroup + g + 8 * (i / 2);
+                    const uint32_t line = (group - group0) * kConsumerWarps + w.warp;
+                    if (row < Where::kRowsOfChunk) ptx::store_shared(sums + (line * Where::kElements + element) * 4, c[group][n][i]);
+                }
+        sync_consumers();
+        if (w.thread < static_cast<uint32_t>(Where::kElements))
 #pragma unroll
-            for (uint32_t i = 0; i < kConsumerWarps; i++)
-                total[half] += ptx::load_shared<float>(sums + ((half * kConsumerWarps + i) * kElements + w.thread) * 4);
-        sink.put(w, at, total[0], total[1], held);
+            for (int group = group0; group < group0 + Where::kGroupsAtOnce && group < kGroups; group++)
+#pragma unroll
+                for (uint32_t i = 0; i < kConsumerWarps; i++) {
+                    const uint32_t line = (group - group0) * kConsumerWarps + i;
+                    total[group] += ptx::load_shared<float>(sums + (line * Where::kElements + w.thread) * 4);
+                }
     }
-    if (kTiles > 1) sync_consumers();
+    // Whole warps: sinks shuffle.
+    if (w.thread < static_cast<uint32_t>(Where::kElements < 32 ? 32 : Where::kElements)) sink.put(w, at, total[0], total[1], held);
+    if (!Where::kAlternates) sync_consumers();
 }
 
 // Two column groups, or the tile's last.
@@ -211,11 +226,11 @@ template <Format F, int kRows, int kGroups, class Sink>
 __device__ __forceinline__ void linear_pass(const Worker& w, const Sink& sink, int r0, int count, int group0, uint32_t u0,
                                             uint32_t u1, SharedAddress weights, SharedAddress input, uint32_t parity) {
     constexpr int kTiles = InputLayout<F, kRows>::kTiles;
-    const Place at = place_of<kTiles>(w, r0, count, group0);
+    const Place at = place_of<kRows>(w, r0, count, group0);
     const typename Sink::Held held = sink.fetch(at);
     float c[kGroups][kTiles][4] = {};
     accumulate<F, kRows, kGroups>(w, c, weights + group0 * (u1 - u0) * unit_bytes(F), input, count, u0, u1);
-    add_warps<kTiles, kGroups>(w, c, at, sink, held, parity);
+    add_warps<kRows, kTiles, kGroups>(w, c, at, sink, held, parity);
 }
 
 // One tile: kColumns columns from the first group in `weights`, units [u0, u1) of K. `is_new_input`: whether their
@@ -245,7 +260,7 @@ __device__ __forceinline__ void linear_tile(const Worker w, const Source source,
                                                                   input, w.loads + kWhole);
         sink.end(w, r0, count);
         // The next tile's first call has the parity of an even number's last: those sums must have been read.
-        if (kPasses % 2 == 0 && Layout::kTiles == 1) sync_consumers();
+        if (kPasses % 2 == 0 && Sums<kRows>::kAlternates) sync_consumers();
     }
     if (!has_landed) wait_landed(w);
     report_progress(w);

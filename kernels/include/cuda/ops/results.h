@@ -40,10 +40,10 @@ __device__ __forceinline__ float log_sum(const Worker& w, const float* stats, fl
 #pragma unroll
     for (uint32_t mask = 16; mask; mask /= 2) sum += ptx::shuffle_xor(sum, mask);
     sync_consumers();
-    if (w.lane == 0) ptx::store_shared(w.shared + kSelectionAt + 64 + w.warp * 4, sum);
+    if (w.lane == 0) ptx::store_shared(w.shared + kSelectionAt + kConsumerWarps * 8 + w.warp * 4, sum);
     sync_consumers();
     float total = 0;
-    for (uint32_t i = 0; i < kConsumerWarps; i++) total += ptx::load_shared<float>(w.shared + kSelectionAt + 64 + i * 4);
+    for (uint32_t i = 0; i < kConsumerWarps; i++) total += ptx::load_shared<float>(w.shared + kSelectionAt + kConsumerWarps * 8 + i * 4);
     return is_finite(largest) ? largest + log_f32(total) : largest;
 }
 
