@@ -51,6 +51,7 @@ template <class T>
 __device__ __forceinline__ void store_global(T* to, T value) {
     static_assert(sizeof(T) == 1 || sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
     memcpy(emulation::global_to_store<sizeof(T)>(to), &value, sizeof value);
+    emulation::keep_store(to, &value, sizeof value);
 }
 
 __device__ __forceinline__ uint32_t load_acquire(const uint32_t* from) { return emulation::load_acquire(from); }
