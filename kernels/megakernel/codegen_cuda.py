@@ -13,10 +13,11 @@ import msgspec
 
 from megakernel.artifact import WeightLayout, lay_out_weights, matrix_names
 from megakernel.buffer_layout import lay_out_buffers
+from megakernel.codegen_limits import CodegenError
+from megakernel.cuda_calls import Call, Loop, Operands, Pattern, Run, WaitAt, calls_of, pattern_of
 from megakernel.cuda_constants import ASSERTION, RESERVED_BYTES, THREADS_A_BLOCK
 from megakernel.cuda_limits import check_cuda_programs
 from megakernel.cuda_literals import Literals
-from megakernel.cuda_calls import Call, Loop, Operands, Pattern, Run, calls_of, pattern_of
 from megakernel.program import Epilogue, Op, Opcode, PageRole, Program, Prologue
 
 _LINE_BYTES = 256
@@ -195,7 +196,7 @@ class _Call:
 
     def consume(self) -> list[str]:
         lines = list(self.waits())
-        lines += ["w.staged = 0;", *self.loop(self.consume_tile()), *self.signal()]
+        lines += [*self.loop(self.consume_tile()), *self.signal()]
         return self.where_run(lines)
 
     def load(self) -> list[str]:
@@ -208,25 +209,33 @@ class _Call:
         count = self.literal(lambda run: run.count, 0)
         condition = [] if all(run for layer in self.call.runs for run in layer) else ["if (count > 0)"]
         head = f"{{  // {self.op.name}: tiles of {self.call.columns} columns"
-        return [head, f"const uint32_t count = {count};", *condition, "{", *lines, "}", "}"]
+        return [
+            head,
+            "w.begin_call();",
+            f"const uint32_t count = {count};",
+            *condition,
+            "{",
+            *lines,
+            "}",
+            "}",
+        ]
 
     def waits(self) -> Iterator[str]:
+        """A worker's first wait with the others' first, and so on."""
         runs = list(self.call.all_runs())
-        first_counter = self.bucket.first_counter
+        first = self.bucket.first_counter
         for index in range(max(len(run.waits) for run in runs)):
-
-            def of_wait(name: str, otherwise: int | None = None, base: int = 0, index: int = index) -> str:
-                return self.literal(
-                    lambda run: base + getattr(run.waits[index], name) if index < len(run.waits) else otherwise
-                )
-
-            target = "target"
-            if all(index < len(run.waits) for run in runs):
-                target = of_wait("target")
-            else:
-                yield f"if (const uint32_t target = {of_wait('target', 0)}; target > 0)"
-            counter, arrivals = of_wait("counter", base=first_counter), of_wait("arrivals")
+            counter = self.of_wait(index, lambda wait: first + wait.counter)
+            target = self.of_wait(index, lambda wait: wait.target)
+            arrivals = self.of_wait(index, lambda wait: wait.arrivals)
+            if any(index >= len(run.waits) for run in runs):
+                some = self.of_wait(index, lambda wait: wait.target, 0)
+                yield f"if (const uint32_t target = {some}; target > 0)"
+                target = "target"
             yield f"wait_counter(w, {counter}, {target}, {arrivals});"
+
+    def of_wait(self, index: int, of: Callable[[WaitAt], int], otherwise: int | None = None) -> str:
+        return self.literal(lambda run: of(run.waits[index]) if index < len(run.waits) else otherwise)
 
     def signal(self) -> Iterator[str]:
         signals = [run.signal for run in self.call.all_runs()]

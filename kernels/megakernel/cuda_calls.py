@@ -1,8 +1,8 @@
 """What all SMs run, as one sequence of calls: an op's tiles, and of those each SM's.
 
-A run is consecutive instructions of one op on a worker whose tiles are evenly spaced. A call is a run of every
-worker that has one: SMs differ in literals alone, never in code. Layers whose calls differ only in numbers
-become a loop. Nothing is lost: `instructions_of` gives back every instruction.
+A run is consecutive instructions of one op on a worker whose tiles are evenly spaced. A call is a run of
+every worker that has one: SMs differ in literals alone, never in code. Layers whose calls differ only in
+numbers become a loop. Nothing is lost: `instructions_of` gives back every instruction.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Numbers that depend on SM and layer, as C++: literals chosen by comparisons, tables where these would be many.
+"""Numbers that depend on SM and layer, as C++: literals chosen by comparisons, tables where these are many.
 
 `None` stands for a place whose number nobody reads: any will do, so that its neighbours' expression holds.
 """

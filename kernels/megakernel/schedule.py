@@ -265,17 +265,10 @@ def with_workers(role: RoleShape, op_plan: OpPlan, machine: Machine) -> OpPlan:
 
 
 def _in_turn(role: RoleShape, op_plan: OpPlan, machine: Machine) -> tuple[int, ...]:
-    """Tiles dealt to workers in order: SMs whose tiles are evenly spaced share code.
-
-    Attention's splits ascending, of each its KV heads: the first splits are those that every context has.
-    """
+    """Tiles dealt to workers in order: SMs whose tiles are evenly spaced share code."""
     tiles = num_tiles(role, op_plan.tile_columns)
-    if role.role == "attention":
-        parts = min(machine.num_workers, role.num_splits)
-        numbers = [part * tiles + head for head in range(tiles) for part in range(parts)]
-    else:
-        numbers = list(range(tiles * op_plan.num_k_tiles))
-    return tuple(number % machine.num_workers for number in numbers)
+    parts = min(machine.num_workers, role.num_splits) if role.role == "attention" else op_plan.num_k_tiles
+    return tuple(number % machine.num_workers for number in range(tiles * parts))
 
 
 def balanced(costs: Sequence[float], num_workers: int) -> tuple[int, ...]:

@@ -77,6 +77,7 @@ __device__ __forceinline__ void begin_block(const Worker& w) {
             ptx::mbarrier_init(w.shared + kLandedAt + 8 * i, kIsBulkCopy ? 1 : kLanes);
         ptx::fence_mbarrier_init();
         ptx::store_shared<uint32_t>(w.shared + kProgressAt, 0);
+        ptx::store_shared(w.shared + kSmAt, uint2{w.sm, 0});
     }
     ptx::sync_threads(0, kThreads);
 }

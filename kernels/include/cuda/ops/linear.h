@@ -10,7 +10,15 @@
 
 namespace headrace {
 
-constexpr int kMostGroups = 8;  // column groups whose sums a warp holds at once
+// Sums that a warp holds at once, by 16 columns and 8 rows: more spill. Which, does not change a row's bits.
+template <int kTiles>
+__device__ constexpr int most_groups() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+    return kTiles == 1 ? 8 : 2;
+#else
+    return 8 / kTiles;
+#endif
+}
 
 template <Format F>
 __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -53,6 +61,7 @@ __device__ __forceinline__ void accumulate(const Worker& w, float (&c)[kGroups][
         const uint32_t row = n * 8 + g < static_cast<uint32_t>(count) ? n * 8 + g : count - 1;
         row_at[n] = input + row * Layout::row_bytes(units) + t * 16;
     }
+#pragma unroll 1
     for (uint32_t u = u0 + (w.warp - u0) % kConsumerWarps; u < u1; u += kConsumerWarps) {
         const uint32_t at = u - u0;
         uint4 x[kSteps / 2][kTiles];  // two steps each
@@ -186,6 +195,7 @@ __device__ __forceinline__ void linear_tile(const Worker w, const Source source,
                                          SharedAddress weights, SharedAddress input, bool is_new_input) {
     using Layout = InputLayout<F, kRows>;
     constexpr int kGroups = (kColumns + kColumnGroup - 1) / kColumnGroup;
+    constexpr int kMostGroups = most_groups<Layout::kTiles>();
     constexpr int kPasses = (kGroups + kMostGroups - 1) / kMostGroups;
     const int rows = w.step.num_rows;
     const uint32_t run = (u1 - u0) * unit_bytes(F);
