@@ -75,6 +75,7 @@ HEADRACE_KERNELS(everything)
 def declarations(header: Path) -> list[str]:
     """Functions with their template lines, and aliases, in order; whatever else there is, is a twin's own."""
     text = re.sub(r"//[^\n]*", "", header.read_text(encoding="utf-8"))
+    text = text.replace("HEADRACE_ALWAYS_INLINE", "__forceinline__")
     pattern = r"((?:template <[^>]*>\s*)?__device__ __forceinline__ [^{]*?\))\s*\{|(using \w+ = \w+;)"
     return [" ".join((function or alias).split()) for function, alias in re.findall(pattern, text)]
 
