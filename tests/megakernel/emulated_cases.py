@@ -35,6 +35,9 @@ WHOLE_BLOCKS = ("Q4_0", "Q4_1", "Q8_0")
 MAX_CONTEXT_TOKENS = 400
 MANY_ROWS = 16
 """With more of them than these a case is kept small otherwise."""
+ATTENDED = (8_000, 8_000, 80_000)
+"""Committed tokens that all rows and heads of a step attend to, about and at most: what emulation takes long
+for."""
 ROLES = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 """Matrices of a layer, by role."""
 ASKS = ("best", "best", "mixed", "mixed", "restricted", "logits", "nothing")
@@ -152,7 +155,7 @@ def _shape(rng: random.Random, family: str, *, is_k_split: bool, is_small: bool)
     return tiny_weights(
         0,
         family,
-        num_layers=1 if is_small else rng.choice((1, 2, 2, 3)),
+        num_layers=1 if is_small else rng.choices((1, 2, 3), (5, 6, 1))[0],
         hidden_size=rng.choice(sizes),
         intermediate_size=rng.choice(sizes),
         num_heads=num_kv_heads * group,
@@ -243,7 +246,8 @@ def _step(rng: random.Random, shape: ModelShape, bucket: int, ask: str) -> tuple
     """Sequences in odd blocks of a pool, and the pool's size in blocks."""
     num_rows = rng.choice((bucket, bucket, rng.randint(1, bucket)))
     lengths = _parts(rng, num_rows)
-    contexts = [_context(rng, length) for length in lengths]
+    most = rng.choice(ATTENDED) // shape.num_heads // num_rows
+    contexts = [min(most, _context(rng, length)) for length in lengths]
     sizes = [-(-(context + length) // BLOCK) for context, length in zip(contexts, lengths, strict=True)]
     num_blocks = sum(sizes) + rng.randint(0, 3)
     blocks = iter(rng.sample(range(num_blocks), num_blocks))
@@ -302,7 +306,7 @@ def _asking(rng: random.Random, rows: Rows, vocab_size: int, ask: str) -> Rows:
         needs_logits=needs_logits,
         needs_best=needs_best,
         needs_log_sums=True,
-        top_k=rng.choice((0, 1, 5, 64)),
+        top_k=rng.choice((0, 1, 5, 64 if num_rows <= 4 else 7)),
         allowed_starts=int32(np.cumsum([0, *map(len, of_logit_rows)])),
         allowed_token_ids=int32([token for tokens in of_logit_rows for token in tokens]),
     )

@@ -1,4 +1,4 @@
-"""An emulated step held to the VM op by op: each op of the VM starts from what the kernels had written before.
+"""An emulated step held to the VM op by op: each starts from what the kernels themselves had written before.
 
 Buffers are written by one op after another. The run's journal has every store in order, and races apart an
 element's stores are in the order of the ops that make them: the n-th value that an element got is the n-th
@@ -49,7 +49,9 @@ def stored(step: EmulatedStep, region: str) -> Stored:
 class OpByOp:
     """The VM's state and the kernels' buffers, op by op."""
 
-    def __init__(self, program: Program, weights: OpWeights, kv: VmKv, found: EmulatedStep, step: VmStep) -> None:
+    def __init__(
+        self, program: Program, weights: OpWeights, kv: VmKv, found: EmulatedStep, step: VmStep
+    ) -> None:
         """`kv` as it was before the step; `step` restricts no row."""
         # K and V as the VM computes them, before they are rounded to float16.
         exact = VmKv(len(kv.layers), kv.num_slots, kv.layers[0].shape[1], block_size=kv.block_size)
@@ -166,7 +168,7 @@ class OpByOp:
         return whole[: self.rows]
 
     def compare_kv(self, op: Op, tolerances: np.ndarray) -> float:
-        """K and V are the one or the other float16 where what is rounded may be on either side of the middle."""
+        """K and V may be either of two float16 where what is rounded is next to their middle."""
         slots, exact = self.state.step.slots, self.state.kv.layers[op.layer]
         found = self.found.regions["kv"][op.layer]
         expected = exact[slots].astype(np.float64)
@@ -175,7 +177,9 @@ class OpByOp:
         assert is_right.all(), f"{op.name}: {np.argwhere(~is_right)[:4].tolist()} of K and V"
         others = np.delete(np.arange(len(found)), slots)
         before = self.before.layers[op.layer]
-        assert (found[others].view(np.uint16) == before[others].view(np.uint16)).all(), f"{op.name}: other slots"
+        assert (found[others].view(np.uint16) == before[others].view(np.uint16)).all(), (
+            f"{op.name}: other slots"
+        )
         exact[slots] = found[slots]
         return 0.0
 
@@ -189,7 +193,7 @@ class OpByOp:
         assert (stored(self.found, "logits").nth == 0).all()
 
     def needed_columns(self, opcode: Opcode, instructions: list[Instruction]) -> np.ndarray:
-        """[vocab] logits that are computed, for all rows: those of tiles that any row needs. K-tiles all are."""
+        """[vocab] logits that are computed, of all rows: tiles that any row needs; with K-tiles all."""
         span, words = self.program.stats_span, self.found.asked.tables.needed_spans
         is_needed = np.unpackbits(words.view(np.uint8), bitorder="little").astype(bool)
         columns = np.zeros(self.program.geometry.vocab_size, dtype=bool)
@@ -237,7 +241,7 @@ class OpByOp:
 
 
 def close(found: np.ndarray, expected: np.ndarray, tolerances: np.ndarray, name: str) -> float:
-    """The largest error, as a part of what it may be. Raises AssertionError: also where only one is a number."""
+    """The largest error, as a part of what it may be. Raises AssertionError, also where only one is NaN."""
     is_missing, is_extra = np.isnan(found) & ~np.isnan(expected), ~np.isnan(found) & np.isnan(expected)
     assert not is_missing.any(), f"{name}: {np.argwhere(is_missing)[:4].tolist()} were not written"
     assert not is_extra.any(), f"{name}: {np.argwhere(is_extra)[:4].tolist()} were written"
@@ -253,12 +257,10 @@ def close(found: np.ndarray, expected: np.ndarray, tolerances: np.ndarray, name:
 
 
 def unrestricted(step: VmStep) -> VmStep:
-    """The step with every row asking for all logits: what a kernel computes more than asked is checked too."""
+    """The step with every row asking for all logits: what kernels compute beyond that is checked too."""
     return msgspec.structs.replace(step, allowed_starts=None, allowed_token_ids=None, needs_best=None)
 
 
-def check_ops(
-    program: Program, weights: OpWeights, kv: VmKv, found: EmulatedStep, rows
-) -> dict[str, float]:
+def check_ops(program: Program, weights: OpWeights, kv: VmKv, found: EmulatedStep, rows) -> dict[str, float]:
     """`kv` as it was before the step. Raises AssertionError."""
     return OpByOp(program, weights, kv, found, unrestricted(vm_step(rows))).check()

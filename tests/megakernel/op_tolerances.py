@@ -1,12 +1,21 @@
 """How far an op's results may lie from the VM's, element by element, when both have the same input bits.
 
-The VM sums in float64 and rounds once, the kernels sum in float32. Of n float32 roundings on the way to a sum,
-each is at most EPS of what the sum would be if all its terms were positive: its magnitude. So a sum of products
-may be off by n * EPS * magnitude. What is rounded to 16 bits before it is multiplied is the same bits in both,
-but for attention's combined rows, which are computed: there an element next to the middle of two bfloat16 may
-be either.
+The VM sums in float64 and rounds once, the kernels sum in float32. Of n roundings on the way to a sum each
+is at most EPS of what the sum would be if all its terms were positive: its magnitude. So a sum of products
+may be off by n * EPS * magnitude, where n is far less than its terms, as tensor cores and warps share them.
+What is rounded to 16 bits before it is multiplied is the same bits in both, but for attention's combined
+rows, which are computed: there an element next to the middle of two 16-bit values may be either.
 
-Tolerances are bounds, not measurements; kernels come to a tenth of them or so. All arrays are float64.
+Tolerances are bounds, not measurements: products come to a twentieth of them, what follows to a third. By op:
+
+    EMBED, sums of K-tiles, RESIDUAL of these      none: the same bits
+    products, RESIDUAL, LOGITS, K-tiles            roundings of sums, and of RMS norm's scale
+    products of COMBINE                            and neighbours in 16 bits of inputs that may be either
+    SWIGLU, ROPE_APPEND                            what products' make there, and a few of its own
+    K and V                                        the same, before one rounding to float16
+    ATTENTION                                      roundings of scores, in the exponential, and of sums
+
+All arrays are float64.
 """
 
 import msgspec
@@ -24,8 +33,8 @@ _FUNCTION_ROUNDINGS = 8
 """Of exp, log, division or a reciprocal root, and of what goes into it, in units of EPS."""
 _WARPS = 8
 _OFFSET_REACH = 40.0
-"""4-bit numbers are multiplied as 128 + q, and 128 times the scale is taken off again by the input's sum: both
-sums are up to (128 + 15) * d * |x|, and a block's largest value is at least 7.5 * d."""
+"""4-bit numbers are multiplied as 128 + q, and 128 times the scale d comes off again with the input's sum:
+both sums are up to (128 + 15) * d * |x|, where a block's largest value is at least 7.5 * d."""
 
 
 class Input(msgspec.Struct, frozen=True, eq=False):
@@ -60,7 +69,7 @@ def input_of(state: VmState, op: Op, matrix: OpMatrix) -> Input:
 
 def _combined(state: VmState, op: Op) -> tuple[Float64Array, Float64Array]:
     """Attention's rows, and the error of each: exponentials, sums over splits, a division."""
-    program, geometry = state.program, state.program.geometry
+    geometry = state.program.geometry
     splits = state.buffers[op.input].reshape(
         state.step.num_rows, -1, geometry.num_heads, geometry.head_dim + 2
     )
@@ -82,7 +91,7 @@ def products(
     weights = matrix.values[:, k0:k1].astype(np.float64)
     x, spread = source.values[:, k0:k1], source.spread[:, k0:k1]
     magnitude = np.abs(x) @ _reach(weights, matrix.packed_format).T
-    # A warp takes every eighth unit, 4 or 8 matrix instructions each and two scalings a group; then the warps.
+    # A warp takes every eighth unit: 4 or 8 matrix instructions, and as many scalings. Then warps are added.
     roundings = 16 * -(-(k1 - k0) // 512) + _WARPS + 4
     if is_normed:  # a mean of squares, all of one sign, and its root
         roundings += _FUNCTION_ROUNDINGS + 24
@@ -167,8 +176,8 @@ def rotated(state: VmState, op: Op, values: Float64Array, of_sums: Float64Array)
 
 
 def attended(state: VmState, op: Op) -> npt.NDArray[np.float64]:
-    """[rows, attention columns]. A score is a sum over head_dim; what it is off by moves its exponential in the
-    ratio, and the maximum by as much. Then 128 tokens are summed, by warps."""
+    """[rows, attention columns]. A score is a sum over head_dim; what it and the maximum are off by moves its
+    exponential in the ratio. Then 128 tokens are summed, by warps."""
     program, geometry = state.program, state.program.geometry
     dim, group = geometry.head_dim, geometry.num_heads // geometry.num_kv_heads
     rows, heads = state.step.num_rows, geometry.num_heads
@@ -177,7 +186,9 @@ def attended(state: VmState, op: Op) -> npt.NDArray[np.float64]:
     for row, slots in enumerate(state.key_slots):
         for split, start in enumerate(range(0, len(slots), program.split_tokens)):
             own = state.kv.layers[op.layer][slots[start : start + program.split_tokens]]
-            keys, values = own.reshape(len(own), 2, geometry.num_kv_heads, dim).astype(np.float64).swapaxes(0, 1)
+            keys, values = (
+                own.reshape(len(own), 2, geometry.num_kv_heads, dim).astype(np.float64).swapaxes(0, 1)
+            )
             scores = np.einsum("hgd,thd->hgt", queries[row], keys)
             magnitudes = np.einsum("hgd,thd->hgt", np.abs(queries[row]), np.abs(keys)).max(axis=2)
             of_score = (8 + 5) * EPS * magnitudes

@@ -3,7 +3,6 @@
 import msgspec
 import numpy as np
 
-from megakernel.step import Rows as RuntimeRows
 from megakernel.vm import Vm, VmResult
 from megakernel.vm_state import NO_PARENT, VmStep
 
@@ -63,19 +62,4 @@ def step_of(groups: list[Rows]) -> VmStep:
         **{name: np.array(values, dtype=np.int64) for name, values in fields.items()},
         context_lengths=np.array([group.sequence.num_tokens for group in groups], dtype=np.int64),
         block_tables=tables,
-    )
-
-
-def rows_of(step: VmStep) -> RuntimeRows:
-    """The step as a runtime takes it: every row is reduced."""
-    counts = np.bincount(step.sequences, minlength=len(step.context_lengths))
-    fields = ("token_ids", "positions", "slots", "parents", "context_lengths", "block_tables")
-    everybody = np.ones(step.num_rows, dtype=np.bool_)
-    return RuntimeRows(
-        **{name: getattr(step, name).astype(np.int32) for name in fields},
-        sequence_starts=np.cumsum([0, *counts], dtype=np.int32),
-        needs_logits=everybody,
-        needs_best=everybody,
-        top_k=step.top_k,
-        needs_log_sums=True,
     )
