@@ -20,9 +20,10 @@ from megakernel.program import Opcode, OpKind, Program
 from megakernel.step import Rows
 from megakernel.tiles import epilogue_grain, packed_grain
 from megakernel.validate import validate
-from megakernel.vm_state import NO_PARENT, VmKv
+from megakernel.vm_state import VmKv
 from tests.megakernel.emulated_model import toy_gpu
-from tests.megakernel.native_steps import BLOCK, Group, chain, int32, rows_of
+from tests.megakernel.native_steps import BLOCK
+from tests.megakernel.random_rows import ASKS, MAX_CONTEXT_TOKENS, draw_rows
 from tests.megakernel.stored_weights import StoredAs
 from tests.tiny_model import LLAMA3_SCALING, tiny_weights
 
@@ -32,16 +33,10 @@ NUM_WORKERS = (2, 3, 4, 5)
 FORMATS = PACKED_FORMATS
 WHOLE_BLOCKS = ("Q4_0", "Q4_1", "Q8_0")
 """Formats whose rows are whole blocks of 32."""
-MAX_CONTEXT_TOKENS = 400
 MANY_ROWS = 16
 """With more of them than these a case is kept small otherwise."""
-ATTENDED = (8_000, 8_000, 80_000)
-"""Committed tokens that all rows and heads of a step attend to, about and at most: what emulation takes long
-for."""
 ROLES = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 """Matrices of a layer, by role."""
-ASKS = ("best", "best", "mixed", "mixed", "restricted", "logits", "nothing")
-"""What a step's rows ask of the head."""
 
 
 class Case(msgspec.Struct, frozen=True, kw_only=True, eq=False):
@@ -130,7 +125,7 @@ def draw_case(seed: int) -> Case:
     plan = _plan(rng, shape, num_workers, is_k_split=is_k_split)
     machine, program = _compiled(rng, shape, formats, num_workers, bucket, plan)
     ask = rng.choice(ASKS)
-    rows, num_blocks = _step(rng, shape, bucket, ask)
+    rows, num_blocks = draw_rows(rng, shape, bucket, ask)
     return Case(
         seed=seed,
         shape=shape,
@@ -240,73 +235,3 @@ def _compiled(
     program = compile_program(shape, "toy", machine, bucket, plan, formats=stored)
     validate(program, machine, stored)
     return machine, program
-
-
-def _step(rng: random.Random, shape: ModelShape, bucket: int, ask: str) -> tuple[Rows, int]:
-    """Sequences in odd blocks of a pool, and the pool's size in blocks."""
-    num_rows = rng.choice((bucket, bucket, rng.randint(1, bucket)))
-    lengths = _parts(rng, num_rows)
-    most = rng.choice(ATTENDED) // shape.num_heads // num_rows
-    contexts = [min(most, _context(rng, length)) for length in lengths]
-    sizes = [-(-(context + length) // BLOCK) for context, length in zip(contexts, lengths, strict=True)]
-    num_blocks = sum(sizes) + rng.randint(0, 3)
-    blocks = iter(rng.sample(range(num_blocks), num_blocks))
-    groups = [
-        Group(
-            tokens=[rng.randrange(shape.vocab_size) for _ in range(length)],
-            parents=_parents(rng, length),
-            context=context,
-            table=[next(blocks) for _ in range(size)],
-        )
-        for length, context, size in zip(lengths, contexts, sizes, strict=True)
-    ]
-    return _asking(rng, rows_of(*groups), shape.vocab_size, ask), num_blocks
-
-
-def _parts(rng: random.Random, num_rows: int) -> list[int]:
-    """Rows of each sequence: of one, of a few, or of as many as there are rows."""
-    kind = rng.choice(("one", "few", "few", "rows"))
-    if kind == "one":
-        return [num_rows]
-    if kind == "rows":
-        return [1] * num_rows
-    cuts = sorted(rng.sample(range(1, num_rows), min(rng.randint(1, 4), num_rows - 1)))
-    return [end - start for start, end in zip([0, *cuts], [*cuts, num_rows], strict=True)]
-
-
-def _context(rng: random.Random, length: int) -> int:
-    """Committed tokens: none, few, about where a split of 128 ends, or many."""
-    of_any = rng.randrange(MAX_CONTEXT_TOKENS - length)
-    near = rng.choice((128, 256)) - rng.randint(-2, 2 + length)
-    return rng.choice((0, rng.randint(1, 40), rng.randint(1, 40), max(0, near), max(0, near), of_any))
-
-
-def _parents(rng: random.Random, length: int) -> list[int]:
-    """A chain, or a tree of which some rows are children of what is committed."""
-    if rng.random() < 0.5:
-        return chain(length)
-    return [NO_PARENT, *(rng.choice((NO_PARENT, row, rng.randrange(row + 1))) for row in range(length - 1))]
-
-
-def _asking(rng: random.Random, rows: Rows, vocab_size: int, ask: str) -> Rows:
-    num_rows = len(rows.token_ids)
-    asks = [rng.choice(("best", "restricted", "both", "logits", "nothing")) for _ in range(num_rows)]
-    asks = asks if ask == "mixed" else [ask] * num_rows
-    allowed = [
-        sorted(rng.sample(range(vocab_size), rng.choice((1, 2, 3, rng.randint(1, 40)))))
-        if each in ("restricted", "both")
-        else []
-        for each in asks
-    ]
-    needs_logits = np.array([each in ("restricted", "logits") for each in asks], dtype=np.bool_)
-    needs_best = np.array([each in ("best", "both") for each in asks], dtype=np.bool_)
-    of_logit_rows = [tokens for tokens, each in zip(allowed, asks, strict=True) if each != "nothing"]
-    return msgspec.structs.replace(
-        rows,
-        needs_logits=needs_logits,
-        needs_best=needs_best,
-        needs_log_sums=True,
-        top_k=rng.choice((0, 1, 5, 64 if num_rows <= 4 else 7)),
-        allowed_starts=int32(np.cumsum([0, *map(len, of_logit_rows)])),
-        allowed_token_ids=int32([token for tokens in of_logit_rows for token in tokens]),
-    )
