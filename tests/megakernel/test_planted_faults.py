@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import pytest
@@ -21,10 +22,12 @@ from megakernel.validate import validate
 from megakernel.vm_state import Arithmetic, OpWeights
 from tests.megakernel.emulated_cases import Case, draw_case
 from tests.megakernel.op_by_op import check_ops
-from tests.megakernel.test_cuda_kernels import check_whole_step, model_of
+from tests.megakernel.test_cuda_kernels import AT_ONCE, check_whole_step, model_of
 
 CASES = {"K-tiles": 31, "bucket 32": 33}
 NUM_INTERLEAVINGS = 30
+NUM_CASES = 48
+CASES_A_GROUP = 8
 LINEAR = (Opcode.LINEAR, Opcode.LINEAR_PARTIAL, Opcode.REDUCE)
 
 Change = Callable[[int, Instruction], Instruction]
@@ -48,7 +51,7 @@ def without_waits(program: Program, rng: random.Random) -> Program:
             if one.waits and one.opcode in LINEAR and role_of(program.ops[one.op]) != "head"
         }
     )
-    role, opcode = rng.choice(waiting)
+    role, opcode = rng.choice(waiting) if waiting else ("", None)
 
     def change(_: int, one: Instruction) -> Instruction:
         is_meant = role_of(program.ops[one.op]) == role and one.opcode is opcode
@@ -74,7 +77,7 @@ def with_early_loads(program: Program, _: random.Random) -> Program:
 def with_tiles_one_off(program: Program, rng: random.Random) -> Program:
     """An op's first tile is computed twice and its last not at all."""
     roles = sorted({role_of(program.ops[one.op]) for one in every(program) if can_shift(program, one)})
-    role = rng.choice(roles)
+    role = rng.choice(roles) if roles else ""
 
     def change(_: int, one: Instruction) -> Instruction:
         is_meant = role_of(program.ops[one.op]) == role and one.opcode in LINEAR
@@ -113,7 +116,7 @@ def without_arrivals(program: Program, rng: random.Random) -> Program:
 
 
 FAULTS = {
-    "dropped waits": (without_waits, RaceError),
+    "dropped waits": (without_waits, (RaceError, UninitialisedError)),
     "early page reuse": (with_early_loads, (InFlightError, RaceError)),
     "tiles one off": (with_tiles_one_off, (UninitialisedError, RaceError, AssertionError)),
     "a dropped arrival": (without_arrivals, DeadlockError),
@@ -143,6 +146,31 @@ def check_fault(case: Case, program: Program, error) -> None:
         validate(program)
     with pytest.raises(error):
         check_interleavings(msgspec.structs.replace(case, program=program))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, NUM_CASES, CASES_A_GROUP))
+def test_faults_of_random_cases_are_caught(first):
+    """Each case with one fault; what the validator still proves safe is none."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        planted = list(pool.map(is_planted_and_caught, range(first, first + CASES_A_GROUP)))
+    assert sum(planted) > CASES_A_GROUP / 2
+
+
+def is_planted_and_caught(seed: int) -> bool:
+    plant, error = FAULTS[list(FAULTS)[seed % len(FAULTS)]]
+    case = draw_case(seed)
+    program = plant(case.program, random.Random(seed))
+    try:
+        validate(program)
+    except ScheduleError:
+        try:
+            check_fault(case, program, error)
+        except BaseException as failure:
+            failure.add_note(str(case))
+            raise
+        return True
+    return False
 
 
 def test_k_tiles_that_overlap_are_caught():
