@@ -195,7 +195,7 @@ class _Call:
         )
 
     def consume(self) -> list[str]:
-        lines = list(self.waits())
+        lines = [*self.prefetch(), *self.waits()]
         lines += [*self.loop(self.consume_tile()), *self.signal()]
         return self.where_run(lines)
 
@@ -219,6 +219,15 @@ class _Call:
             "}",
             "}",
         ]
+
+    def prefetch(self) -> Iterator[str]:
+        """What is read after the waits, and does not depend on what is waited for."""
+        if self.call.opcode in (Opcode.LINEAR, Opcode.LINEAR_PARTIAL) and self.op.norm:
+            yield f"prefetch_vector<{self.op.in_features}>(w, {self.vector('norm')});"
+        if self.call.opcode is Opcode.ATTENTION:
+            heads = self.program.geometry.num_kv_heads
+            tile = f"prefetch_attention<Shape>(w, {self.number('layer')}, tile % {heads}, tile / {heads}, "
+            yield from ("{", *self.loop([tile + f"{self.call.num_parts});"]), "}")
 
     def waits(self) -> Iterator[str]:
         """A worker's first wait with the others' first, and so on."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from megakernel.cuda_constants import MAX_LOADS_AHEAD
 from megakernel.footprint import (
     Footprint,
     attention_footprint,
@@ -220,7 +221,12 @@ def list_schedule(
         role.role: _plan_role(role, geometry, machine, bucket, k_tiles.get(role.role, 1))
         for role in role_shapes(shape, formats, split_tokens=split_tokens, kind=machine.kind).values()
     }
-    return Plan(ops=ops, prefetch_instructions=1)
+    return Plan(ops=ops, prefetch_instructions=most_prefetched(machine) if machine.kind == "cuda" else 1)
+
+
+def most_prefetched(machine: Machine) -> int:
+    """What `Plan.prefetch_instructions` may be: a GPU's loader takes what its pages and barriers hold."""
+    return MAX_LOADS_AHEAD if machine.kind == "cuda" else MAX_STAGES
 
 
 def _plan_role(role: RoleShape, geometry: Geometry, machine: Machine, bucket: int, k_tiles: int) -> OpPlan:

@@ -131,6 +131,24 @@ __device__ __forceinline__ void merge_warps(const Worker& w, SharedAddress parti
     }
 }
 
+// Before the wait for queries: what an instruction will read of committed tokens is sent for.
+template <class Shape>
+__device__ __forceinline__ void prefetch_attention(const Worker& w, int layer, uint32_t kv_head, uint32_t part, uint32_t num_parts) {
+    constexpr int kLines = Shape::kDim * 2 / 128 > 0 ? Shape::kDim * 2 / 128 : 1;  // of 128 bytes, a head's K or V
+    for (int row = 0; row < w.step.num_rows; row++) {
+        const int context = ptx::load_constant(w.step.context_lengths + row);
+        for (int split = part; split * Shape::kSplitTokens < context; split += num_parts) {
+            const int position = split * Shape::kSplitTokens + static_cast<int>(w.thread) / 2;
+            if (position >= context || w.thread >= 2 * Shape::kSplitTokens) continue;
+            const int64_t slot = slot_of(w.step, row, position);
+            const uint16_t* from = w.step.kv + (layer * w.step.num_slots + slot) * Shape::kSlotColumns +
+                                   (w.thread % 2 * Shape::kKvHeads + kv_head) * Shape::kDim;
+#pragma unroll
+            for (int line = 0; line < kLines; line++) ptx::prefetch(from + line * 64);
+        }
+    }
+}
+
 // Splits `part`, `part + num_parts`, ... of every row's positions, for one KV head.
 template <class Shape>
 __device__ __forceinline__ void attention_tile(const Worker w, int layer, uint32_t kv_head, uint32_t part, uint32_t num_parts,

@@ -18,7 +18,8 @@ __device__ __forceinline__ float packed_element(const uint8_t* matrix, int64_t c
         const uint16_t bits = ptx::load_constant(reinterpret_cast<const uint16_t*>(unit + 512 * step + 16 * lane + 4 * i + 2 * e));
         return F == Format::kF16 ? ptx::half_to_float(bits) : ptx::bf16_to_float(bits);
     } else {
-        const uint8_t* scale = unit + weight_bytes(F) + (in_unit / scale_group(F) * 16 + column % 16) * scale_bytes(F);
+        const uint32_t of_column = (column % 8 * scale_groups(F) + in_unit / scale_group(F)) * 2 + column % 16 / 8;
+        const uint8_t* scale = unit + weight_bytes(F) + of_column * scale_bytes(F);
         const float d = ptx::half_to_float(ptx::load_constant(reinterpret_cast<const uint16_t*>(scale)));
         if constexpr (is_8bit(F)) {
             const uint32_t word =
