@@ -39,7 +39,7 @@ __device__ HEADRACE_ALWAYS_INLINE T load_global(const T* from) {
     return value;
 }
 
-__device__ __forceinline__ void prefetch(const void*) {}
+__device__ HEADRACE_ALWAYS_INLINE void prefetch(const void* at) { emulation::prefetch(at); }
 
 template <class T>
 __device__ HEADRACE_ALWAYS_INLINE T load_constant(const T* from) {
