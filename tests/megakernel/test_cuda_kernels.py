@@ -1,12 +1,16 @@
 """The generated CUDA kernels under emulation: the VM's results op by op, in any order of threads."""
 
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
 import numpy as np
 import pytest
 
+from megakernel.memory import role_of
 from megakernel.pack_cuda import PACKED_FORMATS
 from megakernel.pipeline import compile_program
+from megakernel.plan import OpPlan
 from megakernel.program import Epilogue, Opcode
 from megakernel.schedule import list_schedule
 from megakernel.vm import Vm
@@ -121,6 +125,31 @@ def test_many_cases_cover_every_opcode_in_every_format_of_every_role():
     }
     wanted |= ALWAYS_WANTED | {("SMs", number) for number in NUM_WORKERS} | {("ask", "logits")}
     assert not wanted - covered_by(range(NUM_CASES))
+
+
+@pytest.mark.parametrize("seed", [24, 31])
+def test_ops_of_one_sm_follow_each_other_without_counters(seed):
+    """All tiles are one SM's, the other has none: nothing waits, nothing signals."""
+    case = draw_case(seed)
+    program = case.program
+    counts: Counter[str] = Counter(
+        role_of(program.ops[one.op])
+        for worker in program.workers
+        for one in worker
+        if program.ops[one.op].layer <= 0 and one.opcode is not Opcode.REDUCE
+    )
+    counts["attention"] = case.shape.num_kv_heads * 2
+    ops = {
+        role: msgspec.structs.replace(op, tile_workers=(0,) * counts[role])
+        for role, op in case.plan.ops.items()
+    }
+    ops["embed"] = OpPlan(tile_columns=case.shape.hidden_size, tile_workers=(0,))  # by several warps
+    plan = msgspec.structs.replace(case.plan, ops=ops)
+    machine = msgspec.structs.replace(case.machine, num_workers=2)
+    stored = case.weights().formats
+    program = compile_program(case.shape, "toy", machine, program.bucket, plan, formats=stored)
+    assert not any(one.waits or one.signal >= 0 for one in program.workers[0])
+    check(msgspec.structs.replace(case, program=program, machine=machine, plan=plan), FEW_INTERLEAVINGS)
 
 
 def test_a_row_has_the_same_bits_alone_in_company_and_in_any_bucket():
