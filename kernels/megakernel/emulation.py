@@ -60,13 +60,21 @@ class Region(msgspec.Struct, frozen=True):
 
 
 class Counts(msgspec.Struct, frozen=True):
-    """Of a run: operations of threads, switches between them, collectives of warps, accesses checked."""
+    """Of a run: operations of threads, switches between them, collectives of warps, accesses checked,
+    asynchronous copies, stores to global memory."""
 
     operations: int
     switches: int
     collectives: int
     accesses: int
     copies: int
+    stores: int
+
+
+STORE = np.dtype([("address", "u8"), ("num_bytes", "u4"), ("unused", "u4"), ("value", "u1", 16)])
+"""A store to global memory, of which a journal keeps every one in the order in which they ran."""
+Journal = npt.NDArray[np.void]
+"""[stores] of STORE."""
 
 
 class _Region(ctypes.Structure):
@@ -92,6 +100,8 @@ class _Config(ctypes.Structure):
         ("max_operations", ctypes.c_uint64),
         ("poison", ctypes.c_uint32),
         ("expires_waits", ctypes.c_uint32),
+        ("journal", ctypes.c_void_p),
+        ("journal_stores", ctypes.c_uint64),
     )
 
 
@@ -182,11 +192,12 @@ class Emulation:
         max_operations: int = DEFAULT_MAX_OPERATIONS,
         poison: Poison = Poison.ONES,
         expires_waits: bool = False,
+        journal: Journal | None = None,
     ) -> Counts:
         """The kernel's one argument is `arguments`; whoever calls keeps alive what it points to. Seeds differ
         in which threads go first and in how late copies complete; a seed gives the same run every time.
         `expires_waits`: when all threads wait, the kernel's clock is put forward, so that its own time-outs
-        end it. Raises EmulationError."""
+        end it. `journal` gets as many stores as it has room for. Raises EmulationError."""
         described = (_Region * max(len(regions), 1))(*(_describe(region) for region in regions))
         config = _Config(
             num_blocks=num_blocks,
@@ -198,6 +209,8 @@ class Emulation:
             max_operations=max_operations,
             poison=poison,
             expires_waits=expires_waits,
+            journal=None if journal is None else journal.ctypes.data,
+            journal_stores=0 if journal is None else len(journal),
         )
         report = _Report()
         with self._lock:

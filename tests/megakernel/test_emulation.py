@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from megakernel.emulation import Emulation, Poison, Region, device_array, device_copy
+from megakernel.emulation import STORE, Emulation, Poison, Region, device_array, device_copy
 from megakernel.emulation_errors import (
     AlignmentError,
     BarrierError,
@@ -68,6 +68,26 @@ def test_warps_add_up(seed):
     output = device_array(NUM_BLOCKS, np.float32)
     launch("reduce", values, output, seed=seed)
     assert output.tolist() == values.reshape(NUM_BLOCKS, 288).sum(axis=1).tolist()
+
+
+def test_a_journal_keeps_every_store_in_order():
+    values, output = device_copy(np.arange(NUM_BLOCKS * 288), np.float32), device_array(64, np.float32)
+    journal = np.zeros(8, STORE)
+    counts = launch("reduce", values, output, journal=journal)
+    assert counts.stores == NUM_BLOCKS
+    kept = journal[: counts.stores]
+    assert sorted(kept["address"] - output.ctypes.data) == [0, 4, 8]
+    assert kept["num_bytes"].tolist() == [4] * NUM_BLOCKS
+    for entry in kept:
+        at = (int(entry["address"]) - output.ctypes.data) // 4
+        assert entry["value"][:4].view(np.float32)[0] == output[at]
+
+
+def test_a_full_journal_keeps_the_first():
+    journal = np.zeros(10, STORE)
+    counts = launch("hand_over", words(), device_array(NUM_BLOCKS * 288, np.uint32), journal=journal[:5])
+    assert counts.stores > 5
+    assert journal["num_bytes"].astype(bool).tolist() == [True] * 5 + [False] * 5
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -46,7 +46,7 @@ extern "C" __global__ void __launch_bounds__(288, 1) everything(const __grid_con
     ptx::add_shared_release(s + 8, ptx::load_shared_acquire(s + 12));
     ptx::add_release(a.words, ptx::load_acquire(a.words + 1));
     ptx::store_system(a.words, ptx::compare_exchange(a.words, 1, 2)), ptx::fence_system();
-    ptx::prefetch_l2(a.bytes);
+    ptx::prefetch_l2(a.bytes), ptx::prefetch(a.bytes);
     ptx::copy_async_16(s + 16, a.bytes), ptx::copy_async_arrive(s), ptx::fence_async_shared();
     ptx::mbarrier_arrive(s), ptx::mbarrier_arrive_expect(s, 64), ptx::copy_bulk(s + 64, a.bytes, 64, s);
     while (!ptx::mbarrier_try_wait(s, 0)) ptx::sleep_ns(20);
@@ -75,6 +75,7 @@ HEADRACE_KERNELS(everything)
 def declarations(header: Path) -> list[str]:
     """Functions with their template lines, and aliases, in order; whatever else there is, is a twin's own."""
     text = re.sub(r"//[^\n]*", "", header.read_text(encoding="utf-8"))
+    text = text.replace("HEADRACE_ALWAYS_INLINE", "__forceinline__")
     pattern = r"((?:template <[^>]*>\s*)?__device__ __forceinline__ [^{]*?\))\s*\{|(using \w+ = \w+;)"
     return [" ".join((function or alias).split()) for function, alias in re.findall(pattern, text)]
 

@@ -1,14 +1,12 @@
 """The VM with CUDA's arithmetic: what is rounded, and that no more is."""
 
-import gguf
 import numpy as np
 import pytest
 import torch
 
 from megakernel.artifact import lay_out_weights, pack_weights
-from megakernel.float_formats import float_tensor, float_values, round_to_bf16
+from megakernel.float_formats import round_to_bf16
 from megakernel.group_formats import GroupQuantizedWeights
-from megakernel.model.weights import RawTensor
 from megakernel.pack_cuda import group_bytes, unpack
 from megakernel.packing import PackedLinear
 from megakernel.program import Epilogue, Opcode, OpKind
@@ -16,6 +14,7 @@ from megakernel.reference import reference_logits
 from megakernel.vm import Vm
 from megakernel.vm_state import NO_PARENT, Arithmetic, OpWeights, kv_for
 from tests.megakernel.programs import Recipe, build_program
+from tests.megakernel.stored_weights import StoredAs
 from tests.megakernel.vm_steps import BLOCK_SIZE, Rows, Sequence, chain, step_of
 from tests.tiny_model import LLAMA3_SCALING, TinyWeights, tiny_weights
 
@@ -30,35 +29,6 @@ MODELS = {
         5, "qwen3", max_context_tokens=64, vocab_size=163, hidden_size=40, num_heads=2
     ),
 }
-
-
-class StoredAs(TinyWeights):
-    """Tiny weights whose matrices a file has in other formats, by name; with what those can stand for."""
-
-    def __init__(self, weights: TinyWeights, formats: dict[str, str]) -> None:
-        self.stored = {name: stored_as(weights.dense(name), format) for name, format in formats.items()}
-        values = {name: values_of(raw) for name, raw in self.stored.items()}
-        super().__init__(weights.shape, weights._tensors | values)
-
-    @property
-    def formats(self):
-        return super().formats | {name: raw.format for name, raw in self.stored.items()}
-
-    def raw(self, name: str) -> RawTensor:
-        return self.stored[name]
-
-
-def stored_as(values: np.ndarray, format: str) -> RawTensor:
-    if format in ("BF16", "F16"):
-        return float_tensor(values, format)
-    data = gguf.quantize(values, gguf.GGMLQuantizationType[format])
-    return RawTensor(format=format, shape=values.shape, data=data)
-
-
-def values_of(raw: RawTensor) -> np.ndarray:
-    if raw.format in ("BF16", "F16"):
-        return float_values(raw.data, raw.format)
-    return gguf.dequantize(raw.data, gguf.GGMLQuantizationType[raw.format]).reshape(raw.shape)
 
 
 def matrices(weights: TinyWeights) -> list[str]:

@@ -157,6 +157,15 @@ void* global_to_store(void* to) {
     return to;
 }
 
+// After global_to_store. A journal that is full loses what follows: the count of stores tells.
+void keep_store(const void* to, const void* value, uint32_t num_bytes) {
+    const uint64_t number = machine.num_stores++;
+    if (number >= machine.config.journal_stores) return;
+    Store& store = machine.config.journal[number];
+    store = {reinterpret_cast<uint64_t>(to), num_bytes, 0, {}};
+    memcpy(store.value, value, num_bytes);
+}
+
 void prefetch(const void* from) {
     begin(Op::kPrefetch, reinterpret_cast<uint64_t>(from), HEADRACE_SITE());
     memory_of(from, 1);

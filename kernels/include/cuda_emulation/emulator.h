@@ -286,7 +286,7 @@ inline void run(const EmulationConfig& config, EmulationReport& report) {
     machine.num_warps = config.num_blocks * machine.warps_a_block;
     machine.num_lanes = machine.num_warps * kLanes;
     machine.num_ready = machine.num_exited = machine.expiries = 0;
-    machine.operations = machine.switches = machine.collectives = machine.accesses = machine.num_copies = 0;
+    machine.operations = machine.switches = machine.collectives = machine.accesses = machine.num_copies = machine.num_stores = 0;
     machine.polls = machine.idle_polls = machine.actions_before = machine.slept_ns = 0;
     machine.check_at = config.max_operations < 1 << 16 ? config.max_operations : 1 << 16;
     self = nullptr;
@@ -320,6 +320,7 @@ inline void run(const EmulationConfig& config, EmulationReport& report) {
     report.collectives = machine.collectives;
     report.accesses = machine.accesses;
     report.copies = machine.num_copies;
+    report.stores = machine.num_stores;
 }
 
 // Memory that is kept from run to run.

@@ -160,7 +160,7 @@ struct Machine {
     bool is_descending, has_news;  // order of lanes; whether a warp became ready since one was chosen
     uint32_t until_switch, switch_interval, until_rank, until_copy, copy_interval;
 
-    uint64_t operations, check_at, switches, collectives, accesses, num_copies;
+    uint64_t operations, check_at, switches, collectives, accesses, num_copies, num_stores;
     uint64_t polls, idle_polls, actions_before, idle_actions, slept_ns;
     uint32_t expiries;
 };

@@ -28,6 +28,7 @@ HEADRACE_OPERATION const void* constant_to_load(const void* from);
 template <uint32_t num_bytes>
 HEADRACE_OPERATION void* global_to_store(void* to);
 HEADRACE_OPERATION void prefetch(const void* from);
+void keep_store(const void* to, const void* value, uint32_t num_bytes);  // to the journal; lets nobody else run
 
 HEADRACE_OPERATION uint32_t load_shared_acquire(uint32_t from);
 HEADRACE_OPERATION void add_shared_release(uint32_t to, uint32_t value);

@@ -35,6 +35,13 @@ struct Region {
     uint32_t flags, unused;
 };
 
+// An entry of a run's journal: what a thread stored to global memory, and where.
+struct Store {
+    uint64_t address;
+    uint32_t num_bytes, unused;
+    uint8_t value[16];
+};
+
 }  // namespace headrace::emulation
 
 struct EmulationConfig {
@@ -43,6 +50,8 @@ struct EmulationConfig {
     uint64_t seed, max_operations;
     uint32_t poison;
     uint32_t expires_waits;  // when all wait, time passes before that is called a deadlock
+    headrace::emulation::Store* journal;  // in the order in which they run; null: not kept
+    uint64_t journal_stores;              // it has room for
 };
 
 // Indices are -1 where there is none. Sources are given as @ and an offset into the library, in hexadecimal.
@@ -51,9 +60,9 @@ struct EmulationReport {
     int32_t block, warp, lane;  // who failed
     char place[64];             // "shared", or the region's name; empty if no memory is to blame
     int64_t offset;             // into it
-    uint64_t operations, switches, collectives, accesses, copies;
+    uint64_t operations, switches, collectives, accesses, copies, stores;
     char message[4096];
 };
 
-static_assert(sizeof(headrace::emulation::Region) == 32 && sizeof(EmulationConfig) == 48);
-static_assert(sizeof(EmulationReport) == 4224);
+static_assert(sizeof(headrace::emulation::Region) == 32 && sizeof(EmulationConfig) == 64);
+static_assert(sizeof(EmulationReport) == 4232 && sizeof(headrace::emulation::Store) == 32);

@@ -16,7 +16,10 @@
 #define __constant__
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define __forceinline__ inline __attribute__((always_inline))
+// Of kernels: tiles written out at each of their calls, as a device wants them, take a host compiler thrice as long.
+#define __forceinline__ inline
+// Of what wraps operations: they return to the kernel's own line, which reports name.
+#define HEADRACE_ALWAYS_INLINE inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
 #define __align__(bytes) __attribute__((aligned(bytes)))
 

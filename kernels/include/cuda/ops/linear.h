@@ -246,7 +246,7 @@ __device__ __forceinline__ void linear_tile(const Worker w, const Source source,
     for (int r0 = 0; r0 < kRows && r0 < rows; r0 += kRowChunk) {
         const int count = rows - r0 < Layout::kChunk ? rows - r0 : Layout::kChunk;
         if (kRows > kRowChunk || is_new_input) {
-            if (kRows > kRowChunk) sync_consumers();  // the chunk before has been read
+            sync_consumers();  // what this SM's ops before wrote is there; the chunk before has been read
             stage_input<F, kRows, kIn>(w, source, r0, count, u0, u1, input);
         }
         if (!has_landed) wait_landed(w);

@@ -5,10 +5,10 @@
 
 namespace headrace::ptx {
 
-__device__ __forceinline__ uint64_t nanoseconds() { return emulation::nanoseconds(); }
+__device__ HEADRACE_ALWAYS_INLINE uint64_t nanoseconds() { return emulation::nanoseconds(); }
 
-__device__ __forceinline__ void sleep_ns(uint32_t duration) { emulation::sleep_ns(duration); }
+__device__ HEADRACE_ALWAYS_INLINE void sleep_ns(uint32_t duration) { emulation::sleep_ns(duration); }
 
-__device__ __forceinline__ void trap() { emulation::trap(); }
+__device__ HEADRACE_ALWAYS_INLINE void trap() { emulation::trap(); }
 
 }  // namespace headrace::ptx

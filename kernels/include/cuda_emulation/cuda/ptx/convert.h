@@ -5,25 +5,25 @@
 
 namespace headrace::ptx {
 
-__device__ __forceinline__ uint32_t pack_bf16x2(float low, float high) {
+__device__ HEADRACE_ALWAYS_INLINE uint32_t pack_bf16x2(float low, float high) {
     return emulation::float_to_bf16(low) | static_cast<uint32_t>(emulation::float_to_bf16(high)) << 16;
 }
 
-__device__ __forceinline__ uint32_t pack_f16x2(float low, float high) {
+__device__ HEADRACE_ALWAYS_INLINE uint32_t pack_f16x2(float low, float high) {
     return emulation::float_to_half(emulation::clamp_to_half(low)) |
            static_cast<uint32_t>(emulation::float_to_half(emulation::clamp_to_half(high))) << 16;
 }
 
-__device__ __forceinline__ float half_to_float(uint16_t bits) { return emulation::half_to_float(bits); }
+__device__ HEADRACE_ALWAYS_INLINE float half_to_float(uint16_t bits) { return emulation::half_to_float(bits); }
 
-__device__ __forceinline__ float bf16_to_float(uint16_t bits) { return emulation::bf16_to_float(bits); }
+__device__ HEADRACE_ALWAYS_INLINE float bf16_to_float(uint16_t bits) { return emulation::bf16_to_float(bits); }
 
-__device__ __forceinline__ uint16_t float_to_half(float value) { return emulation::float_to_half(value); }
+__device__ HEADRACE_ALWAYS_INLINE uint16_t float_to_half(float value) { return emulation::float_to_half(value); }
 
-__device__ __forceinline__ float exp2_approx(float x) { return exp2f(x); }
-__device__ __forceinline__ float exp_f32(float x) { return expf(x); }
-__device__ __forceinline__ float log_f32(float x) { return logf(x); }
-__device__ __forceinline__ float reciprocal_sqrt(float x) { return emulation::reciprocal_sqrt(x); }
-__device__ __forceinline__ float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+__device__ HEADRACE_ALWAYS_INLINE float exp2_approx(float x) { return exp2f(x); }
+__device__ HEADRACE_ALWAYS_INLINE float exp_f32(float x) { return expf(x); }
+__device__ HEADRACE_ALWAYS_INLINE float log_f32(float x) { return logf(x); }
+__device__ HEADRACE_ALWAYS_INLINE float reciprocal_sqrt(float x) { return emulation::reciprocal_sqrt(x); }
+__device__ HEADRACE_ALWAYS_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 
 }  // namespace headrace::ptx

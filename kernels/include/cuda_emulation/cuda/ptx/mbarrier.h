@@ -5,19 +5,19 @@
 
 namespace headrace::ptx {
 
-__device__ __forceinline__ void mbarrier_init(SharedAddress at, uint32_t arrivals) {
+__device__ HEADRACE_ALWAYS_INLINE void mbarrier_init(SharedAddress at, uint32_t arrivals) {
     emulation::mbarrier_init(at, arrivals);
 }
 
-__device__ __forceinline__ void fence_mbarrier_init() { emulation::fence_mbarrier_init(); }
+__device__ HEADRACE_ALWAYS_INLINE void fence_mbarrier_init() { emulation::fence_mbarrier_init(); }
 
-__device__ __forceinline__ void mbarrier_arrive(SharedAddress at) { emulation::mbarrier_arrive(at, 0); }
+__device__ HEADRACE_ALWAYS_INLINE void mbarrier_arrive(SharedAddress at) { emulation::mbarrier_arrive(at, 0); }
 
-__device__ __forceinline__ void mbarrier_arrive_expect(SharedAddress at, uint32_t bytes) {
+__device__ HEADRACE_ALWAYS_INLINE void mbarrier_arrive_expect(SharedAddress at, uint32_t bytes) {
     emulation::mbarrier_arrive(at, bytes);
 }
 
-__device__ __forceinline__ bool mbarrier_try_wait(SharedAddress at, uint32_t parity) {
+__device__ HEADRACE_ALWAYS_INLINE bool mbarrier_try_wait(SharedAddress at, uint32_t parity) {
     return emulation::mbarrier_try_wait(at, parity);
 }
 

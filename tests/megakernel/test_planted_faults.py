@@ -1,0 +1,200 @@
+"""Faults planted in random cases' programs, kernels and weights: each shows, under emulation or op by op."""
+
+import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import msgspec
+import pytest
+
+from megakernel.cuda_constants import MAX_LOADS_AHEAD
+from megakernel.emulation_errors import (
+    DeadlockError,
+    EmulationError,
+    InFlightError,
+    RaceError,
+    UninitialisedError,
+)
+from megakernel.memory import role_of
+from megakernel.program import Instruction, Opcode, OpKind, PageRole, Program
+from megakernel.schedule_error import ScheduleError
+from megakernel.validate import validate
+from megakernel.vm_state import Arithmetic, OpWeights
+from tests.megakernel.emulated_cases import Case, draw_case
+from tests.megakernel.op_by_op import check_ops
+from tests.megakernel.test_cuda_kernels import AT_ONCE, check_whole_step, model_of
+
+CASES = {"K-tiles": 31, "bucket 32": 33}
+NUM_INTERLEAVINGS = 30
+NUM_CASES = 48
+CASES_A_GROUP = 8
+LINEAR = (Opcode.LINEAR, Opcode.LINEAR_PARTIAL, Opcode.REDUCE)
+
+Change = Callable[[int, Instruction], Instruction]
+"""Of an instruction and its index in its worker's order."""
+
+
+def changed(program: Program, change: Change) -> Program:
+    workers = tuple(
+        tuple(change(index, one) for index, one in enumerate(worker)) for worker in program.workers
+    )
+    return msgspec.structs.replace(program, workers=workers)
+
+
+def without_waits(program: Program, rng: random.Random) -> Program:
+    """An op's, in all layers."""
+    waiting = sorted(
+        {
+            (role_of(program.ops[one.op]), one.opcode)
+            for worker in program.workers
+            for one in worker
+            if one.waits and one.opcode in LINEAR and role_of(program.ops[one.op]) != "head"
+        }
+    )
+    role, opcode = rng.choice(waiting) if waiting else ("", None)
+
+    def change(_: int, one: Instruction) -> Instruction:
+        is_meant = role_of(program.ops[one.op]) == role and one.opcode is opcode
+        return msgspec.structs.replace(one, waits=()) if is_meant else one
+
+    return changed(program, change)
+
+
+def with_early_loads(program: Program, _: random.Random) -> Program:
+    """Weights come as early as may be, into pages that are still held."""
+
+    def change(index: int, one: Instruction) -> Instruction:
+        early = max(0, index - MAX_LOADS_AHEAD)
+        pages = tuple(
+            msgspec.structs.replace(use, live_from=early) if use.role is PageRole.WEIGHTS else use
+            for use in one.pages
+        )
+        return msgspec.structs.replace(one, pages=pages)
+
+    return changed(program, change)
+
+
+def with_tiles_one_off(program: Program, rng: random.Random) -> Program:
+    """An op's first tile is computed twice and its last not at all."""
+    roles = sorted({role_of(program.ops[one.op]) for one in every(program) if can_shift(program, one)})
+    role = rng.choice(roles) if roles else ""
+
+    def change(_: int, one: Instruction) -> Instruction:
+        is_meant = role_of(program.ops[one.op]) == role and one.opcode in LINEAR
+        if not is_meant or one.n0 == 0:
+            return one
+        width = next(other.n1 for other in every(program) if other.op == one.op and other.n0 == 0)
+        return msgspec.structs.replace(one, n0=one.n0 - width, n1=one.n1 - width)
+
+    return changed(program, change)
+
+
+def every(program: Program) -> list[Instruction]:
+    return [one for worker in program.workers for one in worker]
+
+
+def can_shift(program: Program, one: Instruction) -> bool:
+    """Whether an op has several tiles of one width."""
+    if one.opcode not in LINEAR or role_of(program.ops[one.op]) == "head":
+        return False
+    widths = {other.n1 - other.n0 for other in every(program) if other.op == one.op}
+    return len(widths) == 1 and widths != {program.ops[one.op].out_features}
+
+
+def without_arrivals(program: Program, rng: random.Random) -> Program:
+    """A worker forgets to say that it is done."""
+    awaited = {wait.counter for one in every(program) for wait in one.waits}
+    counter = rng.choice(sorted(awaited))
+    worker = next(
+        number for number, path in enumerate(program.workers) if any(one.signal == counter for one in path)
+    )
+    workers = list(program.workers)
+    workers[worker] = tuple(
+        msgspec.structs.replace(one, signal=-1) if one.signal == counter else one for one in workers[worker]
+    )
+    return msgspec.structs.replace(program, workers=tuple(workers))
+
+
+FAULTS = {
+    "dropped waits": (without_waits, (RaceError, UninitialisedError)),
+    "early page reuse": (with_early_loads, (InFlightError, RaceError)),
+    "tiles one off": (with_tiles_one_off, (UninitialisedError, RaceError, AssertionError)),
+    "a dropped arrival": (without_arrivals, DeadlockError),
+}
+"""How a program is broken, and how that shows."""
+
+
+def check_interleavings(case: Case, edit=None) -> None:
+    """Until one is found wrong."""
+    weights, kv = case.weights(), case.kv()
+    op_weights, model = OpWeights(weights, Arithmetic.CUDA), model_of(case, weights, edit)
+    for seed in range(NUM_INTERLEAVINGS):
+        found = model.run(case.program.bucket, kv, case.rows, seed=seed, has_journal=True)
+        check_ops(case.program, op_weights, kv, found, case.rows)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_of_programs_are_caught(fault, name):
+    plant, error = FAULTS[fault]
+    case = draw_case(CASES[name])
+    check_fault(case, plant(case.program, random.Random(1)), error)
+
+
+def check_fault(case: Case, program: Program, error) -> None:
+    with pytest.raises(ScheduleError):
+        validate(program)
+    with pytest.raises(error):
+        check_interleavings(msgspec.structs.replace(case, program=program))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, NUM_CASES, CASES_A_GROUP))
+def test_faults_of_random_cases_are_caught(first):
+    """Each case with one fault; what the validator still proves safe is none."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        planted = list(pool.map(is_planted_and_caught, range(first, first + CASES_A_GROUP)))
+    assert sum(planted) > CASES_A_GROUP / 2
+
+
+def is_planted_and_caught(seed: int) -> bool:
+    plant, error = FAULTS[list(FAULTS)[seed % len(FAULTS)]]
+    case = draw_case(seed)
+    program = plant(case.program, random.Random(seed))
+    try:
+        validate(program)
+    except ScheduleError:
+        try:
+            check_fault(case, program, error)
+        except BaseException as failure:
+            failure.add_note(str(case))
+            raise
+        return True
+    return False
+
+
+def test_k_tiles_that_overlap_are_caught():
+    """The first is as long as the first two."""
+
+    def edit(source: str) -> str:
+        assert "(part + 1)" in source
+        return source.replace("(part + 1)", "(part + 1 + (part == 0))")
+
+    with pytest.raises((EmulationError, AssertionError)):
+        check_interleavings(draw_case(CASES["K-tiles"]), edit)
+
+
+def test_one_bit_of_the_weights_is_caught_op_by_op_and_not_by_the_whole_step():
+    case = draw_case(CASES["K-tiles"])
+    weights, kv = case.weights(), case.kv()
+    op_weights, model = OpWeights(weights, Arithmetic.CUDA), model_of(case, weights)
+    for op in case.program.ops:
+        if op.kind is not OpKind.LINEAR:
+            continue
+        at = model.generated.layout.at(*op.weights).offset  # of the first column's first number the last bit
+        model.packed[at] ^= 1
+        found = model.run(case.program.bucket, kv, case.rows, has_journal=True)
+        check_whole_step(case, op_weights, kv, found)
+        with pytest.raises(AssertionError, match=op.name):
+            check_ops(case.program, op_weights, kv, found, case.rows)
+        model.packed[at] ^= 1
