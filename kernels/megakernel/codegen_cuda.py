@@ -226,7 +226,8 @@ class _Call:
         if self.call.opcode in (Opcode.LINEAR, Opcode.LINEAR_PARTIAL) and self.op.norm:
             yield f"prefetch_vector<{self.op.in_features}>(w, {self.vector('norm')});"
         if self.call.opcode is Opcode.ATTENTION:
-            yield f"const AttentionTiles tiles = {{{self.first}, {self.stride}, count, {self.call.num_parts}}};"
+            tiles = f"{self.first}, {self.stride}, count, {self.call.num_parts}"
+            yield f"const AttentionTiles tiles = {{{tiles}}};"
             yield f"const Share<Shape> begun = begin_attention<Shape>(w, {self.number('layer')}, tiles);"
 
     def waits(self) -> Iterator[str]:

@@ -568,7 +568,7 @@ def test_a_counter_that_stays_short_is_reported(weights):
     runtime = CudaRuntime(
         compiled_model(weights, [program], generated), NUM_BLOCKS, BLOCK, driver=driver, wait_limit_s=0.5
     )
-    with pytest.raises(StepError, match=r"step_rows1 gave up after 0.5 s: SM \d, warp [08], .*[1-9]\d* arrivals"):
+    with pytest.raises(StepError, match=r"rows1 gave up after 0.5 s: SM \d, warp [08], .*[1-9]\d* arrivals"):
         runtime.step(single())
     with pytest.raises(StepError, match="gave up"):
         runtime.step(single())
