@@ -15,7 +15,7 @@ import msgspec
 
 from megakernel.machine import Machine
 from megakernel.program import Instruction, PageRole, Program
-from megakernel.work import DEFAULT_CONTEXT_TOKENS, Work, WorkTable
+from megakernel.work import DEFAULT_CONTEXT_TOKENS, Work, WorkTable, step_bytes
 
 _LANDING_SHARE = 1 / 16
 """Of an instruction's computing, what is left when its last bytes arrive, where it computes while loading."""
@@ -63,8 +63,7 @@ def bandwidth_bound_us(
     is_shared: bool = True,
 ) -> float:
     """The time to read every byte once at full bandwidth: no schedule is faster."""
-    works = WorkTable(program, machine, formats, context_tokens, is_shared=is_shared)
-    total = sum(works(instruction).load_bytes for worker in program.workers for instruction in worker)
+    total = step_bytes(program, machine, formats, context_tokens, is_shared=is_shared)
     return total / (machine.bandwidth_gb_s * 1e3)
 
 

@@ -12,7 +12,7 @@ from megakernel.weight_formats import activation_bits, column_bits, op_formats
 DEFAULT_CONTEXT_TOKENS = 512
 _KV_ELEMENT_BYTES = 2
 _FLOAT_BYTES = 4
-_CACHE_SPEEDUP = 4.0
+CACHE_SPEEDUP = 4.0
 """Activations come from a shared cache: so much faster than a worker reads memory."""
 _UNKNOWN_RATE_FORMAT = "BF16"
 
@@ -132,7 +132,7 @@ def _cached_read_us(machine: Machine, num_bytes: float) -> float:
 
 
 def _stream_us(machine: Machine, num_bytes: float) -> float:
-    return num_bytes / (machine.worker_bandwidth_gb_s * 1e3 * _CACHE_SPEEDUP)
+    return num_bytes / (machine.worker_bandwidth_gb_s * 1e3 * CACHE_SPEEDUP)
 
 
 class WorkTable:
@@ -181,3 +181,16 @@ class WorkTable:
 
 def _alike(op: Op, formats: Mapping[str, str] | None) -> tuple[object, ...]:
     return (op.kind, op.prologue, op.epilogue, op.in_features, op.out_features, op_formats(op, formats))
+
+
+def step_bytes(
+    program: Program,
+    machine: Machine,
+    formats: Mapping[str, str] | None = None,
+    context_tokens: int = DEFAULT_CONTEXT_TOKENS,
+    *,
+    is_shared: bool = True,
+) -> float:
+    """Of weights and KV, what a step must read."""
+    works = WorkTable(program, machine, formats, context_tokens, is_shared=is_shared)
+    return sum(works(instruction).load_bytes for worker in program.workers for instruction in worker)
