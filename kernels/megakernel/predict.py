@@ -17,7 +17,7 @@ from megakernel.program import Program
 from megakernel.report import peak_bytes, split_rows
 from megakernel.schedule import fewest_k_tiles, list_schedule
 from megakernel.scratch import check_pages
-from megakernel.search import Budget, search
+from megakernel.search import Budget, SearchResult, search
 from megakernel.work import DEFAULT_CONTEXT_TOKENS, step_bytes
 
 _FINGERPRINT = "predicted"
@@ -83,6 +83,8 @@ class TileFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 class BatchSchedule(msgspec.Struct, frozen=True, kw_only=True):
     batch: int
+    num_searched: int | None
+    """Plans that the search tried in its time; None: list scheduling."""
     planned: ScheduleFigures
     least_split: ScheduleFigures
     """To compare with: list scheduling, K whole where such a tile fits, else in the fewest tiles that fit."""
@@ -109,10 +111,12 @@ def predict(
     for done, batch in enumerate(question.batches):
         if progress is not None:
             progress(f"{batch} rows", done / len(question.batches))
-        plan = _plan(question, batch)
+        found = _search(question, batch) if question.search_s else None
+        listed = list_schedule(question.shape, question.machine, batch, question.formats)
+        plan = listed if found is None else found.plan
         program = _compile(question, batch, plan)
         steps += _steps(question, program)
-        schedules.append(_schedule(question, program, plan))
+        schedules.append(_schedule(question, program, plan, found.evaluations if found else None))
     return Prediction(
         model=question.model,
         machine=question.machine.name,
@@ -124,10 +128,8 @@ def predict(
     )
 
 
-def _plan(question: Question, batch: int) -> Plan:
+def _search(question: Question, batch: int) -> SearchResult:
     shape, machine, formats = question.shape, question.machine, question.formats
-    if not question.search_s:
-        return list_schedule(shape, machine, batch, formats)
     return search(
         shape,
         _FINGERPRINT,
@@ -138,7 +140,7 @@ def _plan(question: Question, batch: int) -> Plan:
         context_tokens=question.schedule_context,
         starts=[default_plan(shape, machine, batch, formats)],
         budget=Budget(seconds=question.search_s),
-    ).plan
+    )
 
 
 def _compile(question: Question, batch: int, plan: Plan) -> Program:
@@ -165,13 +167,14 @@ def _steps(question: Question, program: Program) -> Iterator[StepPrediction]:
         )
 
 
-def _schedule(question: Question, program: Program, plan: Plan) -> BatchSchedule:
+def _schedule(question: Question, program: Program, plan: Plan, num_searched: int | None) -> BatchSchedule:
     shape, machine, formats, batch = question.shape, question.machine, question.formats, program.bucket
     planned = _figures(question, program, plan)
     fewest = fewest_k_tiles(shape, machine, batch, formats)
     least = list_schedule(shape, machine, batch, formats, k_tiles=fewest)
     return BatchSchedule(
         batch=batch,
+        num_searched=num_searched,
         planned=planned,
         least_split=planned if least == plan else _figures(question, _compile(question, batch, least), least),
         tiles=_tiles(question, plan, batch),

@@ -10,8 +10,9 @@ def shown(prediction: Prediction) -> str:
     context = prediction.schedule_context
     sections = [
         f"Predicted decode steps of {prediction.model} on {prediction.machine}\n{_step_table(prediction)}",
-        f"Schedules at {context} tokens of context, and list scheduling with the fewest K-tiles that fit; "
-        f"peak is what a worker holds at once, of {kib(prediction.scratch_bytes)}\n{_schedule_table(prediction)}",
+        f"Schedules at {context} tokens of context, and listed with the fewest K-tiles that fit; "
+        f"peak is what a worker holds at once, of {kib(prediction.scratch_bytes)}\n"
+        f"{_schedule_table(prediction)}",
         "Planned output tiles with K whole and as planned; two stages of weights, input and output\n"
         f"{_tile_table(prediction)}",
         "\n".join(prediction.assumptions),
@@ -42,9 +43,15 @@ def _schedule_table(prediction: Prediction) -> str:
     header = ("batch", "schedule", "K-tiles", "stages", "peak", "bubbles", "predicted ms")
     rows = []
     for schedule in prediction.schedules:
-        rows.append((str(schedule.batch), "as planned", *_cells(schedule.planned)))
+        rows.append((str(schedule.batch), planned_by(schedule), *_cells(schedule.planned)))
         rows.append((str(schedule.batch), "fewest K-tiles", *_cells(schedule.least_split)))
     return table(header, rows)
+
+
+def planned_by(schedule: BatchSchedule) -> str:
+    if schedule.num_searched is None:
+        return "list-scheduled"
+    return f"searched, {schedule.num_searched} plans"
 
 
 def _cells(figures: ScheduleFigures) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from megakernel.graph import uniform_formats, usual_formats
 from megakernel.machine import Machine, load_machine
 from megakernel.predict import Prediction, Question, predict
 from megakernel.predict_assumptions import LABEL, assumptions_of
+from megakernel.predict_text import shown
 from megakernel.report import kib
 from megakernel.schedule import fewest_k_tiles, list_schedule
 from megakernel.search import SearchResult
@@ -118,9 +119,9 @@ def test_text_and_json_have_the_same_figures(printed):
             f"{step.kv_bytes / 1e6:.1f}",
         ] in lines
     for schedule in prediction.schedules:
-        rows = (("as planned", schedule.planned), ("fewest K-tiles", schedule.least_split))
+        rows = (("list-scheduled", schedule.planned), ("fewest K-tiles", schedule.least_split))
         for name, figures in rows:
-            (row,) = (line for line in lines if line[:3] == [str(schedule.batch), *name.split()])
+            (row,) = (line for line in lines if line[:-6] == [str(schedule.batch), *name.split()])
             assert row[-4:] == [
                 *kib(figures.peak_bytes).split(),
                 f"{100 * figures.bubble_share:.1f}%",
@@ -212,7 +213,7 @@ def test_a_search_is_made_within_its_budget_and_said_so(monkeypatch: pytest.Monk
             predicted_us=1.0,
             baseline_us=1.0,
             bandwidth_bound_us=1.0,
-            evaluations=1,
+            evaluations=17,
             is_complete=True,
         )
 
@@ -222,6 +223,8 @@ def test_a_search_is_made_within_its_budget_and_said_so(monkeypatch: pytest.Monk
     listed = predict(msgspec.structs.replace(asked, search_s=0.0))
     assert searched.steps[0].predicted_ms > listed.steps[0].predicted_ms  # one worker has all of down
     assert len(budgets) == 1
+    assert "searched, 17 plans" in shown(searched)
+    assert [schedule.num_searched for schedule in (*searched.schedules, *listed.schedules)] == [17, None]
     (line,) = (line for line in assumptions_of(asked, asked.formats) if "schedule:" in line)
     assert "searched, up to 7.5 s a batch" in line
 
