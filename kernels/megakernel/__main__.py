@@ -1,4 +1,5 @@
-"""`python -m megakernel compile MODEL --machine NAME --bucket N`: a model's shape to a frozen program."""
+"""`python -m megakernel compile MODEL --machine NAME --bucket N`: a model's shape to a frozen program; and
+`predict`, what steps would take."""
 
 import argparse
 import hashlib
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from megakernel import predict_command
 from megakernel.default_plan import default_plan
 from megakernel.graph import DEFAULT_SPLIT_TOKENS, usual_formats
 from megakernel.machine import PROBED, Machine, load_machine, machine_names
@@ -133,7 +135,10 @@ def emit(data: bytes, out: Path | None) -> None:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m megakernel", description="The megakernel compiler.")
-    command = top.add_subparsers(required=True, metavar="COMMAND").add_parser(
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    predicting = commands.add_parser("predict", help="what decode steps take, under the cost model")
+    predict_command.add_arguments(predicting)
+    command = commands.add_parser(
         "compile", help="compile a model's decode step for a machine and a row bucket"
     )
     command.add_argument(

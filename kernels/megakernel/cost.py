@@ -2,9 +2,10 @@
 
 A worker has a loader and a computing side. The loader fetches weight tiles in instruction order, each from
 the moment its pages are held (`PageUse.live_from`), whether or not the worker waits at a barrier: weights,
-and the committed context that attention reads, depend on nothing. All active loaders share the machine's
-bandwidth equally, none gets more than a worker's own. The computing side takes one instruction at a time,
-when its waits are satisfied and its tile has landed (or, on machines that compute while loading, is landing).
+and the committed context that attention reads, depend on nothing. A GPU's attention reads its context itself,
+after its waits and beside the loader (`Work.is_direct`). All active loads share the machine's bandwidth
+equally, none gets more than a worker's own. The computing side takes one instruction at a time, when its
+waits are satisfied and its tile has landed (or, on machines that compute while loading, is landing).
 """
 
 import heapq
@@ -14,7 +15,7 @@ import msgspec
 
 from megakernel.machine import Machine
 from megakernel.program import Instruction, PageRole, Program
-from megakernel.work import DEFAULT_CONTEXT_TOKENS, Work, WorkTable
+from megakernel.work import DEFAULT_CONTEXT_TOKENS, Work, WorkTable, step_bytes
 
 _LANDING_SHARE = 1 / 16
 """Of an instruction's computing, what is left when its last bytes arrive, where it computes while loading."""
@@ -46,16 +47,23 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     makespan_us: float
     stalls: Stalls
 
+    @property
+    def bubble_share(self) -> float:
+        """Of all workers' time: waits for other workers, and what follows a last instruction."""
+        total_us = self.makespan_us * len(self.ends_us)
+        return (self.stalls.barrier_us + self.stalls.idle_us) / total_us if total_us else 0.0
+
 
 def bandwidth_bound_us(
     program: Program,
     machine: Machine,
     formats: Mapping[str, str] | None = None,
     context_tokens: int = DEFAULT_CONTEXT_TOKENS,
+    *,
+    is_shared: bool = True,
 ) -> float:
     """The time to read every byte once at full bandwidth: no schedule is faster."""
-    works = WorkTable(program, machine, formats, context_tokens)
-    total = sum(works(instruction).load_bytes for worker in program.workers for instruction in worker)
+    total = step_bytes(program, machine, formats, context_tokens, is_shared=is_shared)
     return total / (machine.bandwidth_gb_s * 1e3)
 
 
@@ -64,9 +72,14 @@ def simulate(
     machine: Machine,
     formats: Mapping[str, str] | None = None,
     context_tokens: int = DEFAULT_CONTEXT_TOKENS,
+    *,
+    is_shared: bool = True,
 ) -> Trace:
-    """The timeline of one step. Deterministic. Raises SimulationError where a wait is never satisfied."""
-    works = WorkTable(program, machine, formats, context_tokens)
+    """The timeline of one step, whose rows have one context or, unless it `is_shared`, each its own.
+
+    Deterministic. Raises SimulationError where a wait is never satisfied.
+    """
+    works = WorkTable(program, machine, formats, context_tokens, is_shared=is_shared)
     simulation = _Simulation(program, machine, works)
     simulation.run()
     return simulation.trace()
@@ -76,7 +89,7 @@ _LANDED, _WOKEN, _ENDED = range(3)
 
 
 class _Simulation:
-    """Loads progress in virtual bytes, those that any one active loader has moved since the start: all have
+    """Loads progress in virtual bytes, those that any one active load has moved since the start: all have
     the same rate, so a load ends when virtual bytes reach a value known at its beginning."""
 
     def __init__(self, program: Program, machine: Machine, works: WorkTable) -> None:
@@ -89,6 +102,7 @@ class _Simulation:
         ]
         self.live_from = [[_weights_from(i, at) for at, i in enumerate(worker)] for worker in program.workers]
         self.pending = [[len(instruction.waits) for instruction in worker] for worker in program.workers]
+        self.direct_at = [-1] * len(program.workers)
         self.landed = [[False] * len(worker) for worker in program.workers]
         self.ready: list[list[float]] = [[] for _ in program.workers]
         self.starts: list[list[float]] = [[] for _ in program.workers]
@@ -108,7 +122,7 @@ class _Simulation:
         self.events: list[tuple[float, int, int, int]] = []
 
     def _duration_us(self, instruction: Instruction, before: Instruction | None, work: Work) -> float:
-        fixed_us = self.machine.instruction_us + work.compute_us
+        fixed_us = self.machine.instruction_us + work.compute_us + work.latency_us
         if before is None or (before.op, before.opcode) != (instruction.op, instruction.opcode):
             return fixed_us + work.prologue_us
         is_same_input = (before.k0, before.k1) == (instruction.k0, instruction.k1)
@@ -138,7 +152,7 @@ class _Simulation:
         self._check_all_ended()
 
     def _bytes_per_us(self) -> float:
-        """Of each active loader."""
+        """Of each active load."""
         machine = self.machine
         return min(machine.worker_bandwidth_gb_s, machine.bandwidth_gb_s / len(self.loads)) * 1e3
 
@@ -164,9 +178,10 @@ class _Simulation:
         virtual_end, worker, at = heapq.heappop(self.loads)
         self.virtual_bytes = max(self.virtual_bytes, virtual_end)
         self.now = time
-        self.is_loading[worker] = False
         heapq.heappush(self.events, (time + self.machine.load_latency_us, _LANDED, worker, at))
-        self._load_next(worker)
+        if not self.works[worker][at].is_direct:
+            self.is_loading[worker] = False
+            self._load_next(worker)
 
     def _load_next(self, worker: int) -> None:
         """Begins the next load whose pages are held: those of instruction `live_from` and later ones."""
@@ -176,12 +191,15 @@ class _Simulation:
             at = self.loader_at[worker]
             if works[at].load_bytes <= 0:
                 landed[at] = True
-            elif live_from[at] <= current:
+            elif not works[at].is_direct:
+                if live_from[at] > current:
+                    return
                 self.is_loading[worker] = True
-                heapq.heappush(self.loads, (self.virtual_bytes + works[at].load_bytes, worker, at))
-            else:
-                return
+                self._load(worker, at)
             self.loader_at[worker] += 1
+
+    def _load(self, worker: int, at: int) -> None:
+        heapq.heappush(self.loads, (self.virtual_bytes + self.works[worker][at].load_bytes, worker, at))
 
     def _start_if_ready(self, worker: int) -> None:
         """Starts the worker's current instruction; may be called at any time."""
@@ -198,6 +216,10 @@ class _Simulation:
                 end = self.now + cost_us
             self.num_ending[worker] = at + 1
             heapq.heappush(self.events, (end, _ENDED, worker, at))
+        elif self.works[worker][at].is_direct:
+            if self.direct_at[worker] != at:
+                self.direct_at[worker] = at
+                self._load(worker, at)
         elif self.machine.computes_while_loading and not is_started:
             self._start(worker, at)
 

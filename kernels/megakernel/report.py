@@ -143,26 +143,26 @@ def compile_report(
 def _memory_section(rows: Sequence[SplitRow], machine: Machine, bucket: int) -> str:
     whole = peak_bytes(row.whole for row in rows)
     split = peak_bytes(row.split for row in rows)
-    table = _table(
+    shown = table(
         ("role", "columns", "K-tiles", "K whole", "stages", "K split", "stages", "less"),
         [
             (
                 row.role,
                 str(row.tile_columns),
                 str(row.num_k_tiles),
-                _kib(row.whole.total_bytes(DOUBLE_BUFFERED)),
+                kib(row.whole.total_bytes(DOUBLE_BUFFERED)),
                 str(row.whole_stages),
-                _kib(row.split.total_bytes(DOUBLE_BUFFERED)),
+                kib(row.split.total_bytes(DOUBLE_BUFFERED)),
                 str(row.split_stages),
-                _less(row.whole.total_bytes(DOUBLE_BUFFERED), row.split.total_bytes(DOUBLE_BUFFERED)),
+                less(row.whole.total_bytes(DOUBLE_BUFFERED), row.split.total_bytes(DOUBLE_BUFFERED)),
             )
             for row in rows
         ],
     )
     return (
-        f"Scratch memory of a worker of {machine.name}, {_kib(machine.scratch_bytes)}, bucket {bucket}; two "
-        f"stages of weights, input and output\n{table}\n"
-        f"Peak: {_kib(whole)} with K whole, {_kib(split)} with K split, {_less(whole, split)} less.\n"
+        f"Scratch memory of a worker of {machine.name}, {kib(machine.scratch_bytes)}, bucket {bucket}; two "
+        f"stages of weights, input and output\n{shown}\n"
+        f"Peak: {kib(whole)} with K whole, {kib(split)} with K split, {less(whole, split)} less.\n"
         "Stages are those that fit; 0: not even one does."
     )
 
@@ -201,7 +201,7 @@ def _makespan_section(
 
 
 def _role_section(rows: Sequence[RoleRow]) -> str:
-    return _table(
+    return table(
         ("role", "instructions", "loads MB", "span us", "worker us"),
         [
             (
@@ -224,7 +224,7 @@ def _bubble_section(timeline: Timeline) -> str:
     return "\n  ".join([heading, *groups])
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """First column to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [
@@ -236,9 +236,9 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def _kib(num_bytes: int) -> str:
+def kib(num_bytes: int) -> str:
     return f"{num_bytes / 1024:.1f} KiB"
 
 
-def _less(before: int, after: int) -> str:
+def less(before: int, after: int) -> str:
     return f"{100 * (1 - after / before):.0f}%"

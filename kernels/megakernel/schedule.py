@@ -199,6 +199,25 @@ def k_tile_choices(role: RoleShape) -> tuple[int, ...]:
     return tuple(n for n in range(1, min(blocks, MAX_K_TILES) + 1) if blocks % n == 0)
 
 
+def fewest_k_tiles(
+    shape: ModelShape, machine: Machine, bucket: int, formats: Mapping[str, str] | None = None
+) -> dict[str, int]:
+    """By linear role: 1 where a tile with K whole fits. Raises ScratchError where none does."""
+    geometry = geometry_of(shape)
+    fewest: dict[str, int] = {}
+    for role in role_shapes(shape, formats, kind=machine.kind).values():
+        if not role.in_features:
+            continue
+        for k_tiles in k_tile_choices(role):
+            narrowest = OpPlan(tile_columns=role.granule, num_k_tiles=k_tiles)
+            if max_stages(tile_footprint(role, geometry, narrowest, bucket, machine), machine):
+                fewest[role.role] = k_tiles
+                break
+        else:
+            raise ScratchError(f"{role.role}: no tile of {bucket} rows fits a worker of {machine.name}")
+    return fewest
+
+
 def num_tiles(role: RoleShape, tile_columns: int) -> int:
     return -(-role.columns // tile_columns)
 
@@ -210,13 +229,16 @@ def list_schedule(
     formats: Mapping[str, str] | None = None,
     *,
     split_tokens: int = SPLIT_TOKENS,
+    k_tiles: Mapping[str, int] | None = None,
 ) -> Plan:
     """The baseline plan, for programs of `split_tokens`.
 
-    Raises ScratchError where even the smallest tile does not fit.
+    `k_tiles` by role, 1 where it does not say; None: those that all programs have. Raises ScratchError where
+    even the smallest tile does not fit.
     """
     geometry = geometry_of(shape)
-    k_tiles = shared_k_tiles(shape, machine, formats)
+    if k_tiles is None:
+        k_tiles = shared_k_tiles(shape, machine, formats)
     ops = {
         role.role: _plan_role(role, geometry, machine, bucket, k_tiles.get(role.role, 1))
         for role in role_shapes(shape, formats, split_tokens=split_tokens, kind=machine.kind).values()

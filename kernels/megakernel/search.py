@@ -29,7 +29,7 @@ from megakernel.tilings import CONTIGUOUS, Tilings
 from megakernel.user_cache import cache_folder, read_if_there, write_atomically
 from megakernel.work import DEFAULT_CONTEXT_TOKENS
 
-_VERSION = 2
+_VERSION = 3
 """Of the search and the cost model: raised when their results change."""
 _NUM_FINALISTS = 4
 _NUM_COMPARED = 2

@@ -12,7 +12,7 @@ from megakernel.weight_formats import activation_bits, column_bits, op_formats
 DEFAULT_CONTEXT_TOKENS = 512
 _KV_ELEMENT_BYTES = 2
 _FLOAT_BYTES = 4
-_CACHE_SPEEDUP = 4.0
+CACHE_SPEEDUP = 4.0
 """Activations come from a shared cache: so much faster than a worker reads memory."""
 _UNKNOWN_RATE_FORMAT = "BF16"
 
@@ -26,6 +26,10 @@ class Work(msgspec.Struct, frozen=True):
     """Once for a run of instructions of one op: reading and preparing its input rows."""
     refill_us: float = 0.0
     """For another K-tile of the rows in such a run."""
+    latency_us: float = 0.0
+    """Its own reads after the first, of which each begins when the one before has come."""
+    is_direct: bool = False
+    """Whether it loads its bytes itself once its waits are satisfied, past the loader."""
 
 
 def work_of(
@@ -34,8 +38,11 @@ def work_of(
     instruction: Instruction,
     formats: Mapping[str, str] | None = None,
     context_tokens: int = DEFAULT_CONTEXT_TOKENS,
+    *,
+    is_shared: bool = True,
 ) -> Work:
-    """Bytes and times of one instruction; every row attends to `context_tokens` positions."""
+    """Bytes and times of one instruction; every row attends to `context_tokens` positions, all rows to the
+    same ones if the context `is_shared`."""
     op = program.ops[instruction.op]
     stored = op_formats(op, formats)
     rows = instruction.r1 - instruction.r0
@@ -48,7 +55,7 @@ def work_of(
             sums = instruction.num_parts * rows * columns * _FLOAT_BYTES
             return Work(0.0, _cached_read_us(machine, sums), 0.0)
         case Opcode.ATTENTION:
-            return _attention_work(program, machine, instruction, context_tokens)
+            return _attention_work(program, machine, instruction, context_tokens, is_shared)
         case _:
             k = num_k(op, instruction)
             bits = column_bits(op, program.geometry, stored, instruction.n0, instruction.n1)
@@ -94,20 +101,28 @@ def num_splits(program: Program, context_tokens: int) -> int:
 
 
 def _attention_work(
-    program: Program, machine: Machine, instruction: Instruction, context_tokens: int
+    program: Program, machine: Machine, instruction: Instruction, context_tokens: int, is_shared: bool
 ) -> Work:
-    """Its splits' share of the context; rows of one step share the committed context they read."""
+    """Its splits' share of the context. On a GPU, rows and splits are taken one after the other."""
     geometry = program.geometry
     rows = instruction.r1 - instruction.r0
     splits = range(instruction.part, num_splits(program, context_tokens), instruction.num_parts)
+    if not splits and machine.kind == "cuda":
+        return Work(0.0, 0.0, 0.0)
     tokens = sum(min(program.split_tokens, context_tokens - split * program.split_tokens) for split in splits)
     kv_heads = instruction.n1 - instruction.n0
     elements = 2 * tokens * kv_heads * geometry.head_dim
+    num_contexts = 1 if is_shared else rows
+    load_bytes = elements * num_contexts * _KV_ELEMENT_BYTES
     group = geometry.num_heads // geometry.num_kv_heads
     rate = machine.attention_macs_per_us or macs_per_us(machine, "F16")
     compute_us = elements * group * rows / rate
-    queries = rows * kv_heads * group * geometry.head_dim * _FLOAT_BYTES
-    return Work(elements * _KV_ELEMENT_BYTES, compute_us, _cached_read_us(machine, queries))
+    queries_us = _cached_read_us(machine, rows * kv_heads * group * geometry.head_dim * _FLOAT_BYTES)
+    if machine.kind == "cpu":
+        return Work(load_bytes, compute_us, queries_us)
+    again_us = _stream_us(machine, elements * (rows - num_contexts) * _KV_ELEMENT_BYTES)
+    waits_us = (rows * len(splits) - 1) * machine.load_latency_us
+    return Work(load_bytes, compute_us, 0.0, latency_us=queries_us + again_us + waits_us, is_direct=True)
 
 
 def _cached_read_us(machine: Machine, num_bytes: float) -> float:
@@ -117,19 +132,26 @@ def _cached_read_us(machine: Machine, num_bytes: float) -> float:
 
 
 def _stream_us(machine: Machine, num_bytes: float) -> float:
-    return num_bytes / (machine.worker_bandwidth_gb_s * 1e3 * _CACHE_SPEEDUP)
+    return num_bytes / (machine.worker_bandwidth_gb_s * 1e3 * CACHE_SPEEDUP)
 
 
 class WorkTable:
     """Work by instruction, computed once for tiles that are alike in all layers."""
 
     def __init__(
-        self, program: Program, machine: Machine, formats: Mapping[str, str] | None, context_tokens: int
+        self,
+        program: Program,
+        machine: Machine,
+        formats: Mapping[str, str] | None,
+        context_tokens: int,
+        *,
+        is_shared: bool = True,
     ) -> None:
         self._program = program
         self._machine = machine
         self._formats = formats
         self._context_tokens = context_tokens
+        self._is_shared = is_shared
         self._alike = [_alike(op, formats) for op in program.ops]
         self._known: dict[tuple[object, ...], Work] = {}
 
@@ -147,10 +169,28 @@ class WorkTable:
         work = self._known.get(key)
         if work is None:
             work = self._known[key] = work_of(
-                self._program, self._machine, instruction, self._formats, self._context_tokens
+                self._program,
+                self._machine,
+                instruction,
+                self._formats,
+                self._context_tokens,
+                is_shared=self._is_shared,
             )
         return work
 
 
 def _alike(op: Op, formats: Mapping[str, str] | None) -> tuple[object, ...]:
     return (op.kind, op.prologue, op.epilogue, op.in_features, op.out_features, op_formats(op, formats))
+
+
+def step_bytes(
+    program: Program,
+    machine: Machine,
+    formats: Mapping[str, str] | None = None,
+    context_tokens: int = DEFAULT_CONTEXT_TOKENS,
+    *,
+    is_shared: bool = True,
+) -> float:
+    """Of weights and KV, what a step must read."""
+    works = WorkTable(program, machine, formats, context_tokens, is_shared=is_shared)
+    return sum(works(instruction).load_bytes for worker in program.workers for instruction in worker)

@@ -5,6 +5,7 @@ from itertools import pairwise
 import msgspec
 import pytest
 
+from megakernel.bubbles import bubbles
 from megakernel.cost import (
     SimulationError,
     bandwidth_bound_us,
@@ -29,7 +30,8 @@ from megakernel.program import (
     Wait,
 )
 from megakernel.shapes import SHAPES
-from megakernel.work import DEFAULT_CONTEXT_TOKENS, Work, grouped_rows, work_of
+from megakernel.timeline import predicted_timeline
+from megakernel.work import DEFAULT_CONTEXT_TOKENS, Work, WorkTable, grouped_rows, work_of
 from tests.megakernel.model.model_files import tiny_shape
 from tests.megakernel.programs import Recipe, build_program
 
@@ -163,6 +165,14 @@ def test_stalls_are_told_by_reason():
     assert stalls.idle_us == pytest.approx((4 + P + 2) + 3 + 2)
 
 
+def test_bubbles_are_what_the_timeline_calls_so():
+    program = tiny_program(bucket=2, k_tiles={"down": 3})
+    timeline = predicted_timeline(program, L20)
+    expected = sum(bubble.us for bubble in bubbles(timeline)) / timeline.total_us
+    assert simulate(program, L20).bubble_share == pytest.approx(expected)
+    assert 0 < expected < 1
+
+
 def test_a_wait_in_vain_is_an_error_that_names_it():
     with pytest.raises(SimulationError, match=r"worker 1 .* instruction 0 \(layers\.0\.down\).*1 of 2"):
         simulate(program_of([tile(4, signal=0)], [tile(4, waits=[2])]), PLAIN, FORMATS)
@@ -222,11 +232,70 @@ def test_a_longer_context_costs_more_and_only_attention():
     assert bandwidth_bound_us(program, L20, None, 64) > bandwidth_bound_us(program, L20, None, 8)
 
 
+def attention_works(machine: Machine, context_tokens: int, **options: bool) -> dict[int, Work]:
+    """By part, of one KV head in the first layer: 8 rows, splits of 16 tokens."""
+    program = tiny_program(bucket=8)
+    return {
+        i.part: work_of(program, machine, i, None, context_tokens, **options)
+        for worker in program.workers
+        for i in worker
+        if program.ops[i.op].name == "layers.0.attention" and i.n0 == 0
+    }
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_rows_read_one_context_or_each_its_own(kind):
+    machine = msgspec.structs.replace(L20, kind=kind)
+    shape = tiny_shape("qwen3", num_layers=3)
+    for tokens in (16, 20, 64):
+        shared = attention_works(machine, tokens)
+        own = attention_works(machine, tokens, is_shared=False)
+        heads = sum(work.load_bytes for work in shared.values()) / (tokens * shape.head_dim * 2 * 2)
+        assert heads == int(heads) >= 1
+        for part, work in own.items():
+            assert work.load_bytes == 8 * shared[part].load_bytes
+            assert work.compute_us == shared[part].compute_us
+
+
+def test_on_a_gpu_what_lies_past_the_context_costs_an_instruction_and_nothing_else():
+    works = attention_works(L20, 16)
+    assert works.pop(0).load_bytes > 0
+    assert works
+    assert set(works.values()) == {Work(0.0, 0.0, 0.0)}
+
+
+def test_on_a_gpu_rows_and_splits_of_an_instruction_wait_for_their_reads_in_turn():
+    slow, slower = (msgspec.structs.replace(L20, load_latency_us=latency) for latency in (1.0, 2.0))
+    own, later = (attention_works(machine, 16, is_shared=False)[0] for machine in (slow, slower))
+    assert own.is_direct
+    assert later.latency_us - own.latency_us == pytest.approx(
+        8
+    )  # the queries' and those of rows after the first
+    assert attention_works(slow, 16)[0].latency_us > own.latency_us  # read again, from the cache
+    assert not attention_works(msgspec.structs.replace(slow, kind="cpu"), 16)[0].is_direct
+
+
+def test_attention_of_a_gpu_reads_once_its_waits_are_over_and_beside_the_loader():
+    program = tiny_program(bucket=2)
+    machine = msgspec.structs.replace(L20, num_workers=3)
+    trace = simulate(program, machine, None, 64, is_shared=False)
+    works = WorkTable(program, machine, None, 64, is_shared=False)
+    direct = 0
+    for worker, ready, starts in zip(program.workers, trace.ready_us, trace.starts_us, strict=True):
+        for instruction, satisfied, start in zip(worker, ready, starts, strict=True):
+            work = works(instruction)
+            if work.is_direct:
+                alone_us = work.load_bytes / (machine.worker_bandwidth_gb_s * 1e3)
+                assert start - satisfied >= alone_us + machine.load_latency_us - 1e-9
+                direct += 1
+    assert direct
+
+
 def test_attention_and_prologues_have_rates_of_their_own_where_these_are_stated():
     program = tiny_program(bucket=4, k_tiles={"down": 2})
 
-    def works(**changes: float) -> dict[str, Work]:
-        machine = msgspec.structs.replace(L20, **changes)
+    def works(**changes: float | None) -> dict[str, Work]:
+        machine = msgspec.structs.replace(L20, **({"attention_macs_per_us": None} | changes))
         instructions = (instruction for worker in program.workers for instruction in worker)
         computing = [i for i in instructions if i.part == 0 and i.opcode is not Opcode.REDUCE]
         return {program.ops[i.op].name: work_of(program, machine, i) for i in computing}
