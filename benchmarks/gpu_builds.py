@@ -1,0 +1,112 @@
+"""Compiles many models beside one another, in processes of their own; whoever runs them waits for a file.
+
+A build leaves `NAME.pickle` in the folder, or `NAME.error` that says what was wrong. Cubins are cached as always
+(`megakernel.cuda_build`), so that a second run only plans again.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import time
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+
+from benchmarks.gpu_models import GpuModel, compile_model
+from megakernel.cuda_build import find_nvcc
+from megakernel.cuda_compiled import CompiledCuda
+from megakernel.machine import Machine
+from megakernel.user_cache import write_atomically
+
+_POLL_S = 0.1
+_GIB_A_BUILD = 1.5
+"""What nvcc takes."""
+
+
+class BuildMissingError(RuntimeError):
+    """A model that did not compile, or not in time; the message says which."""
+
+
+class Builds:
+    """Close it, or use it in a `with` statement: builds that still run are ended then."""
+
+    def __init__(self, models: Sequence[GpuModel], machine: Machine, folder: Path) -> None:
+        """In the order given. Raises ToolMissingError where there is no nvcc."""
+        find_nvcc()
+        self.models = tuple(dict.fromkeys(models))
+        folder.mkdir(parents=True, exist_ok=True)
+        for model in self.models:
+            for path in (_pickle(folder, model), _error(folder, model)):
+                path.unlink(missing_ok=True)
+        workers = max(1, min(len(self.models), _cores(), int(_memory_gib() / _GIB_A_BUILD)))
+        # Fresh processes: a fork of one that has opened a GPU cannot.
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(workers, mp_context=context)
+        self._futures: list[Future[float]] = [
+            self._pool.submit(_build, model, machine, folder) for model in self.models
+        ]
+
+    def wait(self) -> None:
+        """For all, shown as they come. Errors are in their files."""
+        for model, future in zip(self.models, self._futures, strict=True):
+            print(f"  {model.name}: {future.result():.0f} s", flush=True)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        if all(future.done() for future in self._futures):
+            return
+        for process in multiprocessing.active_children():
+            # As Ctrl-C does: the compiler that it waits for is then ended with it.
+            if process.pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGINT)
+
+    def __enter__(self) -> "Builds":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def built(folder: Path, model: GpuModel, deadline_s: float) -> CompiledCuda:
+    """Waits until `time.monotonic()` is past the deadline. Raises BuildMissingError."""
+    while True:
+        if (path := _pickle(folder, model)).exists():
+            compiled: CompiledCuda = pickle.loads(path.read_bytes())
+            return compiled
+        if (path := _error(folder, model)).exists():
+            raise BuildMissingError(f"{model.name} does not compile: {path.read_text(encoding='utf-8')}")
+        if time.monotonic() > deadline_s:
+            raise BuildMissingError(f"{model.name} was not compiled in time")
+        time.sleep(_POLL_S)
+
+
+def _build(model: GpuModel, machine: Machine, folder: Path) -> float:
+    """Seconds that it took."""
+    started_s = time.perf_counter()
+    try:
+        compiled = compile_model(model, machine)
+    except Exception:
+        write_atomically(_error(folder, model), traceback.format_exc().encode())
+    else:
+        write_atomically(_pickle(folder, model), pickle.dumps(compiled))
+    return time.perf_counter() - started_s
+
+
+def _pickle(folder: Path, model: GpuModel) -> Path:
+    return folder / f"{model.name}.pickle"
+
+
+def _error(folder: Path, model: GpuModel) -> Path:
+    return folder / f"{model.name}.error"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _memory_gib() -> float:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30

@@ -1,0 +1,230 @@
+"""Layers of real models on the GPU, beside float64: logits, KV and reductions, in every format.
+
+Weights are random bytes, dequantized for the reference from the device's own packed memory; contexts are random
+KV. Two references: one that rounds nothing, one that rounds where the kernels do.
+"""
+
+import msgspec
+import torch
+
+from benchmarks.gpu_builds import BuildMissingError
+from benchmarks.gpu_memory import View, device_view, kv_pool, opened
+from benchmarks.gpu_models import GpuModel
+from benchmarks.gpu_steps import Group, Pool, chain, groups_of, key_slots, num_blocks_of, rows_of
+from megakernel.cuda_runtime import CudaRuntime
+from megakernel.step import Rows, StepOutput
+from tests.hardware.dequantize import tensors
+from tests.hardware.part import PartResult, Setting
+from tests.hardware.reference import Gap, Tensors, gap, reference_step
+
+SHAPE_NAMES = ("qwen3-1.7b", "llama-3.2-1b", "qwen2.5-1.5b")
+FORMATS = ("Q4_0", "W4G128", "Q8_0", "W8G128", "BF16")
+NUM_LAYERS = 2
+CONTEXTS = (1, 127, 128, 129, 700)
+TREE, WIDE_TREE = (-1, 0, 0, 1), (-1, -1, 0, 1)
+TOP_K = 8
+
+UNROUNDED_BOUND = 2.0**-6
+"""Of the largest logit, for results beside the reference that rounds nothing. An activation rounded to bfloat16
+is off by up to 2^-9 of itself; a logit sums thousands of such errors of either sign, and so is off by about
+that much of the logits' own spread, once for each of the 9 products on the way through two layers: their root
+sum square is 3 * 2^-9. The largest of a million such errors is five times the typical one, while the largest
+logit is four to five times the spread: 2^-7 of it, and as much again to spare."""
+ROUNDED_BOUND = 2.0**-9
+"""Beside the reference that rounds likewise. Sums in float32 differ from those in float64 in the seventh digit:
+one activation in thousands lies so near the middle between two bfloat16 that it is rounded the other way, by
+2^-8 of itself. The few that do move a logit by less than half of one rounding of all."""
+KV_UNROUNDED_BOUND, KV_ROUNDED_BOUND = 2.0**-6, 2.0**-8
+"""The same of keys and values, over the largest; one of float16's own roundings is 2^-11."""
+LOG_SUM_BOUND = 1e-5
+"""Relative, beside the log-sum-exp of the same logits in float64."""
+
+
+class Case(msgspec.Struct, frozen=True):
+    name: str
+    sequences: tuple[tuple[int, tuple[int, ...]], ...]
+    """(context, parents) of each."""
+
+    @property
+    def num_rows(self) -> int:
+        return sum(len(parents) for _, parents in self.sequences)
+
+
+def cases_of(bucket: int) -> list[Case]:
+    """Single rows; and where the bucket holds them, 16 sequences at once, and trees and chains."""
+    cases = [Case(f"one row after {context}", ((context, chain(1)),)) for context in CONTEXTS]
+    if bucket >= 16:
+        many = tuple((CONTEXTS[row % len(CONTEXTS)] + row // len(CONTEXTS), chain(1)) for row in range(16))
+        mixed = ((1, TREE), (127, chain(3)), (128, chain(1)), (129, WIDE_TREE), (700, chain(4)))
+        cases += [Case("16 rows", many), Case("trees and chains", mixed)]
+    return cases
+
+
+def num_blocks_for(cases: list[Case]) -> int:
+    """That one case's sequences need, and some that none has."""
+    most = max(
+        sum(num_blocks_of(context, len(parents)) for context, parents in case.sequences) for case in cases
+    )
+    return most + 8
+
+
+def models(*, is_quick: bool, search_s: float) -> list[GpuModel]:
+    """All rows of a bucket go the same way, so that one of 16 also shows single rows; of the first shape, the
+    bucket of one row too."""
+    shapes = SHAPE_NAMES[:1] if is_quick else SHAPE_NAMES
+    wanted = [(name, 16) for name in shapes] + [(SHAPE_NAMES[0], 1)]
+    return [
+        GpuModel(
+            shape_name=name, format=format, bucket=bucket, num_layers=NUM_LAYERS, search_s=search_s
+        )
+        for name, bucket in wanted
+        for format in FORMATS
+    ]
+
+
+def run(setting: Setting) -> PartResult:
+    problems: list[str] = []
+    left_out: list[str] = []
+    figures: dict[str, float] = {}
+    for model in models(is_quick=setting.is_quick, search_s=setting.search_s):
+        try:
+            compiled = setting.compiled(model)
+        except BuildMissingError as error:
+            left_out.append(str(error))
+            problems += [str(error)] if "does not compile" in str(error) else []
+            continue
+        cases = cases_of(model.bucket)
+        with opened(compiled, num_blocks_for(cases)) as runtime:
+            found = check_model(runtime, cases)
+        worst = found.worst
+        print(
+            f"  {model.name}: logits off by {worst.logits.largest:.2e} of the largest (typically "
+            f"{worst.logits.typical:.1e}), beside like rounding {worst.rounded_logits.largest:.2e}; KV "
+            f"{worst.kv.largest:.2e}, {worst.rounded_kv.largest:.2e}",
+            flush=True,
+        )
+        figures |= {f"{name}_{model.name}": value for name, value in found.figures().items()}
+        problems += [f"{model.name}, {problem}" for problem in found.problems]
+    return PartResult(problems=tuple(problems), left_out=tuple(left_out), figures=figures)
+
+
+class Gaps(msgspec.Struct, frozen=True, kw_only=True):
+    """Of one step."""
+
+    logits: Gap
+    rounded_logits: Gap
+    kv: Gap
+    rounded_kv: Gap
+
+
+class ModelCheck(msgspec.Struct, frozen=True, kw_only=True):
+    gaps: dict[str, Gaps]
+    """By case."""
+    problems: list[str]
+
+    @property
+    def worst(self) -> Gaps:
+        def of(name: str) -> Gap:
+            found = [getattr(gaps, name) for gaps in self.gaps.values()]
+            return Gap(
+                largest=max(each.largest for each in found), typical=max(each.typical for each in found)
+            )
+
+        return Gaps(**{name: of(name) for name in Gaps.__struct_fields__})
+
+    def figures(self) -> dict[str, float]:
+        worst = self.worst
+        return {name: getattr(worst, name).largest for name in Gaps.__struct_fields__}
+
+
+def check_model(runtime: CudaRuntime, cases: list[Case], view: View = device_view) -> ModelCheck:
+    """Every case on KV of its own choosing; the pool is left as random as it was."""
+    compiled = runtime.compiled
+    packed = view(runtime.weights_address, compiled.layout.num_bytes)
+    weights = tensors(packed, compiled.layout, compiled.shape)
+    checked = ModelCheck(gaps={}, problems=[])
+    for number, case in enumerate(cases):
+        pool = Pool(runtime.num_blocks, seed=number)
+        groups = groups_of(case.sequences, pool, compiled.shape.vocab_size, seed=number)
+        gaps, problems = check_step(runtime, weights, groups, view)
+        checked.gaps[case.name] = gaps
+        checked.problems.extend(f"{case.name}: {problem}" for problem in problems)
+    return checked
+
+
+def check_step(
+    runtime: CudaRuntime, weights: Tensors, groups: list[Group], view: View = device_view
+) -> tuple[Gaps, list[str]]:
+    """Gaps, and what is beyond its bound."""
+    pool = kv_pool(runtime, view)
+    before = pool.clone()
+    rows = rows_of(groups, top_k=min(TOP_K, runtime.shape.vocab_size), needs_log_sums=True)
+    output = runtime.step(rows)
+    logits = torch.from_numpy(output.logits).to(pool.device)
+    kv = _read_kv(runtime, rows).to(pool.device)
+    exact, rounded = (
+        reference_step(runtime.shape, weights, rows, key_slots(groups), before, is_rounded=is_rounded)
+        for is_rounded in (False, True)
+    )
+    gaps = Gaps(
+        logits=gap(logits, exact.logits),
+        rounded_logits=gap(logits, rounded.logits),
+        kv=gap(kv, exact.kv),
+        rounded_kv=gap(kv, rounded.kv),
+    )
+    problems = _beyond_bounds(gaps) + _wrong_reductions(output, rows.top_k)
+    slots = torch.from_numpy(rows.slots).long().to(pool.device)
+    if not torch.equal(pool[:, slots].double(), kv.double()):
+        problems.append("read_kv does not give what lies in the pool")
+    after = pool.clone()
+    after[:, slots] = before[:, slots]
+    if not torch.equal(after.view(torch.int16), before.view(torch.int16)):
+        problems.append("KV was written in slots of no row")
+    return gaps, problems
+
+
+def _beyond_bounds(gaps: Gaps) -> list[str]:
+    bounds = {
+        "logits": UNROUNDED_BOUND,
+        "rounded_logits": ROUNDED_BOUND,
+        "kv": KV_UNROUNDED_BOUND,
+        "rounded_kv": KV_ROUNDED_BOUND,
+    }
+    return [
+        f"{name} off by {largest:.2e} of the largest, more than {bound:.2e}"
+        for name, bound in bounds.items()
+        if (largest := getattr(gaps, name).largest) > bound
+    ]
+
+
+def _wrong_reductions(output: StepOutput, top_k: int) -> list[str]:
+    """Beside the step's own logits, of which they are, bit for bit but for the log-sum-exp."""
+    logits = torch.from_numpy(output.logits)
+    found = output.reductions
+    problems = []
+    maxima, tokens = logits.max(dim=1)
+    if not torch.equal(torch.from_numpy(found.maxima.copy()), maxima):
+        problems.append("the maximum is not that of the logits")
+    first = (logits == maxima[:, None]).int().argmax(dim=1)
+    if not torch.equal(torch.from_numpy(found.token_ids.copy()).long(), first):
+        problems.append(f"the best tokens are {found.token_ids.tolist()}, not {tokens.tolist()}")
+    order = torch.sort(logits, dim=1, descending=True, stable=True)
+    if not torch.equal(torch.from_numpy(found.top_token_ids.copy()).long(), order.indices[:, :top_k]):
+        problems.append("the top tokens are not those of the logits")
+    if not torch.equal(torch.from_numpy(found.top_logits.copy()), order.values[:, :top_k]):
+        problems.append("the top tokens' logits are not theirs")
+    sums = torch.logsumexp(logits.double(), dim=1)
+    off = float(((torch.from_numpy(found.log_sums.copy()).double() - sums) / sums).abs().max())
+    if not off <= LOG_SUM_BOUND:
+        problems.append(f"log-sum-exp is off by {off:.1e} of itself")
+    return problems
+
+
+def _read_kv(runtime: CudaRuntime, rows: Rows) -> torch.Tensor:
+    """[layers, rows, K or V, KV heads, head_dim] float16"""
+    shape = runtime.shape
+    layers = []
+    for layer in range(shape.num_layers):
+        wire = torch.frombuffer(bytearray(runtime.read_kv(layer, rows.slots)), dtype=torch.float16)
+        layers.append(wire.view(2, len(rows.slots), shape.num_kv_heads, shape.head_dim).transpose(0, 1))
+    return torch.stack(layers)

@@ -1,0 +1,61 @@
+"""What a part of the hardware run is given, and what it gives back."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from benchmarks.gpu_builds import built
+from benchmarks.gpu_models import GpuModel
+from megakernel.cuda_compiled import CompiledCuda
+
+
+class PartError(AssertionError):
+    """What a part found wrong."""
+
+
+class PartResult(msgspec.Struct, frozen=True, kw_only=True):
+    problems: tuple[str, ...] = ()
+    """What must not be; none: the part has passed."""
+    left_out: tuple[str, ...] = ()
+    """What was not tried, and why."""
+    figures: dict[str, float] = {}
+    seconds: float = 0.0
+
+    @property
+    def has_passed(self) -> bool:
+        return not self.problems
+
+
+class Setting(msgspec.Struct, frozen=True, kw_only=True):
+    """Of one part's run."""
+
+    folder: Path
+    """Of compiled models."""
+    deadline_s: float
+    """Of `time.monotonic()`: what is not begun by then is left out."""
+    is_quick: bool = False
+    search_s: float = 0.0
+
+    def compiled(self, model: GpuModel) -> CompiledCuda:
+        """Raises BuildMissingError."""
+        return built(self.folder, model, self.deadline_s)
+
+    @property
+    def left_s(self) -> float:
+        return self.deadline_s - time.monotonic()
+
+
+Say = Callable[[str], None]
+
+
+class Part(Protocol):
+    """A module of this folder."""
+
+    def models(self, *, is_quick: bool, search_s: float) -> list[GpuModel]:
+        """What it wants compiled, in the order of need."""
+        ...
+
+    def run(self, setting: Setting) -> PartResult: ...
