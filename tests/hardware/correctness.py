@@ -1,7 +1,8 @@
 """Layers of real models on the GPU, beside float64: logits, KV and reductions, in every format.
 
 Weights are random bytes, dequantized for the reference from the device's own packed memory; contexts are random
-KV. Two references: one that rounds nothing, one that rounds where the kernels do.
+KV. Whole steps are compared with a reference that rounds nothing and with one that rounds where the kernels do,
+loosely; and each kind of op with what it must make of what the kernels handed it, tightly.
 """
 
 import msgspec
@@ -15,7 +16,7 @@ from megakernel.cuda_runtime import CudaRuntime
 from megakernel.step import Rows, StepOutput
 from tests.hardware.dequantize import tensors
 from tests.hardware.part import PartResult, Setting
-from tests.hardware.reference import Gap, Tensors, gap, reference_step
+from tests.hardware.reference import Gap, StepBuffers, Tensors, gap, op_gaps, reference_step
 
 SHAPE_NAMES = ("qwen3-1.7b", "llama-3.2-1b", "qwen2.5-1.5b")
 FORMATS = ("Q4_0", "W4G128", "Q8_0", "W8G128", "BF16")
@@ -24,18 +25,19 @@ CONTEXTS = (1, 127, 128, 129, 700)
 TREE, WIDE_TREE = (-1, 0, 0, 1), (-1, -1, 0, 1)
 TOP_K = 8
 
-UNROUNDED_BOUND = 2.0**-6
-"""Of the largest logit, for results beside the reference that rounds nothing. An activation rounded to bfloat16
-is off by up to 2^-9 of itself; a logit sums thousands of such errors of either sign, and so is off by about
-that much of the logits' own spread, once for each of the 9 products on the way through two layers: their root
-sum square is 3 * 2^-9. The largest of a million such errors is five times the typical one, while the largest
-logit is four to five times the spread: 2^-7 of it, and as much again to spare."""
-ROUNDED_BOUND = 2.0**-9
-"""Beside the reference that rounds likewise. Sums in float32 differ from those in float64 in the seventh digit:
-one activation in thousands lies so near the middle between two bfloat16 that it is rounded the other way, by
-2^-8 of itself. The few that do move a logit by less than half of one rounding of all."""
-KV_UNROUNDED_BOUND, KV_ROUNDED_BOUND = 2.0**-6, 2.0**-8
-"""The same of keys and values, over the largest; one of float16's own roundings is 2^-11."""
+STEP_BOUND = 2.0**-6
+"""Of a whole step beside both references, over the largest logit (or key, or value). An activation that is
+rounded to bfloat16 is off by up to 2^-9 of itself; a logit sums thousands of such errors of either sign, and so
+is off by about that share of the logits' own spread, once for each of the nine products on the way through two
+layers: their root sum square is 3 * 2^-9. The largest of a million such errors is five times the typical one,
+and the largest logit four to five times the spread: 2^-7 of it at most, and as much again to spare. Rounding
+likewise helps little over several ops: an activation that is off by a little is rounded the other way at
+times, by 2^-8 of itself, and those that are make others so."""
+OP_BOUND = 2.0**-10
+"""Of a single op, over the largest of its results. Sums in float32 are off in the seventh digit: of thousands of
+activations a few lie so near the middle between two bfloat16 that they are rounded the other way. One such moves
+a result by 2^-8 of itself over the square root of thousands of terms, 2^-13. Of keys and values one rounding
+to float16, 2^-11 of a number, is in it."""
 LOG_SUM_BOUND = 1e-5
 """Relative, beside the log-sum-exp of the same logits in float64."""
 
@@ -97,44 +99,25 @@ def run(setting: Setting) -> PartResult:
         with opened(compiled, num_blocks_for(cases)) as runtime:
             found = check_model(runtime, cases)
         worst = found.worst
-        print(
-            f"  {model.name}: logits off by {worst.logits.largest:.2e} of the largest (typically "
-            f"{worst.logits.typical:.1e}), beside like rounding {worst.rounded_logits.largest:.2e}; KV "
-            f"{worst.kv.largest:.2e}, {worst.rounded_kv.largest:.2e}",
-            flush=True,
-        )
-        figures |= {f"{name}_{model.name}": value for name, value in found.figures().items()}
+        said = ", ".join(f"{name} {each.largest:.1e}" for name, each in worst.items())
+        print(f"  {model.name}, off by at most: {said}", flush=True)
+        figures |= {f"{name.replace(' ', '_')}_{model.name}": each.largest for name, each in worst.items()}
         problems += [f"{model.name}, {problem}" for problem in found.problems]
     return PartResult(problems=tuple(problems), left_out=tuple(left_out), figures=figures)
 
 
-class Gaps(msgspec.Struct, frozen=True, kw_only=True):
-    """Of one step."""
-
-    logits: Gap
-    rounded_logits: Gap
-    kv: Gap
-    rounded_kv: Gap
-
-
 class ModelCheck(msgspec.Struct, frozen=True, kw_only=True):
-    gaps: dict[str, Gaps]
-    """By case."""
+    gaps: dict[str, dict[str, Gap]]
+    """By case, by what is compared."""
     problems: list[str]
 
     @property
-    def worst(self) -> Gaps:
-        def of(name: str) -> Gap:
-            found = [getattr(gaps, name) for gaps in self.gaps.values()]
-            return Gap(
-                largest=max(each.largest for each in found), typical=max(each.typical for each in found)
-            )
-
-        return Gaps(**{name: of(name) for name in Gaps.__struct_fields__})
-
-    def figures(self) -> dict[str, float]:
-        worst = self.worst
-        return {name: getattr(worst, name).largest for name in Gaps.__struct_fields__}
+    def worst(self) -> dict[str, Gap]:
+        names = next(iter(self.gaps.values()))
+        return {
+            name: max((gaps[name] for gaps in self.gaps.values()), key=lambda each: each.largest)
+            for name in names
+        }
 
 
 def check_model(runtime: CudaRuntime, cases: list[Case], view: View = device_view) -> ModelCheck:
@@ -154,46 +137,41 @@ def check_model(runtime: CudaRuntime, cases: list[Case], view: View = device_vie
 
 def check_step(
     runtime: CudaRuntime, weights: Tensors, groups: list[Group], view: View = device_view
-) -> tuple[Gaps, list[str]]:
-    """Gaps, and what is beyond its bound."""
+) -> tuple[dict[str, Gap], list[str]]:
+    """Gaps by what is compared, and what is wrong."""
     pool = kv_pool(runtime, view)
     before = pool.clone()
     rows = rows_of(groups, top_k=min(TOP_K, runtime.shape.vocab_size), needs_log_sums=True)
     output = runtime.step(rows)
-    logits = torch.from_numpy(output.logits).to(pool.device)
-    kv = _read_kv(runtime, rows).to(pool.device)
+    found = _buffers_of(runtime, rows, output, pool.device)
+    slots = key_slots(groups)
     exact, rounded = (
-        reference_step(runtime.shape, weights, rows, key_slots(groups), before, is_rounded=is_rounded)
+        reference_step(runtime.shape, weights, rows, slots, before, is_rounded=is_rounded)
         for is_rounded in (False, True)
     )
-    gaps = Gaps(
-        logits=gap(logits, exact.logits),
-        rounded_logits=gap(logits, rounded.logits),
-        kv=gap(kv, exact.kv),
-        rounded_kv=gap(kv, rounded.kv),
-    )
-    problems = _beyond_bounds(gaps) + _wrong_reductions(output, rows.top_k)
-    slots = torch.from_numpy(rows.slots).long().to(pool.device)
-    if not torch.equal(pool[:, slots].double(), kv.double()):
+    steps = {
+        "logits": gap(found.logits, exact.logits),
+        "logits beside like rounding": gap(found.logits, rounded.logits),
+        "KV": gap(found.kv, exact.kv),
+        "KV beside like rounding": gap(found.kv, rounded.kv),
+    }
+    ops = op_gaps(runtime.shape, weights, rows, slots, before, found)
+    problems = [*_beyond(steps, STEP_BOUND), *_beyond(ops, OP_BOUND), *_wrong_reductions(output, rows.top_k)]
+    own = torch.from_numpy(rows.slots).long().to(pool.device)
+    if not torch.equal(pool[:, own].double(), found.kv):
         problems.append("read_kv does not give what lies in the pool")
     after = pool.clone()
-    after[:, slots] = before[:, slots]
+    after[:, own] = before[:, own]
     if not torch.equal(after.view(torch.int16), before.view(torch.int16)):
         problems.append("KV was written in slots of no row")
-    return gaps, problems
+    return steps | ops, problems
 
 
-def _beyond_bounds(gaps: Gaps) -> list[str]:
-    bounds = {
-        "logits": UNROUNDED_BOUND,
-        "rounded_logits": ROUNDED_BOUND,
-        "kv": KV_UNROUNDED_BOUND,
-        "rounded_kv": KV_ROUNDED_BOUND,
-    }
+def _beyond(gaps: dict[str, Gap], bound: float) -> list[str]:
     return [
-        f"{name} off by {largest:.2e} of the largest, more than {bound:.2e}"
-        for name, bound in bounds.items()
-        if (largest := getattr(gaps, name).largest) > bound
+        f"{name} off by {each.largest:.2e} of the largest, more than {bound:.2e}"
+        for name, each in gaps.items()
+        if not each.largest <= bound
     ]
 
 
@@ -218,6 +196,24 @@ def _wrong_reductions(output: StepOutput, top_k: int) -> list[str]:
     if not off <= LOG_SUM_BOUND:
         problems.append(f"log-sum-exp is off by {off:.1e} of itself")
     return problems
+
+
+def _buffers_of(
+    runtime: CudaRuntime, rows: Rows, output: StepOutput, device: torch.device
+) -> StepBuffers:
+    num_rows = len(rows.token_ids)
+    bucket = next(bucket for bucket in runtime.compiled.buckets if bucket >= num_rows)
+
+    def buffer(name: str) -> torch.Tensor:
+        return torch.from_numpy(runtime.buffer(name, bucket)[:num_rows]).to(device).double()
+
+    return StepBuffers(
+        hidden=buffer("hidden"),
+        queries=buffer("queries"),
+        mlp=buffer("mlp"),
+        logits=torch.from_numpy(output.logits).to(device).double(),
+        kv=_read_kv(runtime, rows).to(device).double(),
+    )
 
 
 def _read_kv(runtime: CudaRuntime, rows: Rows) -> torch.Tensor:

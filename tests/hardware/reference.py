@@ -17,6 +17,26 @@ from megakernel.step import IntArray, Rows
 Tensors = Mapping[str, torch.Tensor]
 
 
+class Gap(msgspec.Struct, frozen=True, kw_only=True):
+    """How far results are from what they are held to."""
+
+    largest: float
+    """The largest difference, over the largest of the expected values."""
+    typical: float
+    """The root of the mean square of differences, over that of the expected values."""
+
+
+def gap(found: torch.Tensor, expected: torch.Tensor) -> Gap:
+    """Infinite where anything found is no number."""
+    if not bool(found.isfinite().all()):
+        return Gap(largest=math.inf, typical=math.inf)
+    off = (found.double() - expected).abs()
+    return Gap(
+        largest=float(off.max() / expected.abs().max()),
+        typical=float((off.square().mean() / expected.square().mean()).sqrt()),
+    )
+
+
 class ReferenceStep(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     logits: torch.Tensor
     """[rows, vocab] float64"""
@@ -39,6 +59,34 @@ def reference_step(
     return _Step(shape, weights, rows, key_slots, pool, is_rounded).run()
 
 
+class StepBuffers(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+    """What kernels left of a step, float64: buffers between ops are those of the last layer."""
+
+    hidden: torch.Tensor
+    queries: torch.Tensor
+    mlp: torch.Tensor
+    logits: torch.Tensor
+    kv: torch.Tensor
+    """[layers, rows, K or V, KV heads, head_dim]"""
+
+
+@torch.inference_mode()
+def op_gaps(
+    shape: ModelShape,
+    weights: Tensors,
+    rows: Rows,
+    key_slots: Sequence[IntArray],
+    pool: torch.Tensor,
+    found: StepBuffers,
+) -> dict[str, Gap]:
+    """How far ops are from what they must make of what the kernels themselves handed them, rounded likewise.
+
+    The hidden state between the last layer's ops is had by subtracting what the reference adds to it: an error
+    of the output projections then shows in what came before. `pool` is as it was before the step.
+    """
+    return _Step(shape, weights, rows, key_slots, pool, is_rounded=True).op_gaps(found)
+
+
 class _Step:
     def __init__(
         self,
@@ -59,43 +107,69 @@ class _Step:
         frequencies = torch.tensor([frequency(shape, pair) for pair in pairs], dtype=torch.float64)
         angles = positions[:, None] * frequencies.to(device)
         self.cos, self.sin = angles.cos()[:, None, :], angles.sin()[:, None, :]
-        self.kv: list[torch.Tensor] = []
 
     def run(self) -> ReferenceStep:
-        x = self.held(self.weights["embed"][self.tokens])
+        x, kept = self.embedded(), []
         for layer in range(self.shape.num_layers):
             at = f"layers.{layer}."
-            attended = self.attention(layer, at, x)
-            x = self.held(x + self.held(self.product(attended, at + "o")))
-            normed, scale = self.normed(x, at + "mlp_norm")
-            gate = self.held(self.product(normed, at + "gate") * scale)
-            up = self.held(self.product(normed, at + "up") * scale)
-            mixed = self.held(gate * torch.sigmoid(gate) * up)
-            x = self.held(x + self.held(self.product(mixed, at + "down")))
-        normed, scale = self.normed(x, "final_norm")
-        head = "embed" if self.shape.has_tied_head else "head"
-        logits = self.held(self.product(normed, head) * scale)
-        return ReferenceStep(logits=logits, kv=torch.stack(self.kv))
+            queries, own = self.inputs(at, x)
+            kept.append(own)
+            x = self.held(x + self.held(self.product(self.attended(layer, queries, own), at + "o")))
+            x = self.held(x + self.held(self.product(self.mixed(at, x), at + "down")))
+        return ReferenceStep(logits=self.logits(x), kv=torch.stack(kept))
 
-    def attention(self, layer: int, at: str, x: torch.Tensor) -> torch.Tensor:
+    def embedded(self) -> torch.Tensor:
+        return self.held(self.weights["embed"][self.tokens])
+
+    def op_gaps(self, found: "StepBuffers") -> dict[str, Gap]:
+        """By what is compared."""
+        layer = self.shape.num_layers - 1
+        at = f"layers.{layer}."
+        attended = self.attended(layer, found.queries, found.kv[layer])
+        after_attention = found.hidden - self.held(self.product(found.mlp, at + "down"))
+        before = after_attention - self.held(self.product(attended, at + "o"))
+        _, first_kv = self.inputs("layers.0.", self.embedded())
+        queries, last_kv = self.inputs(at, before)
+        return {
+            "first layer's KV": gap(found.kv[0], first_kv),
+            "last layer's KV": gap(found.kv[layer], last_kv),
+            "queries": gap(found.queries, queries.flatten(1)),
+            "MLP": gap(found.mlp, self.mixed(at, after_attention)),
+            "head": gap(found.logits, self.logits(found.hidden)),
+        }
+
+    def inputs(self, at: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries, [rows, heads, head_dim] and scaled, and what the pool keeps of the rows."""
         shape = self.shape
         normed, scale = self.normed(x, at + "attn_norm")
         q, k, v = (
             self.projected(normed, scale, at, part, heads)
             for part, heads in (("q", shape.num_heads), ("k", shape.num_kv_heads), ("v", shape.num_kv_heads))
         )
-        q = self.held(self.rotated(q) * shape.head_dim**-0.5)
         own = self.kept(torch.stack([self.rotated(k), v], dim=1))
-        self.kv.append(own)
+        return self.held(self.rotated(q) * shape.head_dim**-0.5), own
+
+    def attended(self, layer: int, queries: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        shape = self.shape
         held = self.pool[layer].double()
         held[self.slots] = own
         found = []
         for row, slots in enumerate(self.key_slots):
             keys, values = held[slots].unbind(1)  # [tokens, KV heads, head_dim]
-            queries = q[row].view(shape.num_kv_heads, -1, shape.head_dim)
-            scores = torch.einsum("hgd,thd->hgt", queries, keys)
+            by_kv_head = queries[row].view(shape.num_kv_heads, -1, shape.head_dim)
+            scores = torch.einsum("hgd,thd->hgt", by_kv_head, keys)
             found.append(torch.einsum("hgt,thd->hgd", scores.softmax(-1), values).reshape(-1))
         return self.held(torch.stack(found))
+
+    def mixed(self, at: str, x: torch.Tensor) -> torch.Tensor:
+        normed, scale = self.normed(x, at + "mlp_norm")
+        gate = self.held(self.product(normed, at + "gate") * scale)
+        up = self.held(self.product(normed, at + "up") * scale)
+        return self.held(gate * torch.sigmoid(gate) * up)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        normed, scale = self.normed(x, "final_norm")
+        return self.held(self.product(normed, "embed" if self.shape.has_tied_head else "head") * scale)
 
     def projected(
         self, normed: torch.Tensor, scale: torch.Tensor, at: str, part: str, heads: int
@@ -129,23 +203,3 @@ class _Step:
     def kept(self, x: torch.Tensor) -> torch.Tensor:
         """As the KV pool has it."""
         return x.float().half().double() if self.is_rounded else x
-
-
-class Gap(msgspec.Struct, frozen=True, kw_only=True):
-    """How far results are from what they are held to."""
-
-    largest: float
-    """The largest difference, over the largest of the expected values."""
-    typical: float
-    """The root of the mean square of differences, over that of the expected values."""
-
-
-def gap(found: torch.Tensor, expected: torch.Tensor) -> Gap:
-    """Infinite where anything found is no number."""
-    if not bool(found.isfinite().all()):
-        return Gap(largest=math.inf, typical=math.inf)
-    off = (found.double() - expected).abs()
-    return Gap(
-        largest=float(off.max() / expected.abs().max()),
-        typical=float((off.square().mean() / expected.square().mean()).sqrt()),
-    )

@@ -162,13 +162,19 @@ def compiled_for(shape, format: str, buckets) -> tuple[CompiledCuda, str]:
 CASES = [Case("one row", ((130, chain(1)),)), Case("a tree and a chain", ((1, TREE), (20, chain(3))))]
 
 
+EMULATED = [("qwen3", "W4G128"), ("qwen2", "Q8_0"), ("llama", "BF16")]
+
+
 @needs_compiler
-@pytest.mark.parametrize(("family", "format"), [("qwen3", format) for format in FORMATS] + [("qwen2", "Q8_0")])
-def test_emulated_kernels_pass_the_hardware_run(family, format):
+@pytest.mark.parametrize(("family", "format"), EMULATED)
+def test_emulated_kernels_pass_the_hardware_run(family, format, monkeypatch):
     shape = FAMILIES[family]().shape
+    # In sums of so few terms one activation rounded the other way weighs more.
+    monkeypatch.setattr(correctness, "OP_BOUND", 2.0**-7)
     compiled, source = compiled_for(shape, format, (8,))
     driver = FakeDriver(emulated(build_emulation(source)))
     with opened(compiled, num_blocks_for(CASES), driver=driver, view=host_view) as runtime:
         found = check_model(runtime, CASES, host_view)
-        print(found.worst)
-        assert found.problems == []
+    print(found.worst)
+    assert found.problems == []
+    assert found.worst["head"].typical < 1e-3
