@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 
-from benchmarks.gpu_models import GpuModel, compile_model
+from benchmarks.gpu_models import BuiltModel, GpuModel, compile_model
 from megakernel.cuda_build import find_nvcc
-from megakernel.cuda_compiled import CompiledCuda
 from megakernel.machine import Machine
 from megakernel.user_cache import write_atomically
 
@@ -71,12 +70,12 @@ class Builds:
         self.close()
 
 
-def built(folder: Path, model: GpuModel, deadline_s: float) -> CompiledCuda:
+def built(folder: Path, model: GpuModel, deadline_s: float) -> BuiltModel:
     """Waits until `time.monotonic()` is past the deadline. Raises BuildMissingError."""
     while True:
         if (path := _pickle(folder, model)).exists():
-            compiled: CompiledCuda = pickle.loads(path.read_bytes())
-            return compiled
+            found: BuiltModel = pickle.loads(path.read_bytes())
+            return found
         if (path := _error(folder, model)).exists():
             raise BuildMissingError(f"{model.name} does not compile: {path.read_text(encoding='utf-8')}")
         if time.monotonic() > deadline_s:
@@ -88,11 +87,11 @@ def _build(model: GpuModel, machine: Machine, folder: Path) -> float:
     """Seconds that it took."""
     started_s = time.perf_counter()
     try:
-        compiled = compile_model(model, machine)
+        found = compile_model(model, machine)
     except Exception:
         write_atomically(_error(folder, model), traceback.format_exc().encode())
     else:
-        write_atomically(_pickle(folder, model), pickle.dumps(compiled))
+        write_atomically(_pickle(folder, model), pickle.dumps(found))
     return time.perf_counter() - started_s
 
 

@@ -42,7 +42,9 @@ def _packaged(facts: DeviceFacts) -> Machine:
     for word, name in MACHINE_OF.items():
         if word in words:
             return load_machine(name)
-    raise MachineError(f"no description is packaged of {facts.name} ({facts.num_sms} SMs). {_HOW_TO_DESCRIBE}")
+    raise MachineError(
+        f"no description is packaged of {facts.name} ({facts.num_sms} SMs). {_HOW_TO_DESCRIBE}"
+    )
 
 
 def described(facts: DeviceFacts, machine: Machine) -> dict[str, str | int]:

@@ -65,9 +65,7 @@ def opened(
     view: View = device_view,
 ) -> Iterator[CudaRuntime]:
     """A runtime with random weights and a pool of random KV."""
-    with CudaRuntime(
-        compiled, num_blocks, BLOCK_TOKENS, driver=driver, wait_limit_s=wait_limit_s
-    ) as runtime:
+    with CudaRuntime(compiled, num_blocks, BLOCK_TOKENS, driver=driver, wait_limit_s=wait_limit_s) as runtime:
         fill_weights(view(runtime.weights_address, compiled.layout.num_bytes), compiled, seed)
         fill_kv(kv_pool(runtime, view), seed)
         if view is device_view:

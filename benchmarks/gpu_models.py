@@ -7,7 +7,7 @@ import msgspec
 
 from megakernel.artifact import packed_formats
 from megakernel.codegen_cuda import generate_cuda
-from megakernel.cuda_build import build_cubin, check_resources
+from megakernel.cuda_build import CudaBuild, CudaResourceError, build_cubin, check_resources
 from megakernel.cuda_compiled import CompiledCuda, compiled_of
 from megakernel.graph import uniform_formats
 from megakernel.machine import Machine
@@ -55,16 +55,26 @@ def program_of(model: GpuModel, machine: Machine) -> Program:
     return compile_program(shape, model.name, machine, model.bucket, plan, formats=formats)
 
 
-def compile_model(model: GpuModel, machine: Machine, folder: Path | None = None) -> CompiledCuda:
-    """Without weights: whoever opens it fills them (`gpu_memory`). Raises BuildError, CodegenError, and what
-    planning raises."""
+class BuiltModel(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+    compiled: CompiledCuda
+    """Without weights: whoever opens it fills them (`gpu_memory`)."""
+    build: CudaBuild
+    resource_problem: str | None
+    """Spills, or more than an SM has; results of such kernels are right, where they run at all."""
+
+
+def compile_model(model: GpuModel, machine: Machine, folder: Path | None = None) -> BuiltModel:
+    """`folder`: of cubins. Raises BuildError, CodegenError, and what planning raises."""
     program = program_of(model, machine)
     generated = generate_cuda([program], model.formats)
     cubin = build_cubin(generated.source, machine.vector_units[0], folder=folder)
     compiled = compiled_of([program], generated, model.shape, cubin.path, None)
-    grid = compiled.grid
-    check_resources(cubin.build, threads=grid.num_threads, dynamic_shared_bytes=grid.shared_bytes)
-    return compiled
+    grid, problem = compiled.grid, None
+    try:
+        check_resources(cubin.build, threads=grid.num_threads, dynamic_shared_bytes=grid.shared_bytes)
+    except CudaResourceError as error:
+        problem = str(error)
+    return BuiltModel(compiled=compiled, build=cubin.build, resource_problem=problem)
 
 
 def _plan(model: GpuModel, shape: ModelShape, formats: Mapping[str, str], machine: Machine) -> Plan:

@@ -76,9 +76,7 @@ def models(*, is_quick: bool, search_s: float) -> list[GpuModel]:
     shapes = SHAPE_NAMES[:1] if is_quick else SHAPE_NAMES
     wanted = [(name, 16) for name in shapes] + [(SHAPE_NAMES[0], 1)]
     return [
-        GpuModel(
-            shape_name=name, format=format, bucket=bucket, num_layers=NUM_LAYERS, search_s=search_s
-        )
+        GpuModel(shape_name=name, format=format, bucket=bucket, num_layers=NUM_LAYERS, search_s=search_s)
         for name, bucket in wanted
         for format in FORMATS
     ]
@@ -198,9 +196,7 @@ def _wrong_reductions(output: StepOutput, top_k: int) -> list[str]:
     return problems
 
 
-def _buffers_of(
-    runtime: CudaRuntime, rows: Rows, output: StepOutput, device: torch.device
-) -> StepBuffers:
+def _buffers_of(runtime: CudaRuntime, rows: Rows, output: StepOutput, device: torch.device) -> StepBuffers:
     num_rows = len(rows.token_ids)
     bucket = next(bucket for bucket in runtime.compiled.buckets if bucket >= num_rows)
 

@@ -90,7 +90,9 @@ def _numbers(numbers: torch.Tensor, format: str, unit_k: int) -> torch.Tensor:
         axes = held.permute(0, 8, 4, 1, 2, 3, 5, 6, 7, 9)
     else:
         kind = torch.bfloat16 if format == "BF16" else torch.float16
-        held = numbers.contiguous().view(kind).reshape(groups, units, words, 2, 2, 8, 4, 2, 2, 2)  # w p h g t r b e
+        held = (
+            numbers.contiguous().view(kind).reshape(groups, units, words, 2, 2, 8, 4, 2, 2, 2)
+        )  # w p h g t r b e
         axes = held.permute(0, 8, 5, 1, 2, 3, 6, 4, 7, 9)
     return axes.reshape(groups, GROUP, units, unit_k).double()
 

@@ -1,7 +1,6 @@
 """What a part of the hardware run is given, and what it gives back."""
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -10,10 +9,6 @@ import msgspec
 from benchmarks.gpu_builds import built
 from benchmarks.gpu_models import GpuModel
 from megakernel.cuda_compiled import CompiledCuda
-
-
-class PartError(AssertionError):
-    """What a part found wrong."""
 
 
 class PartResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,15 +35,15 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     search_s: float = 0.0
 
     def compiled(self, model: GpuModel) -> CompiledCuda:
-        """Raises BuildMissingError."""
-        return built(self.folder, model, self.deadline_s)
+        """Says so where its kernels spill. Raises BuildMissingError."""
+        found = built(self.folder, model, self.deadline_s)
+        if found.resource_problem:
+            print(f"  {model.name}: {found.resource_problem}", flush=True)
+        return found.compiled
 
     @property
     def left_s(self) -> float:
         return self.deadline_s - time.monotonic()
-
-
-Say = Callable[[str], None]
 
 
 class Part(Protocol):

@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.gpu_memory import BLOCK_TOKENS, fill_weights, host_view, kv_pool, opened
+from benchmarks.gpu_memory import BLOCK_TOKENS, host_view, opened
 from benchmarks.gpu_steps import NO_PARENT, Pool, chain, groups_of, key_slots, num_blocks_of, rows_of
 from megakernel.artifact import lay_out_weights, pack_weights, packed_formats
 from megakernel.build import BuildError, find_compiler
