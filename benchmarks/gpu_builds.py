@@ -1,7 +1,7 @@
 """Compiles many models beside one another, in processes of their own; whoever runs them waits for a file.
 
-A build leaves `NAME.pickle` in the folder, or `NAME.error` that says what was wrong. Cubins are cached as always
-(`megakernel.cuda_build`), so that a second run only plans again.
+A build leaves `NAME.pickle` in the folder, or `NAME.error` that says what was wrong. Cubins are cached as
+always (`megakernel.cuda_build`), so that a second run only plans again.
 """
 
 import contextlib

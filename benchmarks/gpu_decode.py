@@ -1,9 +1,9 @@
 """Decode steps of the compiled megakernel on an NVIDIA GPU beside PyTorch: one run, interleaved rounds.
 
-`python benchmarks/gpu_decode.py [--quick] [--json FILE] [--search SECONDS] [--machine FILE] [--budget SECONDS]`.
+`python benchmarks/gpu_decode.py [--quick] [--json FILE] [--search S] [--machine FILE] [--budget S]`.
 Qwen3-1.7B's shape with random weights; peers are in `gpu_peers.py`. A step is a batch of sequences of equal
-context, each with KV of its own, greedy, its best tokens included; times are of the GPU's own clock. The bound is
-the bytes that a step must read over the best bandwidth that a copy or a sum reached in this run.
+context, each with KV of its own, greedy, its best tokens included; times are of the GPU's own clock. The
+bound is the bytes that a step must read over the best bandwidth that a copy or a sum reached in this run.
 
 A figure is the median over rounds, a ratio the median of the rounds' ratios; its spread is printed.
 """
@@ -17,6 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "kernels"))
+
+import itertools
 
 import msgspec
 import torch
@@ -250,8 +252,8 @@ def decode_rows(runtime: CudaRuntime, cell: Cell) -> Rows:
 
 
 def step_bytes(compiled: CompiledCuda, cell: Cell) -> int:
-    """That a step reads of weights and KV; a head that is tied to the embedding is read once, its rows are not
-    counted again."""
+    """That a step reads of weights and KV; a head that is tied to the embedding is read once, its rows are
+    not counted again."""
     shape = compiled.shape
     kv_bytes = 2 * 2 * shape.num_kv_heads * shape.head_dim * shape.num_layers
     return compiled.layout.num_bytes + cell.batch * (cell.context + 1) * kv_bytes
@@ -274,7 +276,7 @@ def replays(peer: Peer) -> StepTimes:
             peer.step()
             event.record()
         torch.cuda.synchronize()
-        return [before.elapsed_time(after) for before, after in zip(events, events[1:], strict=False)]
+        return [before.elapsed_time(after) for before, after in itertools.pairwise(events)]
 
     return times
 

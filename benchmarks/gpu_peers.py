@@ -1,13 +1,14 @@
 """What the kernels are measured against on a GPU: a plain decoder in PyTorch, of the same shape.
 
-Projections of one input are one matrix, attention is `scaled_dot_product_attention` over a static KV cache that is
-just as long as the context, and a step ends with its best tokens, as ours does. Weights are random.
+Projections of one input are one matrix, attention is `scaled_dot_product_attention` over a static KV cache
+that is just as long as the context, and a step ends with its best tokens, as ours does. Weights are random.
 
 - `eager`: as PyTorch runs it, op by op.
-- `compiled`: each layer through torch.compile, the whole step in a CUDA graph. Layers share one compilation, which
-  takes seconds; compiling the whole step, as `reduce_overhead` does, takes minutes for all cells.
+- `compiled`: each layer through torch.compile, the whole step in a CUDA graph. Layers share one compilation,
+  which takes seconds; compiling the whole step, as `reduce_overhead` does, takes minutes for all cells.
 - `reduce_overhead`: torch.compile(mode="reduce-overhead") of the whole step, which makes a CUDA graph too.
-- `int4`: as `compiled`, with int4 weights in groups of 128 (torch._weight_int4pack_mm), where this torch has that.
+- `int4`: as `compiled`, with int4 weights in groups of 128 (torch._weight_int4pack_mm), where this torch has
+  that.
 """
 
 from collections.abc import Callable
@@ -104,8 +105,8 @@ def decode_layer(
     sin: Tensor,
     heads: Heads,
 ) -> Tensor:
-    """`x` [batch, hidden]; `keys` and `values` [batch, KV heads, tokens, head_dim] get the step's own at `slot`,
-    the last, and all of them are attended to."""
+    """`x` [batch, hidden]; `keys` and `values` [batch, KV heads, tokens, head_dim] get the step's own at
+    `slot`, the last, and all of them are attended to."""
     norm, qkv, bias, q_norm, k_norm, output, mlp_norm, gate_up, down = weights
     batch, dim = x.shape[0], heads.head_dim
     projected = multiply(F.rms_norm(x, (x.shape[-1],), norm, heads.eps), qkv)

@@ -1,8 +1,9 @@
-"""The hardware run: `python -m tests.hardware [--part NAME]... [--quick] [--results FILE] [--budget SECONDS]`.
+"""The hardware run: `python -m tests.hardware [--part NAME]... [--quick] [--results FILE] [--budget S]`.
 
-Needs an NVIDIA GPU, nvcc, torch and cuda-bindings. Parts run one after the other, each in a process of its own, so
-that none suffers from another's failed kernels; models for all are compiled meanwhile. Results are written after
-each part, and a run goes on with the parts that are missing or have not passed; a part that is asked for runs again.
+Needs an NVIDIA GPU, nvcc, torch and cuda-bindings. Parts run one after the other, each in a process of its
+own, so that none suffers from another's failed kernels; models for all are compiled meanwhile. Results are
+written after each part, and a run goes on with the parts that are missing or have not passed; a part that is
+asked for runs again.
 """
 
 import argparse
@@ -17,7 +18,8 @@ from typing import cast
 import msgspec
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+sys.path.insert(0, str(ROOT))
+sys.path.insert(1, str(ROOT / "kernels"))
 
 from benchmarks.gpu_builds import Builds
 from benchmarks.gpu_machine import described, pick_machine

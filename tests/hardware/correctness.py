@@ -1,8 +1,8 @@
 """Layers of real models on the GPU, beside float64: logits, KV and reductions, in every format.
 
-Weights are random bytes, dequantized for the reference from the device's own packed memory; contexts are random
-KV. Whole steps are compared with a reference that rounds nothing and with one that rounds where the kernels do,
-loosely; and each kind of op with what it must make of what the kernels handed it, tightly.
+Weights are random bytes, dequantized for the reference from the device's own packed memory; contexts are
+random KV. Whole steps are compared with a reference that rounds nothing and with one that rounds where the
+kernels do, loosely; and each kind of op with what it must make of what the kernels handed it, tightly.
 """
 
 import msgspec
@@ -27,17 +27,17 @@ TOP_K = 8
 
 STEP_BOUND = 2.0**-6
 """Of a whole step beside both references, over the largest logit (or key, or value). An activation that is
-rounded to bfloat16 is off by up to 2^-9 of itself; a logit sums thousands of such errors of either sign, and so
-is off by about that share of the logits' own spread, once for each of the nine products on the way through two
-layers: their root sum square is 3 * 2^-9. The largest of a million such errors is five times the typical one,
-and the largest logit four to five times the spread: 2^-7 of it at most, and as much again to spare. Rounding
-likewise helps little over several ops: an activation that is off by a little is rounded the other way at
-times, by 2^-8 of itself, and those that are make others so."""
+rounded to bfloat16 is off by up to 2^-9 of itself; a logit sums thousands of such errors of either sign, and
+so is off by about that share of the logits' own spread, once for each of the nine products on the way through
+two layers: their root sum square is 3 * 2^-9. The largest of a million such errors is five times the typical
+one, and the largest logit four to five times the spread: 2^-7 of it at most, and as much again to spare.
+Rounding likewise helps little over several ops: an activation that is off by a little is rounded the other
+way at times, by 2^-8 of itself, and those that are make others so."""
 OP_BOUND = 2.0**-10
-"""Of a single op, over the largest of its results. Sums in float32 are off in the seventh digit: of thousands of
-activations a few lie so near the middle between two bfloat16 that they are rounded the other way. One such moves
-a result by 2^-8 of itself over the square root of thousands of terms, 2^-13. Of keys and values one rounding
-to float16, 2^-11 of a number, is in it."""
+"""Of a single op, over the largest of its results. Sums in float32 are off in the seventh digit: of thousands
+of activations a few lie so near the middle between two bfloat16 that they are rounded the other way. One such
+moves a result by 2^-8 of itself over the square root of thousands of terms, 2^-13. Of keys and values one
+rounding to float16, 2^-11 of a number, is in it."""
 LOG_SUM_BOUND = 1e-5
 """Relative, beside the log-sum-exp of the same logits in float64."""
 

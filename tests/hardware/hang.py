@@ -1,5 +1,5 @@
-"""A hang, planted in a process of its own: kernels that wait longer than they may give up with a clear error, and
-the GPU goes on working."""
+"""A hang, planted in a process of its own: kernels that wait longer than they may give up with a clear error,
+and the GPU goes on working."""
 
 import os
 import subprocess
@@ -31,7 +31,7 @@ def run(setting: Setting) -> PartResult:
         compiled = setting.compiled(model_of(setting.search_s))
     except BuildMissingError as error:
         return PartResult(left_out=(str(error),))
-    return PartResult(problems=tuple([*planted(setting), *still_works(compiled)]))
+    return PartResult(problems=(*planted(setting), *still_works(compiled)))
 
 
 def planted(setting: Setting) -> list[str]:

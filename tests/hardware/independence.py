@@ -1,6 +1,8 @@
-"""Rows do not depend on one another: a row's logits and KV have the same bits alone, in company, in any bucket."""
+"""Rows do not depend on one another: a row's logits and KV have the same bits alone, in company, in any
+bucket."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -134,7 +136,7 @@ def _step(runtime: CudaRuntime, groups: list[Group], view: View) -> list[tuple[t
         logits = torch.from_numpy(runtime.step(rows).logits)
         kv = pool[:, slots].cpu()
     ends = rows.sequence_starts.tolist()
-    return [(logits[first:end], kv[:, first:end]) for first, end in zip(ends, ends[1:], strict=False)]
+    return [(logits[first:end], kv[:, first:end]) for first, end in itertools.pairwise(ends)]
 
 
 def _row_by_row(runtime: CudaRuntime, group: Group, view: View) -> tuple[torch.Tensor, torch.Tensor]:

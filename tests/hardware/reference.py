@@ -1,7 +1,7 @@
 """A decode step in torch and float64: what the kernels' results are held to, over the KV that they read.
 
-`is_rounded` rounds where the kernels do (`megakernel.vm_state.Arithmetic.CUDA`): what is multiplied to bfloat16,
-keys and values to float16, what lies between ops to float32. Without it nothing is rounded at all.
+`is_rounded` rounds where the kernels do (`megakernel.vm_state.Arithmetic.CUDA`): what is multiplied to
+bfloat16, keys and values to float16, what lies between ops to float32. Without it nothing is rounded at all.
 """
 
 import math
@@ -54,8 +54,9 @@ def reference_step(
     *,
     is_rounded: bool,
 ) -> ReferenceStep:
-    """`key_slots`: of each row, what it attends to, itself last. `pool`, [layers, slots, 2, KV heads, head_dim],
-    is left as it is. Activations that are multiplied by F16 weights are rounded otherwise: none are here."""
+    """`key_slots`: of each row, what it attends to, itself last. `pool`, [layers, slots, 2, KV heads,
+    head_dim], is left as it is. Activations that are multiplied by F16 weights are rounded otherwise: none
+    are here."""
     return _Step(shape, weights, rows, key_slots, pool, is_rounded).run()
 
 
@@ -81,8 +82,8 @@ def op_gaps(
 ) -> dict[str, Gap]:
     """How far ops are from what they must make of what the kernels themselves handed them, rounded likewise.
 
-    The hidden state between the last layer's ops is had by subtracting what the reference adds to it: an error
-    of the output projections then shows in what came before. `pool` is as it was before the step.
+    The hidden state between the last layer's ops is had by subtracting what the reference adds to it: an
+    error of the output projections then shows in what came before. `pool` is as it was before the step.
     """
     return _Step(shape, weights, rows, key_slots, pool, is_rounded=True).op_gaps(found)
 

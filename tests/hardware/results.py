@@ -1,4 +1,5 @@
-"""The results file of a hardware run: what is in it has been done, so that a second run goes on from there."""
+"""The results file of a hardware run: what is in it has been done, so that a second run goes on from
+there."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""A thousand decode steps of a growing context, twice: the same tokens and bits, and no failure on the way."""
+"""A thousand decode steps of a growing context, twice: the same tokens and bits, and no failure on the
+way."""
 
 import time
 

@@ -1,4 +1,5 @@
-"""What GPUs are held to, held to the repository's own oracles; and the hardware run's checks over emulated kernels."""
+"""What GPUs are held to, held to the repository's own oracles; and the hardware run's checks over emulated
+kernels."""
 
 from pathlib import Path
 
@@ -114,8 +115,8 @@ def test_the_reference_computes_what_the_vm_does(family, format):
     )
     logits = torch.from_numpy(expected.logits)
     held = torch.from_numpy(np.stack([layer[rows.slots] for layer in kv.layers])).view(rounded.kv.shape)
-    # A row is as good as equal unless one of its activations was rounded the other way: then it shows, in a tiny
-    # model, as it must not hide in one that computes something else.
+    # A row is as good as equal unless one of its activations was rounded the other way: then it shows, in a
+    # tiny model, as it must not hide in one that computes something else.
     off = [gap(found, wanted).typical for found, wanted in zip(logits, rounded.logits, strict=True)]
     assert sum(value < 1e-5 for value in off) >= len(off) // 2
     assert max(off) < 1e-2
