@@ -21,7 +21,7 @@ from megakernel.machine import Machine
 from megakernel.user_cache import write_atomically
 
 _POLL_S = 0.1
-_GIB_A_BUILD = 1.5
+_GIB_A_BUILD = 3.0
 """What nvcc takes."""
 
 

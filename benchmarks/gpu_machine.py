@@ -21,7 +21,7 @@ def pick_machine(facts: DeviceFacts, path: str | None = None) -> Machine:
         problems.append(f"it has {facts.num_sms} SMs, {machine.name} {machine.num_workers}")
     if machine.scratch_bytes > facts.shared_bytes:
         problems.append(
-            f"a block has {facts.shared_bytes} bytes of shared memory, on {machine.name} {machine.scratch_bytes}"
+            f"its blocks have {facts.shared_bytes} bytes of shared memory, there {machine.scratch_bytes}"
         )
     if machine.vector_units != (facts.architecture,):
         problems.append(f"it is {facts.architecture}, {machine.name} {' '.join(machine.vector_units)}")
@@ -32,7 +32,7 @@ def pick_machine(facts: DeviceFacts, path: str | None = None) -> Machine:
 
 _HOW_TO_DESCRIBE = (
     "Describe it: copy the nearest of megakernel/machines/*.json, set num_workers to its SMs, scratch_bytes "
-    "to the shared memory that a block may have, bandwidth_gb_s and vector_units (docs/machines.md), and give "
+    "to what a block may have of shared memory, bandwidth_gb_s and vector_units (docs/machines.md), and give "
     "the file as --machine FILE.json"
 )
 

@@ -17,9 +17,8 @@ from typing import cast
 
 import msgspec
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-sys.path.insert(1, str(ROOT / "kernels"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[2] / "kernels"))
 
 from benchmarks.gpu_builds import Builds
 from benchmarks.gpu_machine import described, pick_machine
@@ -31,6 +30,7 @@ from megakernel.user_cache import cache_folder
 from tests.hardware.part import Part, PartResult, Setting
 from tests.hardware.results import Results, parts_to_run, read_results, write_results
 
+ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("correctness", "independence", "soak", "decode", "hang")
 BUDGET_S, BUDGET_QUICK_S = 470.0, 200.0
 SHARES = {"correctness": 0.45, "independence": 0.15, "soak": 0.1, "decode": 0.85, "hang": 0.1}
