@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from benchmarks.gpu_models import BuiltModel, GpuModel, compile_model
@@ -27,6 +28,11 @@ _GIB_A_BUILD = 3.0
 
 class BuildMissingError(RuntimeError):
     """A model that did not compile, or not in time; the message says which."""
+
+    def __init__(self, message: str, *, is_final: bool) -> None:
+        """`is_final`: it will not compile the next time either."""
+        super().__init__(message)
+        self.is_final = is_final
 
 
 class Builds:
@@ -47,11 +53,14 @@ class Builds:
         self._futures: list[Future[float]] = [
             self._pool.submit(_build, model, machine, folder) for model in self.models
         ]
+        for model, future in zip(self.models, self._futures, strict=True):
+            future.add_done_callback(partial(_note_crash, _error(folder, model)))
 
     def wait(self) -> None:
-        """For all, shown as they come. Errors are in their files."""
+        """For all, shown in their order. Errors are in their files."""
         for model, future in zip(self.models, self._futures, strict=True):
-            print(f"  {model.name}: {future.result():.0f} s", flush=True)
+            said = f"{future.result():.0f} s" if future.exception() is None else str(future.exception())
+            print(f"  {model.name}: {said}", flush=True)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -77,9 +86,10 @@ def built(folder: Path, model: GpuModel, deadline_s: float) -> BuiltModel:
             found: BuiltModel = pickle.loads(path.read_bytes())
             return found
         if (path := _error(folder, model)).exists():
-            raise BuildMissingError(f"{model.name} does not compile: {path.read_text(encoding='utf-8')}")
+            said = path.read_text(encoding="utf-8")
+            raise BuildMissingError(f"{model.name} does not compile: {said}", is_final=True)
         if time.monotonic() > deadline_s:
-            raise BuildMissingError(f"{model.name} was not compiled in time")
+            raise BuildMissingError(f"{model.name} was not compiled in time", is_final=False)
         time.sleep(_POLL_S)
 
 
@@ -93,6 +103,12 @@ def _build(model: GpuModel, machine: Machine, folder: Path) -> float:
     else:
         write_atomically(_pickle(folder, model), pickle.dumps(found))
     return time.perf_counter() - started_s
+
+
+def _note_crash(path: Path, future: Future[float]) -> None:
+    """Of a process that ended on its way; one that is cancelled leaves nothing."""
+    if not future.cancelled() and (error := future.exception()) is not None:
+        write_atomically(path, f"{type(error).__name__}: {error}".encode())
 
 
 def _pickle(folder: Path, model: GpuModel) -> Path:

@@ -181,12 +181,20 @@ class Peer:
         else:
             self.best = self._whole()
 
+    @torch.inference_mode()
+    def logits(self) -> Tensor:
+        """[batch, vocab] of one more step, run op by op or compiled as the peer is."""
+        return self._logits()
+
     def _forward(self) -> Tensor:
+        return self._logits().argmax(dim=-1)
+
+    def _logits(self) -> Tensor:
         x = F.embedding(self.tokens, self.weights.embed)
         for weights, (keys, values) in zip(self.weights.layers, self.cache, strict=True):
             x = self.layer(x, weights, keys, values, self.slot, self.cos, self.sin, self.heads)
         x = F.rms_norm(x, (x.shape[-1],), self.weights.norm, self.heads.eps)
-        return multiply(x, self.weights.head).argmax(dim=-1)
+        return multiply(x, self.weights.head)
 
     def _mark_static(self) -> None:
         """Without it torch leaves CUDA graphs out: the cache is changed in place."""

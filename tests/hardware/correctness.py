@@ -91,7 +91,7 @@ def run(setting: Setting) -> PartResult:
             compiled = setting.compiled(model)
         except BuildMissingError as error:
             left_out.append(str(error))
-            problems += [str(error)] if "does not compile" in str(error) else []
+            problems += [str(error)] if error.is_final else []
             continue
         cases = cases_of(model.bucket)
         with opened(compiled, num_blocks_for(cases)) as runtime:
@@ -101,6 +101,8 @@ def run(setting: Setting) -> PartResult:
         print(f"  {model.name}, off by at most: {said}", flush=True)
         figures |= {f"{name.replace(' ', '_')}_{model.name}": each.largest for name, each in worst.items()}
         problems += [f"{model.name}, {problem}" for problem in found.problems]
+    if not figures:
+        problems.append("nothing was checked")
     return PartResult(problems=tuple(problems), left_out=tuple(left_out), figures=figures)
 
 
@@ -154,7 +156,7 @@ def check_step(
         "KV beside like rounding": gap(found.kv, rounded.kv),
     }
     ops = op_gaps(runtime.shape, weights, rows, slots, before, found)
-    problems = [*_beyond(steps, STEP_BOUND), *_beyond(ops, OP_BOUND), *_wrong_reductions(output, rows.top_k)]
+    problems = [*_beyond(steps, STEP_BOUND), *_beyond(ops, OP_BOUND), *wrong_reductions(output, rows.top_k)]
     own = torch.from_numpy(rows.slots).long().to(pool.device)
     if not torch.equal(pool[:, own].double(), found.kv):
         problems.append("read_kv does not give what lies in the pool")
@@ -173,7 +175,7 @@ def _beyond(gaps: dict[str, Gap], bound: float) -> list[str]:
     ]
 
 
-def _wrong_reductions(output: StepOutput, top_k: int) -> list[str]:
+def wrong_reductions(output: StepOutput, top_k: int) -> list[str]:
     """Beside the step's own logits, of which they are, bit for bit but for the log-sum-exp."""
     logits = torch.from_numpy(output.logits)
     found = output.reductions

@@ -30,7 +30,7 @@ def run(setting: Setting) -> PartResult:
     try:
         compiled = setting.compiled(model_of(setting.search_s))
     except BuildMissingError as error:
-        return PartResult(left_out=(str(error),))
+        return PartResult(problems=(str(error),))
     return PartResult(problems=(*planted(setting), *still_works(compiled)))
 
 

@@ -47,6 +47,7 @@ def run(setting: Setting) -> PartResult:
                 built.append(setting.compiled(model))
             except BuildMissingError as error:
                 left_out.append(str(error))
+                problems += [str(error)] if error.is_final else []
         if len(built) < 2:
             continue
         found = check_format(built)
@@ -54,6 +55,8 @@ def run(setting: Setting) -> PartResult:
         print(f"  {format}: {found.num_compared} rows compared in buckets {buckets}", flush=True)
         compared += found.num_compared
         problems += [f"{format}: {problem}" for problem in found.problems]
+    if not compared:
+        problems.append("nothing was compared")
     return PartResult(
         problems=tuple(problems), left_out=tuple(left_out), figures={"rows_compared": float(compared)}
     )

@@ -33,8 +33,7 @@ def run(setting: Setting) -> PartResult:
     try:
         compiled = setting.compiled(model_of(setting.search_s))
     except BuildMissingError as error:
-        problems = (str(error),) if "does not compile" in str(error) else ()
-        return PartResult(problems=problems, left_out=(str(error),))
+        return PartResult(problems=(str(error),))
     problems: list[str] = []
     figures: dict[str, float] = {}
     num_blocks = sum(num_blocks_of(context + steps) for context in FIRST_CONTEXTS)

@@ -16,10 +16,12 @@ from megakernel.cuda_compiled import CompiledCuda, compiled_of
 from megakernel.emulation import build_emulation
 from megakernel.graph import uniform_formats
 from megakernel.group_formats import GroupQuantizedWeights
+from megakernel.head import reduce_rows
 from megakernel.pack_cuda import PACKED_FORMATS, group_bytes, pack_linear, unpack
 from megakernel.packing import PackedLinear
 from megakernel.pipeline import compile_program
 from megakernel.schedule import list_schedule
+from megakernel.step import StepOutput
 from megakernel.vm import Vm
 from megakernel.vm_state import Arithmetic, VmStep, kv_for
 from tests.hardware import correctness
@@ -175,6 +177,58 @@ def test_emulated_kernels_pass_the_hardware_run(family, format, monkeypatch):
     driver = FakeDriver(emulated(build_emulation(source)))
     with opened(compiled, num_blocks_for(CASES), driver=driver, view=host_view) as runtime:
         found = check_model(runtime, CASES, host_view)
-    print(found.worst)
     assert found.problems == []
     assert found.worst["head"].typical < 1e-3
+
+
+FAULTS = {
+    "layers.1.o": "last layer's KV",
+    "layers.1.down": "last layer's KV",
+    "layers.1.k": "last layer's KV",
+    "layers.1.q_norm": "queries",
+    "layers.0.v": "first layer's KV",
+    "layers.1.up": "MLP",
+    "embed": "head",
+}
+"""Weights that kernels have otherwise, and where it shows first."""
+
+
+@needs_compiler
+def test_kernels_that_compute_something_else_are_found(monkeypatch):
+    shape = msgspec.structs.replace(FAMILIES["qwen3"]().shape, has_tied_head=True)
+    monkeypatch.setattr(correctness, "OP_BOUND", 2.0**-7)
+    compiled, source = compiled_for(shape, "Q8_0", (8,))
+    driver = FakeDriver(emulated(build_emulation(source)))
+    for weight, place in FAULTS.items():
+
+        def other(*arguments, weight=weight):
+            found = tensors(*arguments)
+            found[weight] = found[weight].roll(1, dims=0)
+            return found
+
+        monkeypatch.setattr(correctness, "tensors", other)
+        with opened(compiled, num_blocks_for(CASES), driver=driver, view=host_view) as runtime:
+            found = check_model(runtime, CASES[1:], host_view)
+        assert any(place in problem for problem in found.problems), weight
+
+
+def reduced(**changes):
+    logits = np.random.default_rng(0).normal(size=(3, 40)).astype(np.float32)
+    reductions = msgspec.structs.replace(reduce_rows(logits, 4), **changes)
+    return StepOutput(logits=logits, reductions=reductions, allowed_logits=logits[0, :0])
+
+
+def test_wrong_reductions_are_found():
+    right = reduced().reductions
+    assert correctness.wrong_reductions(reduced(), 4) == []
+    for name, message in (
+        ("maxima", "the maximum is not"),
+        ("token_ids", "the best tokens are"),
+        ("log_sums", "log-sum-exp is off"),
+        ("top_token_ids", "the top tokens are not"),
+        ("top_logits", "the top tokens' logits"),
+    ):
+        wrong = getattr(right, name).copy()
+        wrong.reshape(-1)[1] += 1
+        (problem,) = correctness.wrong_reductions(reduced(**{name: wrong}), 4)
+        assert problem.startswith(message)
