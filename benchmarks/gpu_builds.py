@@ -16,9 +16,12 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import msgspec
+
 from benchmarks.gpu_models import BuiltModel, GpuModel, compile_model
 from megakernel.cuda_build import find_nvcc
 from megakernel.machine import Machine
+from megakernel.pipeline import decode_program, encode_program
 from megakernel.user_cache import write_atomically
 
 _POLL_S = 0.1
@@ -80,11 +83,30 @@ class Builds:
 
 
 def built(folder: Path, model: GpuModel, deadline_s: float) -> BuiltModel:
-    """Waits until `time.monotonic()` is past the deadline. Raises BuildMissingError."""
+    """Waits for it, as `await_build` does. Raises BuildMissingError."""
+    await_build(folder, model, deadline_s)
+    return load(_pickle(folder, model).read_bytes())
+
+
+def save(found: BuiltModel) -> bytes:
+    """Programs as msgpack: they are many small records, which pickle takes seconds for."""
+    programs = [encode_program(program) for program in found.compiled.programs]
+    bare = msgspec.structs.replace(found.compiled, programs=())
+    return pickle.dumps((programs, msgspec.structs.replace(found, compiled=bare)))
+
+
+def load(saved: bytes) -> BuiltModel:
+    programs, found = pickle.loads(saved)
+    decoded = tuple(decode_program(program) for program in programs)
+    compiled = msgspec.structs.replace(found.compiled, programs=decoded)
+    return msgspec.structs.replace(found, compiled=compiled)
+
+
+def await_build(folder: Path, model: GpuModel, deadline_s: float) -> None:
+    """Until `time.monotonic()` is past the deadline. Raises BuildMissingError."""
     while True:
-        if (path := _pickle(folder, model)).exists():
-            found: BuiltModel = pickle.loads(path.read_bytes())
-            return found
+        if _pickle(folder, model).exists():
+            return
         if (path := _error(folder, model)).exists():
             said = path.read_text(encoding="utf-8")
             raise BuildMissingError(f"{model.name} does not compile: {said}", is_final=True)
@@ -101,7 +123,7 @@ def _build(model: GpuModel, machine: Machine, folder: Path) -> float:
     except Exception:
         write_atomically(_error(folder, model), traceback.format_exc().encode())
     else:
-        write_atomically(_pickle(folder, model), pickle.dumps(found))
+        write_atomically(_pickle(folder, model), save(found))
     return time.perf_counter() - started_s
 
 

@@ -2,7 +2,8 @@
 
 `python -m benchmarks.gpu_bundle DIR`. That machine has Python 3.11 or newer (as `megakernel` and xDSL want
 it), torch, numpy, nvcc and cuda-bindings; there, `python3 DIR/run.py` runs all parts, and takes what `python
--m tests.hardware --help` says. Wheels come from the package index, in the versions of requirements.lock."""
+-m tests.hardware --help` says. Wheels come from the package index, in the versions of requirements.lock.
+"""
 
 import argparse
 import shutil

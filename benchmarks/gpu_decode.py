@@ -147,6 +147,7 @@ class GpuDecode:
     @contextlib.contextmanager
     def ours(self, batch: int, context: int) -> Iterator[dict[str, CudaRuntime]]:
         """By format, those that were compiled in time and fit."""
+        torch.cuda.empty_cache()  # runtimes do not take their memory from torch
         with contextlib.ExitStack() as stack:
             runtimes: dict[str, CudaRuntime] = {}
             for format in FORMATS_QUICK if self.is_quick else FORMATS:

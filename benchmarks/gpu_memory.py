@@ -68,9 +68,14 @@ def opened(
     with CudaRuntime(compiled, num_blocks, BLOCK_TOKENS, driver=driver, wait_limit_s=wait_limit_s) as runtime:
         fill_weights(view(runtime.weights_address, compiled.layout.num_bytes), compiled, seed)
         fill_kv(kv_pool(runtime, view), seed)
-        if view is device_view:
-            torch.cuda.synchronize()  # the runtime's streams do not wait for torch's
+        settle()
         yield runtime
+
+
+def settle() -> None:
+    """Before a step that meets what torch writes or reads: the runtime's streams do not wait for torch's."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def kv_pool(runtime: CudaRuntime, view: View = device_view) -> torch.Tensor:

@@ -5,11 +5,15 @@ random KV. Whole steps are compared with a reference that rounds nothing and wit
 kernels do, loosely; and each kind of op with what it must make of what the kernels handed it, tightly.
 """
 
+from typing import Any
+
 import msgspec
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from benchmarks.gpu_builds import BuildMissingError
-from benchmarks.gpu_memory import View, device_view, kv_pool, opened
+from benchmarks.gpu_memory import View, device_view, kv_pool, opened, settle
 from benchmarks.gpu_models import GpuModel
 from benchmarks.gpu_steps import Group, Pool, chain, groups_of, key_slots, num_blocks_of, rows_of
 from megakernel.cuda_runtime import CudaRuntime
@@ -141,6 +145,7 @@ def check_step(
     """Gaps by what is compared, and what is wrong."""
     pool = kv_pool(runtime, view)
     before = pool.clone()
+    settle()
     rows = rows_of(groups, top_k=min(TOP_K, runtime.shape.vocab_size), needs_log_sums=True)
     output = runtime.step(rows)
     found = _buffers_of(runtime, rows, output, pool.device)
@@ -156,7 +161,11 @@ def check_step(
         "KV beside like rounding": gap(found.kv, rounded.kv),
     }
     ops = op_gaps(runtime.shape, weights, rows, slots, before, found)
-    problems = [*_beyond(steps, STEP_BOUND), *_beyond(ops, OP_BOUND), *wrong_reductions(output, rows.top_k)]
+    problems = [
+        *_beyond(steps, STEP_BOUND),
+        *_beyond(ops, OP_BOUND),
+        *wrong_reductions(output, rows.top_k, pool.device),
+    ]
     own = torch.from_numpy(rows.slots).long().to(pool.device)
     if not torch.equal(pool[:, own].double(), found.kv):
         problems.append("read_kv does not give what lies in the pool")
@@ -175,24 +184,28 @@ def _beyond(gaps: dict[str, Gap], bound: float) -> list[str]:
     ]
 
 
-def wrong_reductions(output: StepOutput, top_k: int) -> list[str]:
+def wrong_reductions(output: StepOutput, top_k: int, device: torch.device | str = "cpu") -> list[str]:
     """Beside the step's own logits, of which they are, bit for bit but for the log-sum-exp."""
-    logits = torch.from_numpy(output.logits)
+    logits = torch.from_numpy(output.logits).to(device)
     found = output.reductions
+
+    def given(values: npt.NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(device)
+
     problems = []
     maxima, tokens = logits.max(dim=1)
-    if not torch.equal(torch.from_numpy(found.maxima.copy()), maxima):
+    if not torch.equal(given(found.maxima), maxima):
         problems.append("the maximum is not that of the logits")
     first = (logits == maxima[:, None]).int().argmax(dim=1)
-    if not torch.equal(torch.from_numpy(found.token_ids.copy()).long(), first):
+    if not torch.equal(given(found.token_ids).long(), first):
         problems.append(f"the best tokens are {found.token_ids.tolist()}, not {tokens.tolist()}")
     order = torch.sort(logits, dim=1, descending=True, stable=True)
-    if not torch.equal(torch.from_numpy(found.top_token_ids.copy()).long(), order.indices[:, :top_k]):
+    if not torch.equal(given(found.top_token_ids).long(), order.indices[:, :top_k]):
         problems.append("the top tokens are not those of the logits")
-    if not torch.equal(torch.from_numpy(found.top_logits.copy()), order.values[:, :top_k]):
+    if not torch.equal(given(found.top_logits), order.values[:, :top_k]):
         problems.append("the top tokens' logits are not theirs")
     sums = torch.logsumexp(logits.double(), dim=1)
-    off = float(((torch.from_numpy(found.log_sums.copy()).double() - sums) / sums).abs().max())
+    off = float(((given(found.log_sums).double() - sums) / sums).abs().max())
     if not off <= LOG_SUM_BOUND:
         problems.append(f"log-sum-exp is off by {off:.1e} of itself")
     return problems

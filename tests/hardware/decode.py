@@ -10,7 +10,7 @@ __all__ = ["models", "run"]
 def run(setting: Setting) -> PartResult:
     for model in models(is_quick=setting.is_quick, search_s=setting.search_s):
         try:
-            setting.compiled(model)  # so that no compiler runs beside what is measured
+            setting.await_compiled(model)  # so that no compiler runs beside what is measured
         except BuildMissingError as error:
             print(f"  {error}", flush=True)
     decode = GpuDecode(

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from benchmarks.gpu_builds import BuildMissingError
-from benchmarks.gpu_memory import View, device_view, kv_pool, opened
+from benchmarks.gpu_memory import View, device_view, kv_pool, opened, settle
 from benchmarks.gpu_models import GpuModel
 from benchmarks.gpu_steps import Group, Pool, chain, groups_of, num_blocks_of, rows_of, slot_of
 from megakernel.cuda_compiled import CompiledCuda
@@ -135,7 +135,7 @@ def _step(runtime: CudaRuntime, groups: list[Group], view: View) -> list[tuple[t
     rows = rows_of(groups, needs_best=False)
     pool = kv_pool(runtime, view)
     slots = torch.from_numpy(rows.slots).long().to(pool.device)
-    with _restored(pool, slots, view):
+    with _restored(pool, slots):
         logits = torch.from_numpy(runtime.step(rows).logits)
         kv = pool[:, slots].cpu()
     ends = rows.sequence_starts.tolist()
@@ -148,7 +148,7 @@ def _row_by_row(runtime: CudaRuntime, group: Group, view: View) -> tuple[torch.T
     places = [slot_of(group, group.context + row) for row in range(len(group.tokens))]
     slots = torch.tensor(places, device=pool.device)
     found = []
-    with _restored(pool, slots, view):
+    with _restored(pool, slots):
         for row, token in enumerate(group.tokens):
             alone = Group(context=group.context + row, tokens=(token,), parents=chain(1), blocks=group.blocks)
             found.append(torch.from_numpy(runtime.step(rows_of([alone], needs_best=False)).logits))
@@ -157,9 +157,9 @@ def _row_by_row(runtime: CudaRuntime, group: Group, view: View) -> tuple[torch.T
 
 
 @contextlib.contextmanager
-def _restored(pool: torch.Tensor, slots: torch.Tensor, view: View) -> Iterator[None]:
+def _restored(pool: torch.Tensor, slots: torch.Tensor) -> Iterator[None]:
     before = pool[:, slots].clone()
+    settle()
     yield
     pool[:, slots] = before
-    if view is device_view:
-        torch.cuda.synchronize()
+    settle()

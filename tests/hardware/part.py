@@ -6,7 +6,7 @@ from typing import Protocol
 
 import msgspec
 
-from benchmarks.gpu_builds import built
+from benchmarks.gpu_builds import await_build, built
 from benchmarks.gpu_models import GpuModel
 from megakernel.cuda_compiled import CompiledCuda
 
@@ -40,6 +40,10 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
         if found.resource_problem:
             print(f"  {model.name}: {found.resource_problem}", flush=True)
         return found.compiled
+
+    def await_compiled(self, model: GpuModel) -> None:
+        """Raises BuildMissingError."""
+        await_build(self.folder, model, self.deadline_s)
 
     @property
     def left_s(self) -> float:

@@ -4,10 +4,9 @@ way."""
 import time
 
 import numpy as np
-import torch
 
 from benchmarks.gpu_builds import BuildMissingError
-from benchmarks.gpu_memory import fill_kv, kv_pool, opened
+from benchmarks.gpu_memory import fill_kv, kv_pool, opened, settle
 from benchmarks.gpu_models import GpuModel
 from benchmarks.gpu_steps import Group, Pool, chain, num_blocks_of, rows_of
 from megakernel.cuda_runtime import CudaRuntime
@@ -42,7 +41,7 @@ def run(setting: Setting) -> PartResult:
             passes = []
             for _ in range(2):
                 fill_kv(kv_pool(runtime))
-                torch.cuda.synchronize()
+                settle()
                 started_s = time.perf_counter()
                 passes.append(generate(runtime, steps))
                 figures["soak_ms_a_step"] = (time.perf_counter() - started_s) * 1e3 / steps

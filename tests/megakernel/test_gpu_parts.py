@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from benchmarks import gpu_builds, gpu_decode
-from benchmarks.gpu_builds import BuildMissingError, Builds, built
+from benchmarks.gpu_builds import BuildMissingError, Builds, built, load, save
 from benchmarks.gpu_decode import Cell, GpuDecode, decode_rows, step_bytes, table
 from benchmarks.gpu_machine import pick_machine
 from benchmarks.gpu_memory import fill_weights, host_view, opened
-from benchmarks.gpu_models import GpuModel
+from benchmarks.gpu_models import BuiltModel, GpuModel
 from benchmarks.gpu_peers import Peer, PeerWeights
+from megakernel.cuda_build import CudaBuild
 from megakernel.cuda_device import DeviceFacts
 from megakernel.machine import MachineError, load_machine
 from tests.hardware import independence, soak
@@ -147,6 +148,16 @@ def test_a_build_that_does_not_come_is_not_waited_for(tmp_path):
     with pytest.raises(BuildMissingError, match="_Q4_0_rows1 was not compiled in time") as error:
         built(tmp_path, model, time.monotonic())
     assert not error.value.is_final
+
+
+def test_what_was_compiled_comes_back_whole():
+    compiled, _ = compiled_for(FAMILIES["qwen2"]().shape, "Q8_0", (1, 4))
+    build = CudaBuild(architecture="sm_90", nvcc="13", flags=(), kernels=(), spills=(), warnings=())
+    found = load(save(BuiltModel(compiled=compiled, build=build, resource_problem="spills")))
+    for name in type(compiled).__struct_fields__:
+        assert getattr(found.compiled, name) == getattr(compiled, name)
+    assert found.build == build
+    assert found.resource_problem == "spills"
 
 
 def run_alone(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -3,6 +3,7 @@ kernels."""
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
