@@ -45,8 +45,6 @@ BATCHES, BATCHES_QUICK = (1, 4, 16, 8, 2), (1,)
 CONTEXTS, CONTEXTS_QUICK = (512, 2048, 64), (512,)
 PEERS: tuple[Kind, ...] = ("eager", "compiled", "int4")
 PEERS_QUICK: tuple[Kind, ...] = ("eager", "compiled")
-WHOLE_CELL = (1, 512)
-"""Where the whole step is compiled in torch's own way too: once, as it takes a minute."""
 ROUNDS, ROUNDS_QUICK = 7, 5
 STEPS, STEPS_QUICK = 30, 20
 WARM_UP_STEPS = 3
@@ -66,6 +64,8 @@ class Cell(msgspec.Struct, frozen=True):
         return f"batch{self.batch}_ctx{self.context}"
 
 
+WHOLE_CELL, WHOLE_S = Cell(1, 512), 80.0
+"""Where the whole step is compiled in torch's own way too: once and last, as it takes a minute or more."""
 StepTimes = Callable[[int], list[float]]
 """(steps) -> milliseconds of each."""
 
@@ -114,7 +114,9 @@ class GpuDecode:
         self.left_out: list[str] = []
         self.bandwidth_gb_s = 0.0
 
-    def run(self) -> None:
+    def run(self, on_cell: Callable[[], None] = lambda: None) -> None:
+        """`on_cell`: called after each cell."""
+        peers = PEERS_QUICK if self.is_quick else PEERS
         self.measure_bandwidth()
         for batch in BATCHES_QUICK if self.is_quick else BATCHES:
             cells = [Cell(batch, context) for context in (CONTEXTS_QUICK if self.is_quick else CONTEXTS)]
@@ -123,8 +125,13 @@ class GpuDecode:
                 continue
             with self.ours(batch, max(cell.context for cell in cells)) as runtimes:
                 for cell in cells:
-                    self.measure_cell(cell, runtimes)
+                    self.measure_cell(cell, runtimes, peers)
+                    on_cell()
+        if not self.is_quick and self.left_s > WHOLE_S:
+            with self.ours(WHOLE_CELL.batch, WHOLE_CELL.context) as runtimes:
+                self.measure_cell(WHOLE_CELL, runtimes, ("reduce_overhead",))
         self.measure_bandwidth()
+        on_cell()
 
     @property
     def left_s(self) -> float:
@@ -160,7 +167,7 @@ class GpuDecode:
                     self.leave_out(f"{model.name}: {error}")
             yield runtimes
 
-    def measure_cell(self, cell: Cell, runtimes: dict[str, CudaRuntime]) -> None:
+    def measure_cell(self, cell: Cell, runtimes: dict[str, CudaRuntime], peers: Sequence[Kind]) -> None:
         if self.left_s < 1.0:
             self.leave_out(f"{cell.name}: no time left")
             return
@@ -168,9 +175,6 @@ class GpuDecode:
         timed: dict[str, StepTimes] = {}
         for format, runtime in runtimes.items():
             timed[f"ours_{format}"] = launches(runtime, decode_rows(runtime, cell))
-        peers = [*(PEERS_QUICK if self.is_quick else PEERS)]
-        if (cell.batch, cell.context) == WHOLE_CELL and not self.is_quick:
-            peers.append("reduce_overhead")
         for kind in peers:
             if (peer := self.peer(kind, cell)) is not None:
                 timed[kind] = replays(peer)
@@ -181,7 +185,7 @@ class GpuDecode:
         """None where it does not run here, or there is no time to compile it."""
         expected_s = 0.0 if kind == "eager" else self.compile_s.get(kind, COMPILE_S)
         if kind == "reduce_overhead":
-            expected_s = 3 * COMPILE_S
+            expected_s = WHOLE_S
         if self.left_s < expected_s + 5.0:
             self.leave_out(f"{cell.name}, {kind}: compiling it may take {expected_s:.0f} s")
             return None
@@ -217,7 +221,7 @@ class GpuDecode:
 
     def report(self, cell: Cell, runtimes: dict[str, CudaRuntime], rounds: dict[str, list[float]]) -> None:
         for name, values in rounds.items():
-            self.figures[f"{name}_ms_{cell.name}"] = statistics.median(values)
+            self.figures.setdefault(f"{name}_ms_{cell.name}", statistics.median(values))
             print(
                 f"  {name:16} {statistics.median(values):8.3f} ms  ({min(values):.3f} to {max(values):.3f})",
                 flush=True,
@@ -233,8 +237,8 @@ class GpuDecode:
                     ratios[name] = (statistics.median(each), min(each), max(each))
                     self.figures[f"{name}_over_ours_{format}_{cell.name}"] = ratios[name][0]
             bound_ms = step_bytes(runtime.compiled, cell) / self.bandwidth_gb_s / 1e6
-            self.figures[f"share_of_bound_{format}_{cell.name}"] = bound_ms / statistics.median(own)
-            self.lines.append(
+            self.figures.setdefault(f"share_of_bound_{format}_{cell.name}", bound_ms / statistics.median(own))
+            self.add_line(
                 Line(
                     cell=cell,
                     format=format,
@@ -244,6 +248,15 @@ class GpuDecode:
                     ratios=ratios,
                 )
             )
+
+    def add_line(self, line: Line) -> None:
+        """A cell that is measured again adds its peers to what there is."""
+        for index, known in enumerate(self.lines):
+            if (known.cell, known.format) == (line.cell, line.format):
+                ratios = {**line.ratios, **known.ratios}
+                self.lines[index] = msgspec.structs.replace(known, ratios=ratios)
+                return
+        self.lines.append(line)
 
 
 def decode_rows(runtime: CudaRuntime, cell: Cell) -> Rows:

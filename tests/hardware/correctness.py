@@ -97,6 +97,9 @@ def run(setting: Setting) -> PartResult:
             left_out.append(str(error))
             problems += [str(error)] if error.is_final else []
             continue
+        if setting.left_s <= 0:
+            left_out.append(f"{model.name}: no time left")
+            continue
         cases = cases_of(model.bucket)
         with opened(compiled, num_blocks_for(cases)) as runtime:
             found = check_model(runtime, cases)
@@ -105,6 +108,7 @@ def run(setting: Setting) -> PartResult:
         print(f"  {model.name}, off by at most: {said}", flush=True)
         figures |= {f"{name.replace(' ', '_')}_{model.name}": each.largest for name, each in worst.items()}
         problems += [f"{model.name}, {problem}" for problem in found.problems]
+        setting.keep(PartResult(problems=tuple(problems), left_out=tuple(left_out), figures=figures))
     if not figures:
         problems.append("nothing was checked")
     return PartResult(problems=tuple(problems), left_out=tuple(left_out), figures=figures)

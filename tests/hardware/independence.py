@@ -48,7 +48,8 @@ def run(setting: Setting) -> PartResult:
             except BuildMissingError as error:
                 left_out.append(str(error))
                 problems += [str(error)] if error.is_final else []
-        if len(built) < 2:
+        if len(built) < 2 or setting.left_s <= 0:
+            left_out.append(f"{format}: {len(built)} buckets, {max(0.0, setting.left_s):.0f} s left")
             continue
         found = check_format(built)
         buckets = ", ".join(str(compiled.buckets[-1]) for compiled in built)

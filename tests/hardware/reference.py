@@ -4,7 +4,6 @@
 bfloat16, keys and values to float16, what lies between ops to float32. Without it nothing is rounded at all.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 
 import msgspec
@@ -15,6 +14,8 @@ from megakernel.reference import frequency
 from megakernel.step import IntArray, Rows
 
 Tensors = Mapping[str, torch.Tensor]
+NO_NUMBER = 1e9
+"""The gap of what is no number: JSON has no infinity."""
 
 
 class Gap(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,9 +28,9 @@ class Gap(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def gap(found: torch.Tensor, expected: torch.Tensor) -> Gap:
-    """Infinite where anything found is no number."""
+    """Beyond all bounds where anything found is no number."""
     if not bool(found.isfinite().all()):
-        return Gap(largest=math.inf, typical=math.inf)
+        return Gap(largest=NO_NUMBER, typical=NO_NUMBER)
     off = (found.double() - expected).abs()
     return Gap(
         largest=float(off.max() / expected.abs().max()),

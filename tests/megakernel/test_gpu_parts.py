@@ -1,5 +1,6 @@
 """The hardware run without a GPU: machines, memory, resuming, and its parts over emulated kernels."""
 
+import argparse
 import functools
 import math
 import os
@@ -15,7 +16,7 @@ import torch
 
 from benchmarks import gpu_builds, gpu_decode
 from benchmarks.gpu_builds import BuildMissingError, Builds, built, load, save
-from benchmarks.gpu_decode import Cell, GpuDecode, decode_rows, step_bytes, table
+from benchmarks.gpu_decode import Cell, GpuDecode, Line, decode_rows, step_bytes, table
 from benchmarks.gpu_machine import pick_machine
 from benchmarks.gpu_memory import fill_weights, host_view, opened
 from benchmarks.gpu_models import BuiltModel, GpuModel
@@ -24,9 +25,9 @@ from megakernel.cuda_build import CudaBuild
 from megakernel.cuda_device import DeviceFacts
 from megakernel.machine import MachineError, load_machine
 from tests.hardware import independence, soak
-from tests.hardware.__main__ import PARTS, part_named
+from tests.hardware.__main__ import PARTS, in_process, part_named
 from tests.hardware.dequantize import tensors
-from tests.hardware.part import PartResult
+from tests.hardware.part import PartResult, Setting
 from tests.hardware.results import Results, parts_to_run, read_results, write_results
 from tests.megakernel.fake_cuda import FakeDriver, emulated
 from tests.megakernel.test_gpu_reference import FAMILIES, FORMATS, compiled_for, needs_compiler
@@ -172,6 +173,28 @@ def test_a_part_that_checked_nothing_has_not_passed(part, tmp_path):
     assert done.returncode == 0, done.stderr
     result = msgspec.json.decode((tmp_path / f"{part}.result.json").read_bytes(), type=PartResult)
     assert not result.has_passed
+
+
+def chosen_in(folder: Path) -> argparse.Namespace:
+    return argparse.Namespace(folder=folder, search=0.0, quick=False)
+
+
+def test_a_part_whose_process_fails_has_not_passed(tmp_path):
+    result = in_process("no_such_part", time.monotonic() + 60, chosen_in(tmp_path))
+    assert result.problems == ("its process ended with status 1",)
+
+
+def test_what_a_part_found_before_it_was_stopped_is_kept(tmp_path, monkeypatch):
+    found = PartResult(figures={"ms": 2.0}, problems=("one is off",))
+
+    def stopped(command, **named):
+        Setting(folder=tmp_path, deadline_s=0.0, result_path=tmp_path / "soak.result.json").keep(found)
+        raise subprocess.TimeoutExpired(command, 1.0)
+
+    monkeypatch.setattr(subprocess, "run", stopped)
+    result = in_process("soak", time.monotonic(), chosen_in(tmp_path))
+    assert result.figures == found.figures
+    assert result.problems == ("one is off", "it did not end in time")
 
 
 def test_without_a_gpu_it_says_what_is_missing(tmp_path):
@@ -365,6 +388,23 @@ def test_peers_that_may_take_too_long_to_compile_are_left_out(decode):
     assert measured.peer("compiled", Cell(1, 20)) is None
     assert measured.left_out == ["batch1_ctx20, compiled: compiling it may take 30 s"]
     assert measured.peer("eager", Cell(1, 20)) is not None
+
+
+def test_a_cell_that_is_measured_again_adds_peers(decode):
+    measured = decode()
+    line = Line(
+        cell=Cell(1, 20),
+        format="Q4_0",
+        ms=1.0,
+        spread_ms=(1.0, 1.0),
+        bound_ms=0.5,
+        ratios={"eager": (2, 2, 2)},
+    )
+    measured.add_line(line)
+    measured.add_line(msgspec.structs.replace(line, ms=3.0, ratios={"whole": (4, 4, 4), "eager": (5, 5, 5)}))
+    (merged,) = measured.lines
+    assert merged.ms == 1.0
+    assert merged.ratios == {"eager": (2, 2, 2), "whole": (4, 4, 4)}
 
 
 def test_rows_of_decode_have_blocks_of_their_own():
