@@ -23,19 +23,21 @@ import itertools
 import msgspec
 import torch
 
+from benchmarks.gpu_bandwidth import measured_bandwidth
 from benchmarks.gpu_builds import BuildMissingError, Builds, built
 from benchmarks.gpu_machine import described, pick_machine
 from benchmarks.gpu_memory import opened
 from benchmarks.gpu_models import GpuModel
 from benchmarks.gpu_peers import Kind, Peer, PeerWeights, allow_recompiling
 from benchmarks.gpu_steps import Pool, chain, groups_of, num_blocks_of, rows_of
+from benchmarks.gpu_table import Cell, Line, table
 from benchmarks.harness import parser, write_figures
 from megakernel.cuda_compiled import CompiledCuda
 from megakernel.cuda_device import CudaError
 from megakernel.cuda_driver import open_driver
 from megakernel.cuda_runtime import CudaRuntime
 from megakernel.shapes import SHAPES
-from megakernel.step import Rows, StepError
+from megakernel.step import Rows
 from megakernel.user_cache import cache_folder
 
 SHAPE_NAME = "qwen3-1.7b"
@@ -51,35 +53,12 @@ WARM_UP_STEPS = 3
 BUDGET_S, BUDGET_QUICK_S = 240.0, 55.0
 COMPILE_S = 30.0
 """What compiling a peer is thought to take before one has."""
-COPY_BYTES = 1 << 30
-COPIES = 10
-
-
-class Cell(msgspec.Struct, frozen=True):
-    batch: int
-    context: int
-
-    @property
-    def name(self) -> str:
-        return f"batch{self.batch}_ctx{self.context}"
 
 
 WHOLE_CELL, WHOLE_S = Cell(1, 512), 80.0
 """Where the whole step is compiled in torch's own way too: once and last, as it takes a minute or more."""
 StepTimes = Callable[[int], list[float]]
 """(steps) -> milliseconds of each."""
-
-
-class Line(msgspec.Struct, frozen=True, kw_only=True):
-    """Of the table: one of ours in one cell."""
-
-    cell: Cell
-    format: str
-    ms: float
-    spread_ms: tuple[float, float]
-    bound_ms: float
-    ratios: dict[str, tuple[float, float, float]]
-    """Peer's time over ours: median, least, most."""
 
 
 def models(*, is_quick: bool, search_s: float) -> list[GpuModel]:
@@ -150,6 +129,12 @@ class GpuDecode:
         for name, value in found.items():
             self.figures[name] = max(value, self.figures.get(name, 0.0))
         self.bandwidth_gb_s = max(self.bandwidth_gb_s, *found.values())
+        for line in self.lines:
+            share = line.share_of_bound(self.bandwidth_gb_s)
+            self.figures[f"share_of_bound_{line.format}_{line.cell.name}"] = share
+
+    def table(self) -> str:
+        return table(self.lines, self.bandwidth_gb_s)
 
     @contextlib.contextmanager
     def ours(self, batch: int, context: int) -> Iterator[dict[str, CudaRuntime]]:
@@ -211,8 +196,8 @@ class GpuDecode:
             for name in tuple(timed):
                 try:
                     found = statistics.median(timed[name](self.steps))
-                except StepError as error:
-                    self.leave_out(f"{name}: {error}")
+                except Exception as error:
+                    self.leave_out(f"{name}: {type(error).__name__}: {error}")
                     del timed[name], rounds[name]
                     continue
                 if number:  # the first round warms up
@@ -236,15 +221,13 @@ class GpuDecode:
                     each = [other / mine for other, mine in zip(values, own, strict=True)]
                     ratios[name] = (statistics.median(each), min(each), max(each))
                     self.figures[f"{name}_over_ours_{format}_{cell.name}"] = ratios[name][0]
-            bound_ms = step_bytes(runtime.compiled, cell) / self.bandwidth_gb_s / 1e6
-            self.figures.setdefault(f"share_of_bound_{format}_{cell.name}", bound_ms / statistics.median(own))
             self.add_line(
                 Line(
                     cell=cell,
                     format=format,
                     ms=statistics.median(own),
                     spread_ms=(min(own), max(own)),
-                    bound_ms=bound_ms,
+                    num_bytes=step_bytes(runtime.compiled, cell),
                     ratios=ratios,
                 )
             )
@@ -295,46 +278,6 @@ def replays(peer: Peer) -> StepTimes:
     return times
 
 
-def measured_bandwidth() -> dict[str, float]:
-    """GB/s of a copy, bytes read and written, and of a sum."""
-    source = torch.ones(COPY_BYTES // 4, dtype=torch.float32, device="cuda")
-    target = torch.empty_like(source)
-    return {
-        "copy_gb_s": _gb_s(lambda: target.copy_(source), 2 * COPY_BYTES),
-        "read_gb_s": _gb_s(lambda: source.sum(), COPY_BYTES),
-    }
-
-
-def _gb_s(call: Callable[[], object], num_bytes: int) -> float:
-    times = []
-    call()
-    for _ in range(COPIES):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return num_bytes / min(times) / 1e6
-
-
-def table(lines: Sequence[Line]) -> str:
-    names = list(dict.fromkeys(name for line in lines for name in line.ratios))
-    head = f"{'batch':>5} {'context':>7} {'ours':>5} {'ms':>8} {'spread':>15} {'of bound':>8}"
-    head += "".join(f" {'x ' + name:>24}" for name in names)
-    rows = [head]
-    for line in sorted(lines, key=lambda line: (line.cell.batch, line.cell.context, line.format)):
-        least, most = line.spread_ms
-        row = f"{line.cell.batch:5} {line.cell.context:7} {line.format:>5} {line.ms:8.3f} "
-        row += f"{f'{least:.3f}-{most:.3f}':>15} {line.bound_ms / line.ms:8.0%}"
-        for name in names:
-            found = line.ratios.get(name)
-            shown = f"{found[0]:.2f} ({found[1]:.2f}-{found[2]:.2f})" if found else "-"
-            row += f" {shown:>24}"
-        rows.append(row)
-    return "\n".join(rows)
-
-
 def main() -> None:
     options = parser("decode on an NVIDIA GPU, beside PyTorch")
     options.add_argument("--machine", metavar="FILE", help="a description of this GPU")
@@ -363,7 +306,7 @@ def main() -> None:
         search_s=chosen.search,
     )
     decode.run()
-    print(table(decode.lines))
+    print(decode.table())
     for what in decode.left_out:
         print(f"left out: {what}")
     write_figures(chosen.json, decode.figures, decode.rounds, described(facts, machine))

@@ -4,7 +4,7 @@ import time
 from functools import partial
 
 from benchmarks.gpu_builds import BuildMissingError, await_build
-from benchmarks.gpu_decode import GpuDecode, models, table
+from benchmarks.gpu_decode import GpuDecode, models
 from tests.hardware.part import PartResult, Setting
 
 __all__ = ["models", "run"]
@@ -27,7 +27,7 @@ def run(setting: Setting) -> PartResult:
         search_s=setting.search_s,
     )
     decode.run(lambda: setting.keep(_result_of(decode)))
-    print(table(decode.lines), flush=True)
+    print(decode.table(), flush=True)
     return _result_of(decode)
 
 
