@@ -1,22 +1,24 @@
-"""Frozen programs -> CUDA: one persistent kernel a row bucket, one straight-line path an SM.
+"""Frozen programs -> CUDA: one persistent kernel a row bucket, of straight-line calls.
 
-A path is calls with literals: trip counts, tile strides, pages, counters, arrival counts. SMs whose paths
-differ only in which tile they begin with share one, and so do layers that differ only in where their weights
-lie: these become a loop over layers. Nothing is decoded or dispatched when it runs. `cuda_paths.py` finds
-what is alike.
+All SMs run the same calls, with literals: trip counts, tiles, pages, counters, arrival counts. Where SMs
+differ, literals are chosen by comparisons of the SM's number, or read from constant memory. Layers that
+differ only in where their weights lie become a loop. Nothing is decoded or dispatched when it runs.
+`cuda_calls.py` finds what is alike, `cuda_literals.py` writes what is not.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import msgspec
 
 from megakernel.artifact import WeightLayout, lay_out_weights, matrix_names
 from megakernel.buffer_layout import lay_out_buffers
+from megakernel.codegen_limits import CodegenError
+from megakernel.cuda_calls import Call, Loop, Operands, Pattern, Run, WaitAt, calls_of, pattern_of
 from megakernel.cuda_constants import ASSERTION, RESERVED_BYTES, THREADS_A_BLOCK
 from megakernel.cuda_limits import check_cuda_programs
-from megakernel.cuda_paths import Call, Loop, Operands, Path, paths_of
-from megakernel.program import Epilogue, Op, Opcode, Program, Prologue
+from megakernel.cuda_literals import Literals
+from megakernel.program import Epilogue, Op, Opcode, PageRole, Program, Prologue
 
 _LINE_BYTES = 256
 
@@ -32,8 +34,6 @@ class GeneratedCuda(msgspec.Struct, frozen=True, kw_only=True):
     shared_bytes: int
     """Dynamic, a block."""
     num_blocks: int
-    paths: Mapping[int, int]
-    """By bucket: how many different paths its SMs take."""
 
     @staticmethod
     def kernel_name(bucket: int) -> str:
@@ -60,7 +60,6 @@ def generate_cuda(programs: Sequence[Program], formats: Mapping[str, str]) -> Ge
         num_counters=num_counters,
         shared_bytes=RESERVED_BYTES + max(p.num_pages * p.page_bytes for p in programs),
         num_blocks=len(first.workers),
-        paths=writer.num_paths,
     )
 
 
@@ -80,7 +79,6 @@ class _Source:
         self.layout = layout
         self.offsets = offsets
         self.first_counters = first_counters
-        self.num_paths: dict[int, int] = {}
 
     def lines(self) -> Iterator[str]:
         first = self.programs[0]
@@ -112,51 +110,36 @@ class _Source:
         yield "  Worker w(arguments);"
         yield "  begin_block(w);"
         yield "  if (w.is_loader()) {"
-        yield f"    load_path_rows{bucket}(w);"
+        yield f"    load_rows{bucket}(w);"
         yield "  } else {"
-        yield f"    consume_path_rows{bucket}(w);"
+        yield f"    consume_rows{bucket}(w);"
         yield f"    hand_out_results<{geometry.vocab_size}, {program.stats_span}>(w, {finished});"
         yield "  }"
         yield "}"
 
 
 class _Bucket:
-    """One bucket's paths."""
+    """One bucket's two roles."""
 
     def __init__(self, source: _Source, program: Program, first_counter: int) -> None:
         self.source = source
         self.program = program
         self.first_counter = first_counter
         self.bucket = program.bucket
-        self.tables: list[str] = []
+        self.literals = Literals(f"kLiterals{program.bucket}_")
 
     def lines(self) -> Iterator[str]:
-        paths = paths_of(self.program, self.describe)
-        self.source.num_paths[self.bucket] = len(paths)
+        parts = calls_of(self.program, self.describe)
         bodies: list[str] = []
-        for index, path in enumerate(paths):
-            for role in ("consume", "load"):
-                bodies.append(
-                    f"__device__ __forceinline__ void {role}_rows{self.bucket}_{index}(Worker& w) {{"
-                )
-                bodies += self.body(path, role)
-                bodies.append("}")
-        yield from self.tables
-        yield from bodies
         for role in ("consume", "load"):
-            yield f"__device__ __forceinline__ void {role}_path_rows{self.bucket}(Worker& w) {{"
-            yield from self.choice(paths, role)
-            yield "}"
-
-    def choice(self, paths: Sequence[Path], role: str) -> Iterator[str]:
-        """Runs of SMs with one path each, by comparisons: a jump table would be an indirect branch."""
-        path_of = {worker: index for index, path in enumerate(paths) for worker in path.workers}
-        runs = [(key, len(list(run))) for key, run in groupby(path_of[w] for w in sorted(path_of))]
-        end = 0
-        for number, (index, length) in enumerate(runs):
-            end += length
-            condition = f"if (w.sm < {end}) " if number < len(runs) - 1 else ""
-            yield f"  {condition}return {role}_rows{self.bucket}_{index}(w);"
+            bodies.append(f"__device__ __forceinline__ void {role}_rows{self.bucket}(Worker& w) {{")
+            for part in parts:
+                bodies += self.part(part, role)
+            bodies.append("}")
+        if self.literals.is_too_large:
+            raise CodegenError(f"bucket {self.bucket}: SMs differ in more than constant memory holds")
+        yield from self.literals.constants
+        yield from bodies
 
     def describe(self, op: Op) -> Operands:
         """Formats must be equal where layers share code; offsets may grow."""
@@ -174,93 +157,146 @@ class _Bucket:
             numbers[f"head_norm{index}"] = layout.at(name).offset
         return Operands((formats, op.epilogue, op.prologue, op.in_features, op.out_features), numbers)
 
-    def body(self, path: Path, role: str) -> Iterator[str]:
-        for part in path.parts:
-            if isinstance(part, Loop):
-                yield "#pragma unroll 1"
-                yield f"  for (int layer = 0; layer < {part.end - part.first}; layer++) {{"
-                for call in part.calls:
-                    yield from ("    " + line for line in self.call(path, call, role))
-                yield "  }"
-            else:
-                yield from ("  " + line for line in self.call(path, part, role))
+    def part(self, part: Call | Loop, role: str) -> Iterator[str]:
+        if isinstance(part, Call):
+            yield from self.call(part, role)
+            return
+        yield "#pragma unroll 1"
+        yield f"for (uint32_t layer = 0; layer < {part.end - part.first}; layer++) {{"
+        for call in part.calls:
+            yield from self.call(call, role)
+        yield "}"
 
-    def call(self, path: Path, call: Call, role: str) -> list[str]:
-        writer = _Call(self, path, call)
+    def call(self, call: Call, role: str) -> list[str]:
+        writer = _Call(self, call)
         return writer.consume() if role == "consume" else writer.load()
-
-    def table(self, values: Sequence[int]) -> str:
-        """A constant of one number an SM."""
-        name = f"kFirst{self.bucket}_{len(self.tables)}"
-        text = ", ".join(map(str, values))
-        self.tables.append(f"__constant__ uint16_t {name}[] = {{{text}}};")
-        return f"{name}[w.sm]"
-
-
-def _pick(values: Sequence[int]) -> str:
-    """An expression in j that is values[j % len(values)]."""
-    text = f"{values[-1]}"
-    for index in reversed(range(len(values) - 1)):
-        text = f"j % {len(values)} == {index} ? {values[index]} : {text}"
-    return text if len(values) == 1 else f"({text})"
 
 
 class _Call:
-    """A run of instructions of one op on one SM: a loop over its tiles."""
+    """An op's tiles: on each SM a loop over its own."""
 
-    def __init__(self, bucket: _Bucket, path: Path, call: Call) -> None:
+    def __init__(self, bucket: _Bucket, call: Call) -> None:
         self.bucket = bucket
         self.program = bucket.program
         self.layout = bucket.source.layout
-        self.path = path
+        self.literals = bucket.literals
         self.call = call
         self.op = bucket.program.ops[call.op]
 
-    def number(self, name: str, base: int = 0) -> str:
+    def number(self, name: str) -> str:
         """An operand, as it depends on the layer of a loop."""
-        value, stride = base + self.call.numbers[name], self.call.strides.get(name, 0)
+        value, stride = self.call.numbers[name], self.call.strides.get(name, 0)
         return f"({value} + layer * INT64_C({stride}))" if stride else f"{value}"
 
-    def first(self) -> str:
-        """The number of the run's first tile."""
-        firsts = self.call.first_tiles
-        if len(set(firsts)) == 1:
-            return f"{firsts[0]}u"
-        offsets = {first - worker for worker, first in zip(self.path.workers, firsts, strict=True)}
-        if len(offsets) == 1:
-            return f"(w.sm + {offsets.pop()})"
-        values = [0] * len(self.program.workers)
-        for worker, first in zip(self.path.workers, firsts, strict=True):
-            values[worker] = first
-        return self.bucket.table(values)
-
-    def counter(self, name: str) -> str:
-        return self.number(name, self.bucket.first_counter)
+    def literal(self, of_run: Callable[[Run], int | None], otherwise: int | None = None) -> str:
+        """What it is of each SM's run in each layer; `otherwise`: of SMs without one."""
+        return self.literals.number(
+            [[otherwise if run is None else of_run(run) for run in layer] for layer in self.call.runs]
+        )
 
     def consume(self) -> list[str]:
-        lines = [f"// {self.op.name}: {self.call.count} of {self.call.columns} columns"]
-        lines += [
-            f"wait_counter(w, {self.counter(wait.operand)}, {wait.target}u, {wait.arrivals}u);"
-            for wait in self.call.waits
-        ]
-        lines += ["w.staged = 0;", *self.loop(self.consume_tile())]
-        if self.call.has_signal:
-            lines.append(f"signal_counter(w, {self.counter('signal')});")
-        return lines
+        lines = [*self.prefetch(), *self.waits()]
+        lines += [*self.loop(self.consume_tile()), *self.signal()]
+        return self.where_run(lines)
 
     def load(self) -> list[str]:
         if self.call.opcode not in (Opcode.LINEAR, Opcode.LINEAR_PARTIAL):
-            return [f"w.instruction += {self.call.count};  // {self.op.name}"]
-        return [f"// {self.op.name}", *self.loop(self.load_tile())]
+            return [f"w.instruction += {self.literal(lambda run: run.count, 0)};  // {self.op.name}"]
+        return self.where_run(self.loop(self.load_tile()))
+
+    def where_run(self, lines: list[str]) -> list[str]:
+        """For SMs that have tiles of the op."""
+        count = self.literal(lambda run: run.count, 0)
+        condition = [] if all(run for layer in self.call.runs for run in layer) else ["if (count > 0)"]
+        head = f"{{  // {self.op.name}: tiles of {self.call.columns} columns"
+        return [
+            head,
+            "w.begin_call();",
+            f"const uint32_t count = {count};",
+            *condition,
+            "{",
+            *lines,
+            "}",
+            "}",
+        ]
+
+    def prefetch(self) -> Iterator[str]:
+        """What is read after the waits, and does not depend on what is waited for."""
+        if self.call.opcode in (Opcode.LINEAR, Opcode.LINEAR_PARTIAL) and self.op.norm:
+            yield f"prefetch_vector<{self.op.in_features}>(w, {self.vector('norm')});"
+        if self.call.opcode is Opcode.ATTENTION:
+            heads = self.program.geometry.num_kv_heads
+            tile = f"prefetch_attention<Shape>(w, {self.number('layer')}, tile % {heads}, tile / {heads}, "
+            yield from ("{", *self.loop([tile + f"{self.call.num_parts});"]), "}")
+
+    def waits(self) -> Iterator[str]:
+        """A worker's first wait with the others' first, and so on."""
+        runs = list(self.call.all_runs())
+        first = self.bucket.first_counter
+        for index in range(max(len(run.waits) for run in runs)):
+            counter = self.of_wait(index, lambda wait: first + wait.counter)
+            target = self.of_wait(index, lambda wait: wait.target)
+            arrivals = self.of_wait(index, lambda wait: wait.arrivals)
+            if any(index >= len(run.waits) for run in runs):
+                some = self.of_wait(index, lambda wait: wait.target, 0)
+                yield f"if (const uint32_t target = {some}; target > 0)"
+                target = "target"
+            yield f"wait_counter(w, {counter}, {target}, {arrivals});"
+
+    def of_wait(self, index: int, of: Callable[[WaitAt], int], otherwise: int | None = None) -> str:
+        return self.literal(lambda run: of(run.waits[index]) if index < len(run.waits) else otherwise)
+
+    def signal(self) -> Iterator[str]:
+        signals = [run.signal for run in self.call.all_runs()]
+        if max(signals) < 0:
+            return
+        if min(signals) < 0:
+            yield f"if ({self.literal(lambda run: int(run.signal >= 0))})"
+        first = self.bucket.first_counter
+        counter = self.literal(lambda run: first + run.signal if run.signal >= 0 else None)
+        yield f"signal_counter(w, {counter});"
 
     def loop(self, tile: Sequence[str]) -> list[str]:
+        first = self.literal(lambda run: run.first)
+        if max(run.count for run in self.call.all_runs()) == 1:
+            return [f"const uint32_t tile = {first};", *tile]
+        stride = self.literal(lambda run: run.stride if run.count > 1 else None)
         return [
-            *(["#pragma unroll 1"] if self.call.count > 1 else []),
-            f"for (uint32_t j = 0; j < {self.call.count}; j++) {{",
-            f"  const uint32_t tile = {self.first()} + j * {self.call.tile_stride};",
+            f"const uint32_t first = {first}, stride = {stride};",
+            "#pragma unroll 1",
+            "for (uint32_t j = 0; j < count; j++) {",
+            "  const uint32_t tile = first + j * stride;",
             *("  " + line for line in tile),
             "}",
         ]
+
+    def by_tile(self, of_run: Callable[[Run], Sequence[int]]) -> str:
+        """An expression in j: of each SM's run its entry j."""
+        runs = list(self.call.all_runs())
+        if max(run.count for run in runs) == 1:
+            return self.literal(lambda run: of_run(run)[0])
+        patterns = [pattern_of(of_run(run)) for run in runs]
+        pattern = Pattern(max(p.beginning for p in patterns), math.lcm(*(p.period for p in patterns)))
+        length = min(pattern.length, max(run.count for run in runs))
+        rows: list[tuple[int, ...]] = []
+
+        def row_of(run: Run) -> int:
+            """The first of the rows that agrees with what the run has."""
+            values = of_run(run)
+            own = pattern_of(values)
+            row = tuple(values[own.index(j)] for j in range(length))
+            for index, held in enumerate(rows):
+                if held[: run.count] == row[: run.count]:
+                    return index
+            rows.append(row)
+            return len(rows) - 1
+
+        row = self.literal(row_of)
+        index = "j" if length < pattern.length else _index(pattern)
+        if len(rows) == 1 and len(set(rows[0])) == 1:
+            return f"{rows[0][0]}u"
+        table = self.literals.table([value for row_values in rows for value in row_values])
+        return f"{table}[{row} * {length}u + {index}]" if len(rows) > 1 else f"{table}[{index}]"
 
     def place(self) -> list[str]:
         """A linear tile's first column and units of K."""
@@ -285,8 +321,8 @@ class _Call:
     def load_tile(self) -> list[str]:
         load = (
             f"load_tile<{self.format}, {self.op.in_features}>(w, {self.number('weights')}, n0 / 16, "
-            f"{-(-self.call.columns // 16)}, u0, u1, {self.page(self.call.weight_pages)}, "
-            f"w.instruction - {_pick(self.call.ahead)});"
+            f"{-(-self.call.columns // 16)}, u0, u1, {self.page(PageRole.WEIGHTS)}, "
+            f"w.instruction - {self.by_tile(lambda run: run.ahead)});"
         )
         return [*self.place(), *self.where_needed([load, "w.next(true);"], ["w.next(false);"])]
 
@@ -301,8 +337,11 @@ class _Call:
     def format(self) -> str:
         return f"Format::k{self.layout.at(*matrix_names(self.op)).format}"
 
-    def page(self, pages: Sequence[int]) -> str:
-        return f"w.page({_pick(pages)}, {self.program.page_bytes})"
+    def page_number(self, role: PageRole) -> str:
+        return self.by_tile(lambda run: run.pages[role])
+
+    def page(self, role: PageRole) -> str:
+        return f"w.page({self.page_number(role)}, {self.program.page_bytes})"
 
     def vector(self, name: str) -> str:
         return f"reinterpret_cast<const float*>(w.step.weights + {self.number(name)})"
@@ -326,7 +365,7 @@ class _Call:
                 return [
                     f"attention_tile<Shape>(w, {self.number('layer')}, tile % {heads}, tile / {heads}, "
                     f"{call.num_parts}, {self.buffer(op.input)}, {self.buffer(op.output)}, "
-                    f"{program.buffers[op.output].columns}, {self.page(call.input_pages)});",
+                    f"{program.buffers[op.output].columns}, {self.page(PageRole.INPUT)});",
                     "w.next(false);",
                 ]
             case Opcode.REDUCE:
@@ -343,7 +382,7 @@ class _Call:
     def linear(self) -> list[str]:
         op, call, program = self.op, self.call, self.program
         is_normed = op.prologue is Prologue.RMS_NORM
-        input_page = _pick(call.input_pages)
+        input_page = self.page_number(PageRole.INPUT)
         if call.opcode is Opcode.LINEAR_PARTIAL:
             parts = self.buffer(program.partial_buffers[op.index])
             sink = (
@@ -355,8 +394,8 @@ class _Call:
             sink, number = self.sink(is_normed=is_normed), f"{input_page} + 1"
         statement = (
             f"linear_tile<{self.format}, {program.bucket}, {op.in_features}, {call.columns}>(w, "
-            f"{self.input()}, {sink}, u0, u1, {self.page(call.weight_pages)}, "
-            f"{self.page(call.input_pages)}, w.takes({number}));"
+            f"{self.input()}, {sink}, u0, u1, {self.page(PageRole.WEIGHTS)}, "
+            f"{self.page(PageRole.INPUT)}, w.takes({number}));"
         )
         skip = ["report_progress(w);", "w.next(false);"]
         return [*self.place(), *self.where_needed([statement, "w.next(true);"], skip)]
@@ -395,10 +434,16 @@ class _Call:
                 has = f"{_bool(bool(op.biases))}, {_bool(bool(op.head_norms))}"
                 return (
                     f"RotateAppend<{template}, {heads}, {has}>"
-                    f"{{n0, {self.page(call.output_pages)}, {self.buffer(op.output)}, "
+                    f"{{n0, {self.page(PageRole.OUTPUT)}, {self.buffer(op.output)}, "
                     f"static_cast<int>({self.number('layer')}), {bias}, {', '.join(norms)}, "
                     f"{_f32(geometry.rms_norm_eps)}}}"
                 )
+
+
+def _index(pattern: Pattern) -> str:
+    beginning, period = pattern.beginning, pattern.period
+    rest = f"(j - {beginning}u) % {period}u" if beginning else f"j % {period}u"
+    return f"(j < {beginning}u ? j : {beginning}u + {rest})" if beginning else rest
 
 
 def _bool(value: bool) -> str:

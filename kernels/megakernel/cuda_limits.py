@@ -1,12 +1,13 @@
 """What the CUDA kernels take: row counts, sizes, tiles, shared memory."""
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 from megakernel.codegen_limits import CodegenError, KvFormat, check_same_artifact
 from megakernel.cuda_constants import K_BLOCK, MAX_LOADS_AHEAD, RESERVED_BYTES, STATS_SPAN
 from megakernel.machine import Machine
 from megakernel.packing import GROUP
-from megakernel.program import Instruction, Opcode, Program
+from megakernel.program import Instruction, Opcode, PageRole, Program
 
 MAX_ROWS = 64
 MAX_GROUP = 16
@@ -50,10 +51,12 @@ def _check_sizes(program: Program) -> None:
 def _check_tiles(program: Program) -> None:
     """That linear tiles are whole column groups and whole units of K, as weights are packed, and that their
     weights are not loaded further ahead than loads are counted."""
-    for index, instruction in _instructions(program):
+    for instruction, loads_ahead in _instructions(program):
         op, name = program.ops[instruction.op], _tile_name(program, instruction)
-        if any(index - use.live_from > MAX_LOADS_AHEAD for use in instruction.pages):
-            raise CodegenError(f"{name}: weights are loaded more than {MAX_LOADS_AHEAD} instructions ahead")
+        if loads_ahead > MAX_LOADS_AHEAD:
+            raise CodegenError(
+                f"{name}: weights are loaded before those of more than {MAX_LOADS_AHEAD} tiles are used"
+            )
         if instruction.opcode in (Opcode.EMBED, Opcode.ATTENTION):
             continue
         if not _is_whole(instruction.n0, instruction.n1, GROUP, op.out_features):
@@ -62,9 +65,14 @@ def _check_tiles(program: Program) -> None:
             raise CodegenError(f"{name}: K is not divided in {K_BLOCK}s")
 
 
-def _instructions(program: Program) -> Iterator[tuple[int, Instruction]]:
-    """With each its index in its worker's order."""
-    return (entry for worker in program.workers for entry in enumerate(worker))
+def _instructions(program: Program) -> Iterator[tuple[Instruction, int]]:
+    """With each how many weight tiles are still to be used when its own may be loaded."""
+    for worker in program.workers:
+        has_loaded = [any(use.role is PageRole.WEIGHTS for use in one.pages) for one in worker]
+        loads = [0, *accumulate(has_loaded)]
+        for index, one in enumerate(worker):
+            first = min((use.live_from for use in one.pages), default=index)
+            yield one, loads[index] - loads[first]
 
 
 def _is_whole(start: int, end: int, step: int, size: int) -> bool:

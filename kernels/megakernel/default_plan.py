@@ -15,6 +15,7 @@ from megakernel.linear_tiles import (
 from megakernel.machine import Machine
 from megakernel.model.shape import ModelShape
 from megakernel.plan import OpPlan, Plan
+from megakernel.schedule import most_prefetched
 from megakernel.tiles import packed_grain
 
 
@@ -27,7 +28,8 @@ def default_plan(
     ops = {role.name: plan_linear(role, machine) for role in linear_roles(shape, stored, machine)}
     ops["embed"] = OpPlan(tile_columns=even_columns(shape.hidden_size, packed_grain(1), machine.num_workers))
     ops["attention"] = OpPlan(tile_columns=1)
-    return Plan(ops=ops, prefetch_instructions=MAX_STAGES - 1)
+    ahead = most_prefetched(machine) if machine.kind == "cuda" else MAX_STAGES - 1
+    return Plan(ops=ops, prefetch_instructions=ahead)
 
 
 def plan_linear(role: LinearRole, machine: Machine) -> OpPlan:

@@ -4,7 +4,9 @@ An instruction holds its weight tile, its input and its output (`footprint.py`).
 `live_from` instructions ahead, into pages that earlier inputs, outputs and weights have left.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
+from functools import reduce
+from operator import or_
 
 import msgspec
 
@@ -25,11 +27,19 @@ def plan_pages(
     """The program with every instruction's pages, replacing any it had.
 
     Weights are held from up to `Plan.prefetch_instructions` ahead, but never more than the role's `stages`
-    tiles at once, and later where pages are short. Raises ScratchError.
+    tiles at once, and later where pages are short. On a GPU what is counted are instructions with weights,
+    and nothing but pages limits them: a loader streams past ops that have none. Raises ScratchError.
     """
     paged = msgspec.structs.replace(program, num_pages=machine.num_pages, page_bytes=machine.page_bytes)
     needs = _NeedsByTile(paged, machine, formats)
-    depths = [_prefetch_depth(op, plan) for op in program.ops]
+    if machine.kind == "cuda":
+        depth = plan.prefetch_instructions if plan is not None else 1
+        workers = tuple(
+            _allocate(worker, needs, _AheadOfLoads(depth), machine.num_pages, _alike_in_layers(program))
+            for worker in program.workers
+        )
+        return msgspec.structs.replace(paged, workers=workers)
+    depths = _AheadOfInstructions([_prefetch_depth(op, plan) for op in program.ops])
     workers = tuple(_allocate(worker, needs, depths, machine.num_pages) for worker in program.workers)
     return msgspec.structs.replace(paged, workers=workers)
 
@@ -44,6 +54,36 @@ def _prefetch_depth(op: Op, plan: Plan | None) -> int:
         return 1
     stages = plan.ops[role_of(op)].stages if role_of(op) in plan.ops else OpPlan(tile_columns=1).stages
     return max(0, min(plan.prefetch_instructions, stages - 1))
+
+
+def _alike_in_layers(program: Program) -> Callable[[Instruction], Hashable]:
+    roles = [role_of(op) for op in program.ops]
+    return lambda one: (roles[one.op], one.opcode, one.n0, one.part)
+
+
+class _AheadOfInstructions:
+    """The first instruction from which on weights may be loaded: so many before their own, by op."""
+
+    def __init__(self, depths: list[int]) -> None:
+        self._depths = depths
+
+    def __call__(self, index: int, instruction: Instruction) -> int:
+        return max(0, index - self._depths[instruction.op])
+
+
+class _AheadOfLoads:
+    """As many instructions with weights before their own, and those without that lie between. Asked in order,
+    of instructions with weights."""
+
+    def __init__(self, depth: int) -> None:
+        self._depth = depth
+        self._loads: list[int] = []
+
+    def __call__(self, index: int, instruction: Instruction) -> int:
+        del instruction
+        self._loads.append(index)
+        before = len(self._loads) - 2 - self._depth
+        return self._loads[before] + 1 if before >= 0 else 0
 
 
 class _NeedsByTile:
@@ -87,28 +127,42 @@ class _NeedsByTile:
 
 
 def _allocate(
-    worker: tuple[Instruction, ...], needs_of: _NeedsByTile, depths: list[int], num_pages: int
+    worker: tuple[Instruction, ...],
+    needs_of: _NeedsByTile,
+    first_of: Callable[[int, Instruction], int],
+    num_pages: int,
+    key_of: Callable[[Instruction], Hashable] | None = None,
 ) -> tuple[Instruction, ...]:
     """Pages are bits of an integer; `held[t]` are those in use while instruction t runs.
 
     In order of instructions, so that what is already placed never reaches beyond the last one: at its own
-    time an instruction shares the pages with nobody, and only its early weights must find gaps.
+    time an instruction shares the pages with nobody, and only its early weights must find gaps. Instructions
+    of one key are placed as the one before was, where that is free: so layers come to be alike.
     """
     every = (1 << num_pages) - 1
     held: list[int] = []
     placed: list[Instruction] = []
+    known: dict[Hashable, tuple[int, int]] = {}  # by key, how far ahead and where the last weights were
     for index, instruction in enumerate(worker):
         needs = needs_of(instruction)
-        depth = depths[instruction.op] if needs.weights else 0
-        for live_from in range(max(0, index - depth), index + 1):
-            taken = 0
-            for time in range(live_from, index):
-                taken |= held[time]
-            firsts = _place(every, taken, needs, num_pages)
-            if firsts is not None:
-                break
+        earliest = first_of(index, instruction) if needs.weights else index
+        key = key_of(instruction) if key_of is not None else index
+        ahead, before = known.get(key, (0, -1))
+        firsts = None
+        if before >= 0 and index - ahead >= earliest:
+            live_from = index - ahead
+            wanted = _mask(before, needs.weights)
+            if not _taken(held, live_from, index) & wanted:
+                firsts = _place(every, every & ~wanted, needs, num_pages)
+        if firsts is None:
+            for live_from in range(earliest, index + 1):
+                firsts = _place(every, _taken(held, live_from, index), needs, num_pages)
+                if firsts is not None:
+                    break
         assert firsts is not None, "what fits in all pages has a place when nothing else is held"
         weights, source, result = firsts
+        if needs.weights:
+            known[key] = index - live_from, weights
         early = _mask(weights, needs.weights)
         for time in range(live_from, index):
             held[time] |= early
@@ -121,6 +175,10 @@ def _allocate(
         pages = tuple(use for use in uses if use.count)
         placed.append(msgspec.structs.replace(instruction, pages=pages))
     return tuple(placed)
+
+
+def _taken(held: list[int], start: int, end: int) -> int:
+    return reduce(or_, held[start:end], 0)
 
 
 def _place(every: int, taken: int, needs: PageNeeds, num_pages: int) -> tuple[int, int, int] | None:

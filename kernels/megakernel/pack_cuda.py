@@ -13,7 +13,8 @@ the numbers, then the scales:
     Q4_0, Q4_1, W4G128   bit 16 * e + 4 * i of the word at 512 * (s / 4) + 16 * l + 4 * (s % 4)
     Q8_0, W8G128         byte 512 * (s / 2) + 16 * l + 8 * (s % 2) + 2 * i + e: number + 128
     BF16, F16            byte 512 * s + 16 * l + 4 * i + 2 * e
-    scales               [groups of K that share them][16 columns]: half d, where there is a minimum half m
+    scales               [8 columns][groups of K that share them][column, column + 8]: half d, where there
+                         is a minimum half m
 
 Values are never changed. Columns are padded to 16 with zeros, K to whole units with blocks of zeros: what
 lies past a row's end is multiplied by zeros, and need not be zero in a last, short group of W4G128.
@@ -129,9 +130,9 @@ def _pack_rows(rows: Bytes, layout: _Layout, packed: Bytes) -> None:
     units[:, :, : layout.number_bytes] = _fragments(numbers, layout).reshape(*units.shape[:2], -1)
     if layout.header_bytes:
         scales = stored[:, :, : layout.header_bytes].reshape(
-            len(packed), GROUP, units.shape[1], -1, layout.header_bytes
+            len(packed), 2, GROUP // 2, units.shape[1], -1, layout.header_bytes
         )
-        ordered = np.einsum("cnujx->cujnx", scales)
+        ordered = np.einsum("cbgujx->cugjbx", scales)
         units[:, :, layout.number_bytes :] = ordered.reshape(*units.shape[:2], -1)
 
 
@@ -199,10 +200,11 @@ def _numbers(units: Bytes, layout: _Layout) -> Bytes:
 
 
 def _scaled(numbers: Bytes, scales: Bytes, format: str, layout: _Layout) -> npt.NDArray[np.float32]:
-    """Scales: [column groups, units, bytes], of which those of 16 columns of each group of K."""
+    """Scales: [column groups, units, bytes], of which for columns n and n + 8 those of each group of K."""
     halves = np.ascontiguousarray(scales).view(np.float16).astype(np.float32)
-    by_column = halves.reshape(*numbers.shape[:2], -1, GROUP, layout.header_bytes // 2)
-    by_element = np.repeat(by_column.swapaxes(2, 3), layout.block_k, axis=3)
+    by_pair = halves.reshape(*numbers.shape[:2], GROUP // 2, -1, 2, layout.header_bytes // 2)
+    by_column = np.concatenate([by_pair[:, :, :, :, 0], by_pair[:, :, :, :, 1]], axis=2)
+    by_element = np.repeat(by_column, layout.block_k, axis=3)
     d, q = by_element[..., 0], numbers.astype(np.float32)
     match format:
         case "Q4_0":

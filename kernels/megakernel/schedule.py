@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from megakernel.cuda_constants import MAX_LOADS_AHEAD
 from megakernel.footprint import (
     Footprint,
     attention_footprint,
@@ -220,7 +221,12 @@ def list_schedule(
         role.role: _plan_role(role, geometry, machine, bucket, k_tiles.get(role.role, 1))
         for role in role_shapes(shape, formats, split_tokens=split_tokens, kind=machine.kind).values()
     }
-    return Plan(ops=ops, prefetch_instructions=1)
+    return Plan(ops=ops, prefetch_instructions=most_prefetched(machine) if machine.kind == "cuda" else 1)
+
+
+def most_prefetched(machine: Machine) -> int:
+    """What `Plan.prefetch_instructions` may be: a GPU's loader takes what its pages and barriers hold."""
+    return MAX_LOADS_AHEAD if machine.kind == "cuda" else MAX_STAGES
 
 
 def _plan_role(role: RoleShape, geometry: Geometry, machine: Machine, bucket: int, k_tiles: int) -> OpPlan:
@@ -265,17 +271,10 @@ def with_workers(role: RoleShape, op_plan: OpPlan, machine: Machine) -> OpPlan:
 
 
 def _in_turn(role: RoleShape, op_plan: OpPlan, machine: Machine) -> tuple[int, ...]:
-    """Tiles dealt to workers in order: SMs whose tiles are evenly spaced share code.
-
-    Attention's splits ascending, of each its KV heads: the first splits are those that every context has.
-    """
+    """Tiles dealt to workers in order: SMs whose tiles are evenly spaced share code."""
     tiles = num_tiles(role, op_plan.tile_columns)
-    if role.role == "attention":
-        parts = min(machine.num_workers, role.num_splits)
-        numbers = [part * tiles + head for head in range(tiles) for part in range(parts)]
-    else:
-        numbers = list(range(tiles * op_plan.num_k_tiles))
-    return tuple(number % machine.num_workers for number in numbers)
+    parts = min(machine.num_workers, role.num_splits) if role.role == "attention" else op_plan.num_k_tiles
+    return tuple(number % machine.num_workers for number in range(tiles * parts))
 
 
 def balanced(costs: Sequence[float], num_workers: int) -> tuple[int, ...]:

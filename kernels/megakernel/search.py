@@ -24,14 +24,13 @@ from megakernel.machine import Machine
 from megakernel.memory import ScratchError
 from megakernel.model.shape import ModelShape
 from megakernel.plan import Plan
-from megakernel.schedule import list_schedule
+from megakernel.schedule import list_schedule, most_prefetched
 from megakernel.tilings import CONTIGUOUS, Tilings
 from megakernel.user_cache import cache_folder, read_if_there, write_atomically
 from megakernel.work import DEFAULT_CONTEXT_TOKENS
 
 _VERSION = 2
 """Of the search and the cost model: raised when their results change."""
-_MAX_PREFETCH = 4
 _NUM_FINALISTS = 4
 _NUM_COMPARED = 2
 """Plans that are simulated in full beside the baseline."""
@@ -266,7 +265,7 @@ class _Search:
         role = self._random.randrange(len(self._tilings.roles))
         if kind < 0.15:
             step = self._random.choice((-1, 1))
-            ahead = min(max(point.prefetch_instructions + step, 0), _MAX_PREFETCH)
+            ahead = min(max(point.prefetch_instructions + step, 0), most_prefetched(self._judge.machine))
             return msgspec.structs.replace(point, prefetch_instructions=ahead)
         if kind < 0.3:
             turn = self._random.choice((CONTIGUOUS, self._random.randrange(self._judge.machine.num_workers)))

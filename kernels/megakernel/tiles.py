@@ -97,11 +97,15 @@ def max_k_tiles(in_features: int, kind: str = "cpu") -> int:
 
 
 def tiles_of(op: TiledOp, num_attention_parts: int, kind: str = "cpu") -> tuple[Tile, ...]:
-    """An op's tiles, after `tile`: columns ascending, of each its K-tiles or attention parts ascending."""
+    """An op's tiles, after `tile`: columns ascending, of each its K-tiles or attention parts ascending.
+
+    On CUDA attention's parts ascend, of each its KV heads: the first splits are those that every context has.
+    """
     width, step = width_of(op), op.decided("tile_columns")
     match op:
         case AttentionOp():
-            return _dealt_tiles(width, step, num_attention_parts)
+            tiles = _dealt_tiles(width, step, num_attention_parts)
+            return _part_by_part(tiles) if kind == "cuda" else tiles
         case PartialLinearOp():
             return _k_tiles(width, step, op.in_features, sizes_of(op.parts)[0], kind)
         case ReduceOp():
@@ -141,3 +145,8 @@ def _dealt_tiles(width: int, step: int, num_parts: int) -> tuple[Tile, ...]:
         for n0, n1 in _columns(width, step)
         for part in range(num_parts)
     )
+
+
+@lru_cache(maxsize=256)
+def _part_by_part(tiles: tuple[Tile, ...]) -> tuple[Tile, ...]:
+    return tuple(sorted(tiles, key=lambda tile: (tile.part, tile.n0)))

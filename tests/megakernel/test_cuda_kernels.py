@@ -136,13 +136,13 @@ def test_a_row_has_the_same_bits_alone_in_company_and_in_any_bucket():
 
 
 FAULTS = {
-    "a dropped wait": ("  wait_counter(w, 1,", "  if (false) wait_counter(w, 1,", RaceError),
+    "a dropped wait": ("wait_counter(w, (1u + layer * 5u)", "if (false) wait_counter(w, 1u", RaceError),
     "weights loaded too early": (
-        "w.instruction - 1)",
+        "w.instruction - 1u)",
         "w.instruction - (w.instruction < 4 ? w.instruction : 4))",
         InFlightError,
     ),
-    "a dropped arrival": ("signal_counter(w, 2);", "", DeadlockError),
+    "a dropped arrival": ("signal_counter(w, (2u + layer * 5u));", "", DeadlockError),
     "tiles one off": (
         "const uint32_t n0 = tile * 16;",
         "const uint32_t n0 = tile * 16 + 16;",

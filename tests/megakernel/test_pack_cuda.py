@@ -107,13 +107,18 @@ def value_in_fragment(format: str, unit: bytes, lane: int, s: int, i: int, e: in
         return struct.unpack("<f", b"\0\0" + raw)[0] if format == "BF16" else struct.unpack("<e", raw)[0]
     if format in ("Q8_0", "W8G128"):
         number = unit[512 * (s // 2) + 16 * lane + 8 * (s % 2) + 2 * i + e] - 128
-        scales = 1024 + 32 * (k // 32) if format == "Q8_0" else 2048
-        return halves(scales + 2 * column)[0] * np.float32(number)
+        scales = 1024 + 2 * ((column % 8 * 2 + k // 32) * 2 + column // 8)
+        if format == "W8G128":
+            scales = 2048 + 2 * (column % 8 * 2 + column // 8)
+        return halves(scales)[0] * np.float32(number)
     word = struct.unpack_from("<I", unit, 512 * (s // 4) + 16 * lane + 4 * (s % 4))[0]
     number = np.float32(word >> 16 * e + 4 * i & 15)
     if format == "Q4_0":
-        return halves(512 + 32 * (k // 32) + 2 * column)[0] * (number - 8)
-    scale, least = halves((512 + 64 * (k // 32) if format == "Q4_1" else 1024) + 4 * column, 2)
+        return halves(512 + 2 * ((column % 8 * 2 + k // 32) * 2 + column // 8))[0] * (number - 8)
+    scales = 512 + 4 * ((column % 8 * 2 + k // 32) * 2 + column // 8)
+    if format == "W4G128":
+        scales = 1024 + 4 * (column % 8 * 2 + column // 8)
+    scale, least = halves(scales, 2)
     return scale * number + least
 
 
@@ -143,7 +148,9 @@ def test_each_element_is_in_the_register_that_multiplies_it(format):
 def test_padding_is_whole_blocks_of_zeros():
     units = pack_linear([tensor("Q8_0", 16, 32)]).data.reshape(1, UNIT_BYTES["Q8_0"])
     assert (units[0, 512:1024] == 128).all()
-    assert not units[0, 1056:].any()
+    scales = units[0, 1024:].view(np.float16).reshape(8, 2, 2)
+    assert scales[:, 0].any()
+    assert not scales[:, 1].any()
     floats = pack_linear([tensor("BF16", 16, 16)]).data
     assert floats[:1024].any()
     assert not floats[1024:].any()

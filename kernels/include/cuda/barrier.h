@@ -5,13 +5,13 @@
 
 namespace headrace {
 
-__device__ __noinline__ inline void fail(const Worker& w, uint32_t code, uint32_t counter, uint32_t expected,
-                                         uint32_t actual) {
-    Failure* failure = w.step.failure;
+// Out of line, and without the worker's address: so that it stays in registers.
+__device__ __noinline__ inline void report_failure(Failure* failure, uint32_t instruction, uint32_t code,
+                                                   uint32_t counter, uint32_t expected, uint32_t actual) {
     if (ptx::compare_exchange(&failure->code, kNoFailure, code) == kNoFailure) {
-        ptx::store_system(&failure->block, w.sm);
-        ptx::store_system(&failure->warp, w.warp);
-        ptx::store_system(&failure->instruction, w.instruction);
+        ptx::store_system(&failure->block, ptx::block());
+        ptx::store_system(&failure->warp, ptx::warp());
+        ptx::store_system(&failure->instruction, instruction);
         ptx::store_system(&failure->counter, counter);
         ptx::store_system(&failure->expected, expected);
         ptx::store_system(&failure->actual, actual);
@@ -19,6 +19,11 @@ __device__ __noinline__ inline void fail(const Worker& w, uint32_t code, uint32_
         ptx::fence_system();
     }
     ptx::trap();
+}
+
+__device__ __forceinline__ void fail(const Worker& w, uint32_t code, uint32_t counter, uint32_t expected,
+                                     uint32_t actual) {
+    report_failure(w.step.failure, w.instruction, code, counter, expected, actual);
 }
 
 __device__ __forceinline__ void sync_consumers() { ptx::sync_threads(kConsumerBarrier, kConsumers); }
@@ -72,6 +77,7 @@ __device__ __forceinline__ void begin_block(const Worker& w) {
             ptx::mbarrier_init(w.shared + kLandedAt + 8 * i, kIsBulkCopy ? 1 : kLanes);
         ptx::fence_mbarrier_init();
         ptx::store_shared<uint32_t>(w.shared + kProgressAt, 0);
+        ptx::store_shared(w.shared + kSmAt, uint2{w.sm, 0});
     }
     ptx::sync_threads(0, kThreads);
 }

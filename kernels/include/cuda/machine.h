@@ -33,6 +33,7 @@ constexpr uint32_t kLoadsInFlight = 8;
 // Shared memory before the program's pages, in bytes.
 constexpr uint32_t kLandedAt = 0;       // [kLoadsInFlight] mbarriers: a load's weights are there
 constexpr uint32_t kProgressAt = 64;    // consumer warps that ended an instruction, summed over instructions
+constexpr uint32_t kSmAt = 72;          // the block's own number, and 0: see Worker::begin_call
 constexpr uint32_t kScalesAt = 128;     // [kRowChunk] floats: what RMS norm multiplies a row's sums by
 constexpr uint32_t kSquaresAt = 192;    // [kRowChunk][kConsumerWarps] floats
 constexpr uint32_t kSelectionAt = 704;  // [kConsumerWarps] of 16 bytes: a step's results
@@ -57,6 +58,16 @@ struct Worker {
           lane(ptx::lane()),
           thread(ptx::thread()) {}
 
+    // Before a call. The compiler cannot know that these loads bring what they always bring: it has no reason to
+    // hold all calls' literals and addresses in registers through the loop over layers, where most would spill.
+    __device__ __forceinline__ void begin_call() {
+        const uint2 own = ptx::load_shared<uint2>(shared + kSmAt);
+        sm = own.x;
+        thread = ptx::thread() + own.y;
+        warp = thread / kLanes;
+        lane = thread % kLanes;
+        staged = 0;
+    }
     // After an instruction, or in its place where a step has no use for it.
     __device__ __forceinline__ void next(bool has_loaded) {
         instruction++;

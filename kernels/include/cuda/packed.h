@@ -20,8 +20,9 @@ constexpr int weight_bytes(Format f) {  // of a unit of 16 columns, without scal
     return 16 * unit_k(f) * (is_float(f) ? 4 : is_8bit(f) ? 2 : 1) / 2;
 }
 constexpr int scale_bytes(Format f) { return is_float(f) ? 0 : has_minima(f) ? 4 : 2; }  // of a column's group
+constexpr int scale_groups(Format f) { return unit_k(f) / scale_group(f); }  // of a unit
 constexpr int unit_bytes(Format f) {
-    return weight_bytes(f) + (is_float(f) ? 0 : unit_k(f) / scale_group(f) * 16 * scale_bytes(f));
+    return weight_bytes(f) + (is_float(f) ? 0 : scale_groups(f) * 16 * scale_bytes(f));
 }
 constexpr int num_units(Format f, int in_features) { return (in_features + unit_k(f) - 1) / unit_k(f); }
 constexpr int64_t group_bytes(Format f, int in_features) {  // of 16 columns

@@ -23,10 +23,10 @@ def workers_of(op: TiledOp, context: PassContext) -> tuple[int, ...]:
     planned = context.op_plan(op.role).tile_workers
     if planned is not None:
         return planned_workers(op, planned, num_tiles, context.machine.num_workers)
-    if isinstance(op, AttentionOp):
-        return dealt(num_tiles, context.num_attention_parts, context.machine.num_workers)
     if context.machine.kind == "cuda":
         return tuple(tile % context.machine.num_workers for tile in range(num_tiles))
+    if isinstance(op, AttentionOp):
+        return dealt(num_tiles, context.num_attention_parts, context.machine.num_workers)
     return contiguous(num_tiles, context.machine.num_workers)
 
 

@@ -18,7 +18,6 @@ struct AttentionShape {
     static constexpr int kLanesAToken = kDim / 8;     // each has 8 of its elements, 16 bytes
     static constexpr int kTokensATime = kLanes / kLanesAToken;
     static constexpr int kTimes = (kTokens + kTokensATime - 1) / kTokensATime;
-    static constexpr int kHeadsATime = kGroup < 4 ? kGroup : 4;
     static constexpr int kSlotColumns = 2 * kKvHeads * kDim;
     static_assert(kDim >= 16 && kDim <= 256 && (kDim & (kDim - 1)) == 0);
     static_assert(kTokens <= 32);
@@ -43,19 +42,17 @@ __device__ __forceinline__ int64_t slot_of(const StepArguments& step, int row, i
     return static_cast<int64_t>(block) * step.block_size_tokens + position % step.block_size_tokens;
 }
 
-// What a warp makes of its tokens of a split, for heads [first, first + kHeadsATime) of the KV head's group, to
-// `partial`: [warp][head of the group][kDim + 2] floats.
+// What a warp makes of its tokens of a split, for each head of the KV head's group, to `partial`: [warp][head of
+// the group][kDim + 2] floats.
 template <class Shape>
 __device__ __forceinline__ void attend_warp(const Worker& w, const uint4 (&keys)[Shape::kTimes],
-                                            const uint4 (&values)[Shape::kTimes], const float* queries, int first,
-                                            int num_own, SharedAddress partial) {
+                                            const uint4 (&values)[Shape::kTimes], const float* queries, int num_own,
+                                            SharedAddress partial) {
     constexpr int kTimes = Shape::kTimes, kDim = Shape::kDim;
     const uint32_t of_token = w.lane / Shape::kLanesAToken, chunk = w.lane % Shape::kLanesAToken;
     constexpr float kNone = -__builtin_huge_valf();
-#pragma unroll
-    for (int h = 0; h < Shape::kHeadsATime; h++) {
-        const int head = first + h;
-        if (head >= Shape::kGroup) break;
+#pragma unroll 1  // two heads at once take more registers than there are
+    for (int head = 0; head < Shape::kGroup; head++) {
         float query[8];
         const float4 low = ptx::load_global(reinterpret_cast<const float4*>(queries + head * kDim + chunk * 8));
         const float4 high = ptx::load_global(reinterpret_cast<const float4*>(queries + head * kDim + chunk * 8) + 1);
@@ -134,9 +131,27 @@ __device__ __forceinline__ void merge_warps(const Worker& w, SharedAddress parti
     }
 }
 
+// Before the wait for queries: what an instruction will read of committed tokens is sent for.
+template <class Shape>
+__device__ __forceinline__ void prefetch_attention(const Worker& w, int layer, uint32_t kv_head, uint32_t part, uint32_t num_parts) {
+    constexpr int kLines = Shape::kDim * 2 / 128 > 0 ? Shape::kDim * 2 / 128 : 1;  // of 128 bytes, a head's K or V
+    for (int row = 0; row < w.step.num_rows; row++) {
+        const int context = ptx::load_constant(w.step.context_lengths + row);
+        for (int split = part; split * Shape::kSplitTokens < context; split += num_parts) {
+            const int position = split * Shape::kSplitTokens + static_cast<int>(w.thread) / 2;
+            if (position >= context || w.thread >= 2 * Shape::kSplitTokens) continue;
+            const int64_t slot = slot_of(w.step, row, position);
+            const uint16_t* from = w.step.kv + (layer * w.step.num_slots + slot) * Shape::kSlotColumns +
+                                   (w.thread % 2 * Shape::kKvHeads + kv_head) * Shape::kDim;
+#pragma unroll
+            for (int line = 0; line < kLines; line++) ptx::prefetch(from + line * 64);
+        }
+    }
+}
+
 // Splits `part`, `part + num_parts`, ... of every row's positions, for one KV head.
 template <class Shape>
-__device__ __noinline__ void attention_tile(const Worker w, int layer, uint32_t kv_head, uint32_t part, uint32_t num_parts,
+__device__ __forceinline__ void attention_tile(const Worker w, int layer, uint32_t kv_head, uint32_t part, uint32_t num_parts,
                                             const float* queries, float* out, int64_t out_columns, SharedAddress partial) {
     constexpr int kDim = Shape::kDim, kTokens = Shape::kTokens;
     const uint32_t of_token = w.lane / Shape::kLanesAToken, chunk = w.lane % Shape::kLanesAToken;
@@ -164,9 +179,7 @@ __device__ __noinline__ void attention_tile(const Worker w, int layer, uint32_t 
                     keys[i] = ptx::load_global(reinterpret_cast<const uint4*>(from));
                     values[i] = ptx::load_global(reinterpret_cast<const uint4*>(from + Shape::kKvHeads * kDim));
                 }
-#pragma unroll 1
-                for (int first = 0; first < Shape::kGroup; first += Shape::kHeadsATime)
-                    attend_warp<Shape>(w, keys, values, query, first, num_own, partial);
+                attend_warp<Shape>(w, keys, values, query, num_own, partial);
             }
             sync_consumers();
             float* of_split = out + row * out_columns +

@@ -18,7 +18,8 @@ __device__ __forceinline__ float packed_element(const uint8_t* matrix, int64_t c
         const uint16_t bits = ptx::load_constant(reinterpret_cast<const uint16_t*>(unit + 512 * step + 16 * lane + 4 * i + 2 * e));
         return F == Format::kF16 ? ptx::half_to_float(bits) : ptx::bf16_to_float(bits);
     } else {
-        const uint8_t* scale = unit + weight_bytes(F) + (in_unit / scale_group(F) * 16 + column % 16) * scale_bytes(F);
+        const uint32_t of_column = (column % 8 * scale_groups(F) + in_unit / scale_group(F)) * 2 + column % 16 / 8;
+        const uint8_t* scale = unit + weight_bytes(F) + of_column * scale_bytes(F);
         const float d = ptx::half_to_float(ptx::load_constant(reinterpret_cast<const uint16_t*>(scale)));
         if constexpr (is_8bit(F)) {
             const uint32_t word =
@@ -35,7 +36,7 @@ __device__ __forceinline__ float packed_element(const uint8_t* matrix, int64_t c
 }
 
 template <Format F, int kIn>
-__device__ __noinline__ void embed_tile(const Worker w, int64_t table, uint32_t n0, uint32_t n1, float* hidden) {
+__device__ __forceinline__ void embed_tile(const Worker w, int64_t table, uint32_t n0, uint32_t n1, float* hidden) {
     for (int row = 0; row < w.step.num_rows; row++) {
         const int token = ptx::load_constant(w.step.token_ids + row);
         for (uint32_t k = n0 + w.thread; k < n1; k += kConsumers)

@@ -23,7 +23,11 @@ __device__ __forceinline__ float scaled(const Worker& w, const Place& at, float 
     return sum;
 }
 
-struct NoEnd {
+// A sink takes sums: `fetch` loads what of memory they will be joined with, before they are there; `end` follows
+// all sums of a chunk of rows, without a barrier between.
+struct SimpleSink {
+    struct Held {};
+    __device__ __forceinline__ Held fetch(const Place&) const { return {}; }
     __device__ __forceinline__ void end(const Worker&, int, int) const {}
 };
 
@@ -34,11 +38,11 @@ __device__ __forceinline__ bool is_within(int column) {
 
 // Rows of a float buffer; also of K-tiles' sums.
 template <int kColumns, bool kIsNormed>
-struct Store : NoEnd {
+struct Store : SimpleSink {
     float* out;  // the tile's first column
     int64_t row_columns;
 
-    __device__ __forceinline__ void put(const Worker& w, const Place& at, float low, float high) const {
+    __device__ __forceinline__ void put(const Worker& w, const Place& at, float low, float high, Held) const {
         if (!at.is_row) return;
         float* to = out + at.step_row() * row_columns + at.column;
         if (is_within<kColumns>(at.column)) ptx::store_global(to, scaled<kIsNormed>(w, at, low));
@@ -47,28 +51,36 @@ struct Store : NoEnd {
 };
 
 template <int kColumns, bool kIsNormed>
-struct Residual : NoEnd {
+struct Residual : SimpleSink {
+    struct Held {
+        float low, high;
+    };
     float* out;
     int64_t row_columns;
 
-    __device__ __forceinline__ void put(const Worker& w, const Place& at, float low, float high) const {
-        if (!at.is_row) return;
-        float* to = out + at.step_row() * row_columns + at.column;
-        if (is_within<kColumns>(at.column))
-            ptx::store_global(to, ptx::load_global(to) + scaled<kIsNormed>(w, at, low));
-        if (is_within<kColumns>(at.column + 16))
-            ptx::store_global(to + 16, ptx::load_global(to + 16) + scaled<kIsNormed>(w, at, high));
+    __device__ __forceinline__ Held fetch(const Place& at) const {
+        const float* from = to(at);
+        return {at.is_row && is_within<kColumns>(at.column) ? ptx::load_global(from) : 0,
+                at.is_row && is_within<kColumns>(at.column + 16) ? ptx::load_global(from + 16) : 0};
     }
+    __device__ __forceinline__ void put(const Worker& w, const Place& at, float low, float high, const Held& held) const {
+        if (!at.is_row) return;
+        if (is_within<kColumns>(at.column)) ptx::store_global(to(at), held.low + scaled<kIsNormed>(w, at, low));
+        if (is_within<kColumns>(at.column + 16)) ptx::store_global(to(at) + 16, held.high + scaled<kIsNormed>(w, at, high));
+    }
+
+   private:
+    __device__ __forceinline__ float* to(const Place& at) const { return out + at.step_row() * row_columns + at.column; }
 };
 
 // Column groups of gate and up alternate.
 template <int kColumns, bool kIsNormed>
-struct SwiGlu : NoEnd {
+struct SwiGlu : SimpleSink {
     static_assert(kColumns % 32 == 0);
     float* out;
     int64_t row_columns;
 
-    __device__ __forceinline__ void put(const Worker& w, const Place& at, float gate, float up) const {
+    __device__ __forceinline__ void put(const Worker& w, const Place& at, float gate, float up, Held) const {
         if (!at.is_row) return;
         gate = scaled<kIsNormed>(w, at, gate);
         up = scaled<kIsNormed>(w, at, up);
@@ -93,11 +105,11 @@ __device__ __forceinline__ bool is_finite(float x) { return x - x == 0; }
 
 // Spans of statistics are 32 columns: a pair of column groups.
 template <int kColumns, bool kIsNormed, int kVocab, int kSpan>
-struct Logits : NoEnd {
+struct Logits : SimpleSink {
     static_assert(kSpan == 32);
     uint32_t n0;
 
-    __device__ __forceinline__ void put(const Worker& w, const Place& at, float low, float high) const {
+    __device__ __forceinline__ void put(const Worker& w, const Place& at, float low, float high, Held) const {
         low = scaled<kIsNormed>(w, at, low);
         high = scaled<kIsNormed>(w, at, high);
         const uint32_t column = n0 + at.column;
@@ -134,6 +146,7 @@ struct Logits : NoEnd {
 template <int kColumns, bool kIsNormed, int kHeads, int kKvHeads, int kDim, bool kHasBias, bool kHasNorms>
 struct RotateAppend {
     static_assert(kColumns % kDim == 0);
+    struct Held {};
     uint32_t n0;
     SharedAddress tile;  // [rows of a chunk][kColumns] floats
     float* queries;      // [rows][kHeads * kDim]
@@ -141,16 +154,18 @@ struct RotateAppend {
     const float *bias, *query_norm, *key_norm;
     float eps;
 
-    __device__ __forceinline__ void put(const Worker& w, const Place& at, float low, float high) const {
+    __device__ __forceinline__ Held fetch(const Place&) const { return {}; }
+    __device__ __forceinline__ void put(const Worker& w, const Place& at, float low, float high, Held) const {
         if (!at.is_row) return;
         const SharedAddress to = tile + (at.row * kColumns + at.column) * 4;
         if (is_within<kColumns>(at.column)) ptx::store_shared(to, scaled<kIsNormed>(w, at, low));
         if (is_within<kColumns>(at.column + 16)) ptx::store_shared(to + 64, scaled<kIsNormed>(w, at, high));
     }
 
-    // After the barrier that ends the sums; ends with one, so that the pages may be used again.
+    // Ends with a barrier, so that the pages may be used again.
     __device__ __forceinline__ void end(const Worker& w, int r0, int count) const {
         constexpr int kTileHeads = kColumns / kDim;
+        sync_consumers();
         for (int item = w.warp; item < count * kTileHeads; item += kConsumerWarps)
             finish(w, r0 + item / kTileHeads, item % kTileHeads, tile + item * kDim * 4);
         sync_consumers();
@@ -221,7 +236,7 @@ struct RotateAppend {
 
 // Sums of K-tiles, ascending, of columns [n0, n0 + kColumns) of an op.
 template <int kRows, int kColumns, class Sink>
-__device__ __noinline__ void reduce_tile(const Worker w, const float* parts, int num_parts, int out_features, uint32_t n0,
+__device__ __forceinline__ void reduce_tile(const Worker w, const float* parts, int num_parts, int out_features, uint32_t n0,
                                          const Sink sink) {
     constexpr int kGroups = (kColumns + kColumnGroup - 1) / kColumnGroup;
     const int64_t row_columns = static_cast<int64_t>(num_parts) * out_features;
@@ -230,20 +245,21 @@ __device__ __noinline__ void reduce_tile(const Worker w, const float* parts, int
         const int count = w.step.num_rows - r0 < kRowChunk ? w.step.num_rows - r0 : kRowChunk;
 #pragma unroll 1
         for (int pair = 0; pair < kGroups; pair += 2) {
-            const int column = pair * kColumnGroup + lane_column;
+            const Place at{r0, row, row < count, pair * kColumnGroup + lane_column};
+            const typename Sink::Held held = sink.fetch(at);
             float total[2] = {0, 0};
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const int own = column + half * kColumnGroup;
+                const int own = at.column + half * kColumnGroup;
                 if (row < count && own < kColumns) {
                     const float* from = parts + (r0 + row) * row_columns + n0 + own;
+#pragma unroll 4
                     for (int part = 0; part < num_parts; part++)
                         total[half] += ptx::load_global(from + static_cast<int64_t>(part) * out_features);
                 }
             }
-            sink.put(w, {r0, row, row < count, column}, total[0], total[1]);
+            sink.put(w, at, total[0], total[1], held);
         }
-        sync_consumers();
         sink.end(w, r0, count);
     }
     report_progress(w);

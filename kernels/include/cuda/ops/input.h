@@ -38,10 +38,16 @@ struct Plain {
     static constexpr bool kIsNormed = false;
     const float* rows;  // [rows][kIn]
 
-    __device__ __forceinline__ Eight at(const Worker&, int row, uint32_t k, float&) const {
+    __device__ __forceinline__ Eight load(const Worker&, int row, uint32_t k) const {
         return load_eight(rows + static_cast<int64_t>(row) * kIn + k);
     }
 };
+
+// Before a wait: a vector that will be read after it is sent for.
+template <int kIn>
+__device__ __forceinline__ void prefetch_vector(const Worker& w, const float* vector) {
+    for (uint32_t k = w.thread * 32; k < kIn; k += kConsumers * 32) ptx::prefetch(vector + k);
+}
 
 // RMS norm but for the scale.
 template <int kIn>
@@ -51,17 +57,13 @@ struct Normed {
     const float* weight;
     float eps;
 
-    __device__ __forceinline__ Eight at(const Worker&, int row, uint32_t k, float& squares) const {
-        Eight x = load_eight(rows + static_cast<int64_t>(row) * kIn + k);
+    __device__ __forceinline__ Eight load(const Worker&, int row, uint32_t k) const {
+        return load_eight(rows + static_cast<int64_t>(row) * kIn + k);
+    }
+    __device__ __forceinline__ Eight weights(uint32_t k) const {
         const float4 low = ptx::load_constant(reinterpret_cast<const float4*>(weight + k));
         const float4 high = ptx::load_constant(reinterpret_cast<const float4*>(weight + k) + 1);
-        const float w[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            squares = fma_f32(x.x[i], x.x[i], squares);
-            x.x[i] *= w[i];
-        }
-        return x;
+        return {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
     }
 };
 
@@ -72,29 +74,45 @@ struct Combined {
     const float* splits;  // [rows][columns]: for each split and head the maximum, the sum, and values
     int64_t columns;
 
-    __device__ __forceinline__ Eight at(const Worker& w, int row, uint32_t k, float&) const {
+    __device__ __forceinline__ Eight load(const Worker& w, int row, uint32_t k) const {
         const uint32_t num_splits = ptx::load_constant(w.step.positions + row) / kSplitTokens + 1;
         const float* head = splits + row * columns + (k / kDim) * (kDim + 2);
         constexpr int kStride = kHeads * (kDim + 2);
-        float largest = ptx::load_global(head);
-        for (uint32_t i = 1; i < num_splits; i++) largest = fmaxf(largest, ptx::load_global(head + i * kStride));
-        float total = 0;
-        Eight sums{};
-        for (uint32_t i = 0; i < num_splits; i++) {
-            const float2 extremes = ptx::load_global(reinterpret_cast<const float2*>(head + i * kStride));
-            const float2* values = reinterpret_cast<const float2*>(head + i * kStride + 2 + k % kDim);
-            const float weight = exp_f32(extremes.x - largest);
-            total = fma_f32(weight, extremes.y, total);
+        float2 extremes = ptx::load_global(reinterpret_cast<const float2*>(head));
+        Eight sums = values_of(head, k);
+        float largest = extremes.x;
+        if (num_splits > 1) {
+#pragma unroll 4
+            for (uint32_t i = 1; i < num_splits; i++) largest = fmaxf(largest, ptx::load_global(head + i * kStride));
+        }
+        const float weight = exp_f32(extremes.x - largest);
+        float total = weight * extremes.y;
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                const float2 pair = ptx::load_global(values + j);
-                sums.x[2 * j] = fma_f32(weight, pair.x, sums.x[2 * j]);
-                sums.x[2 * j + 1] = fma_f32(weight, pair.y, sums.x[2 * j + 1]);
-            }
+        for (int j = 0; j < 8; j++) sums.x[j] *= weight;
+#pragma unroll 2
+        for (uint32_t i = 1; i < num_splits; i++) {
+            const float2 other = ptx::load_global(reinterpret_cast<const float2*>(head + i * kStride));
+            const Eight values = values_of(head + i * kStride, k);
+            const float share = exp_f32(other.x - largest);
+            total = fma_f32(share, other.y, total);
+#pragma unroll
+            for (int j = 0; j < 8; j++) sums.x[j] = fma_f32(share, values.x[j], sums.x[j]);
         }
 #pragma unroll
         for (int j = 0; j < 8; j++) sums.x[j] = divide_f32(sums.x[j], total);
         return sums;
+    }
+
+   private:
+    static __device__ __forceinline__ Eight values_of(const float* head, uint32_t k) {
+        const float2* from = reinterpret_cast<const float2*>(head + 2 + k % kDim);
+        Eight values;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const float2 pair = ptx::load_global(from + j);
+            values.x[2 * j] = pair.x, values.x[2 * j + 1] = pair.y;
+        }
+        return values;
     }
 };
 
@@ -114,39 +132,80 @@ __device__ __forceinline__ float sum_of_pair(uint32_t pair) {
 // the scales, which are after the next barrier. Elements past kIn are zeros.
 template <Format F, int kRows, int kIn, class Source>
 __device__ __forceinline__ void stage_input(const Worker& w, const Source source, int r0, int count, uint32_t u0, uint32_t u1,
-                                         SharedAddress to) {
+                                            SharedAddress to) {
     using Layout = InputLayout<F, kRows>;
     constexpr uint32_t kPadded = num_units(F, kIn) * unit_k(F);
+    constexpr uint32_t kStep = kConsumers * 8;
+    constexpr int kTimes = (kPadded + kStep - 1) / kStep;
+    // Loads that are on their way at once: of some rows, or of a row's parts.
+    constexpr int kRowsAtOnce = Layout::kChunk < 4 ? Layout::kChunk : 4;
+    constexpr int kTimesAtOnce = kRowsAtOnce >= 4 ? 1 : kTimes < 4 / kRowsAtOnce ? kTimes : 4 / kRowsAtOnce;
     const uint32_t first = u0 * unit_k(F), end = u1 * unit_k(F), units = u1 - u0;
     const uint32_t from = Source::kIsNormed ? 0 : first, until = Source::kIsNormed ? kPadded : end;
-    for (int row = 0; row < count; row++) {
-        float squares = 0;
+#pragma unroll 1
+    for (int row0 = 0; row0 < count; row0 += kRowsAtOnce) {
+        float squares[kRowsAtOnce] = {};
         // Every lane goes round as often: sums of a scale group are shuffled.
-        for (uint32_t base = from; base < until; base += kConsumers * 8) {
-            const uint32_t k = base + w.thread * 8;
-            const bool is_staged = k >= first && k < end;
-            Eight x{};
-            if (k < until && k < kIn) x = source.at(w, r0 + row, k, squares);
-            const uint4 rounded = {pack_pair<F>(x.x[0], x.x[1]), pack_pair<F>(x.x[2], x.x[3]),
-                                   pack_pair<F>(x.x[4], x.x[5]), pack_pair<F>(x.x[6], x.x[7])};
-            if (is_staged) ptx::store_shared(to + row * Layout::row_bytes(units) + (k - first) * 2, rounded);
-            if constexpr (is_4bit(F)) {
-                float sum = (sum_of_pair<F>(rounded.x) + sum_of_pair<F>(rounded.y)) +
-                            (sum_of_pair<F>(rounded.z) + sum_of_pair<F>(rounded.w));
-                for (uint32_t mask = 1; mask < scale_group(F) / 8; mask *= 2) sum += ptx::shuffle_xor(sum, mask);
-                if (is_staged && k % scale_group(F) == 0)
-                    ptx::store_shared(to + Layout::sums_at(units) + ((k - first) / scale_group(F) * Layout::kSumsARow + row) * 4, sum);
+#pragma unroll 1
+        for (uint32_t base = from; base < until; base += kTimesAtOnce * kStep) {
+            Eight x[kTimesAtOnce][kRowsAtOnce];
+#pragma unroll
+            for (int i = 0; i < kTimesAtOnce; i++) {
+                const uint32_t k = base + i * kStep + w.thread * 8;
+#pragma unroll
+                for (int r = 0; r < kRowsAtOnce; r++) {
+                    x[i][r] = {};
+                    if (k < until && k < kIn && row0 + r < count) x[i][r] = source.load(w, r0 + row0 + r, k);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < kTimesAtOnce; i++) {
+                const uint32_t k = base + i * kStep + w.thread * 8;
+                const bool is_staged = k >= first && k < end;
+                Eight weight{};
+                if constexpr (Source::kIsNormed)
+                    if (k < kIn) weight = source.weights(k);
+#pragma unroll
+                for (int r = 0; r < kRowsAtOnce; r++) {
+                    const int row = row0 + r;
+                    if (row >= count) break;
+                    Eight& own = x[i][r];
+                    if constexpr (Source::kIsNormed)
+#pragma unroll
+                        for (int e = 0; e < 8; e++) {
+                            squares[r] = fma_f32(own.x[e], own.x[e], squares[r]);
+                            own.x[e] *= weight.x[e];
+                        }
+                    const uint4 rounded = {pack_pair<F>(own.x[0], own.x[1]), pack_pair<F>(own.x[2], own.x[3]),
+                                           pack_pair<F>(own.x[4], own.x[5]), pack_pair<F>(own.x[6], own.x[7])};
+                    if (is_staged) ptx::store_shared(to + row * Layout::row_bytes(units) + (k - first) * 2, rounded);
+                    if constexpr (is_4bit(F)) {
+                        float sum = (sum_of_pair<F>(rounded.x) + sum_of_pair<F>(rounded.y)) +
+                                    (sum_of_pair<F>(rounded.z) + sum_of_pair<F>(rounded.w));
+#pragma unroll
+                        for (uint32_t mask = 1; mask < scale_group(F) / 8; mask *= 2) sum += ptx::shuffle_xor(sum, mask);
+                        if (is_staged && k % scale_group(F) == 0)
+                            ptx::store_shared(
+                                to + Layout::sums_at(units) + ((k - first) / scale_group(F) * Layout::kSumsARow + row) * 4, sum);
+                    }
+                }
             }
         }
-        if constexpr (Source::kIsNormed) {
-            for (uint32_t mask = kLanes / 2; mask; mask /= 2) squares += ptx::shuffle_xor(squares, mask);
-            if (w.lane == 0) ptx::store_shared(w.shared + kSquaresAt + (row * kConsumerWarps + w.warp) * 4, squares);
-        }
+        if constexpr (Source::kIsNormed)
+#pragma unroll
+            for (int r = 0; r < kRowsAtOnce; r++) {
+                if (row0 + r >= count) break;
+#pragma unroll
+                for (uint32_t mask = kLanes / 2; mask; mask /= 2) squares[r] += ptx::shuffle_xor(squares[r], mask);
+                if (w.lane == 0)
+                    ptx::store_shared(w.shared + kSquaresAt + ((row0 + r) * kConsumerWarps + w.warp) * 4, squares[r]);
+            }
     }
     sync_consumers();
     if constexpr (Source::kIsNormed) {
         if (w.thread < static_cast<uint32_t>(count)) {
             float total = 0;
+#pragma unroll
             for (uint32_t i = 0; i < kConsumerWarps; i++)
                 total += ptx::load_shared<float>(w.shared + kSquaresAt + (w.thread * kConsumerWarps + i) * 4);
             const float scale = ptx::reciprocal_sqrt(total / kIn + source.eps);

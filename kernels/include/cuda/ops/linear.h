@@ -10,10 +10,14 @@
 
 namespace headrace {
 
-constexpr int kMostGroups = 8;  // column groups whose sums a warp holds at once
+// Column groups whose sums a warp holds at once: code and registers for more would be more, and instructions hardly
+// fewer.
+constexpr int kMostGroups = 2;
 
+// c += a b; b: of step `s` of the two that `pair` holds.
 template <Format F>
-__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], const uint4& pair, int s) {
+    const uint32_t b0 = s % 2 ? pair.z : pair.x, b1 = s % 2 ? pair.w : pair.y;
     if constexpr (F == Format::kF16)
         ptx::mma_f16(c, a[0], a[1], a[2], a[3], b0, b1);
     else
@@ -37,158 +41,192 @@ __device__ __forceinline__ void unpack_bytes(uint32_t word, uint32_t& first, uin
     second = q[2] >> 16 | (q[3] & 0xffff0000u);
 }
 
-// Adds units [u0, u1) of a warp's share to c[groups][tiles]: `weights` is the first group's first unit.
+// A lane's numbers of a unit of 16 columns, by step, as the tensor cores take them.
+template <Format F>
+__device__ __forceinline__ void unpack_unit(const Worker& w, SharedAddress unit, uint32_t (&a)[unit_k(F) / 16][4]) {
+    constexpr int kSteps = unit_k(F) / 16, kLoads = kSteps * (is_4bit(F) ? 1 : is_8bit(F) ? 2 : 4) / 4;
+    uint4 words[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; i++) words[i] = ptx::load_shared<uint4>(unit + i * 512 + w.lane * 16);
+    if constexpr (is_4bit(F)) {
+#pragma unroll
+        for (int i = 0; i < kLoads; i++) {
+            unpack_nibbles(words[i].x, a[i * 4]);
+            unpack_nibbles(words[i].y, a[i * 4 + 1]);
+            unpack_nibbles(words[i].z, a[i * 4 + 2]);
+            unpack_nibbles(words[i].w, a[i * 4 + 3]);
+        }
+    } else if constexpr (is_8bit(F)) {
+#pragma unroll
+        for (int i = 0; i < kLoads; i++) {
+            unpack_bytes(words[i].x, a[i * 2][0], a[i * 2][1]);
+            unpack_bytes(words[i].y, a[i * 2][2], a[i * 2][3]);
+            unpack_bytes(words[i].z, a[i * 2 + 1][0], a[i * 2 + 1][1]);
+            unpack_bytes(words[i].w, a[i * 2 + 1][2], a[i * 2 + 1][3]);
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < kLoads; i++) a[i][0] = words[i].x, a[i][1] = words[i].y, a[i][2] = words[i].z, a[i][3] = words[i].w;
+    }
+}
+
+// Of a lane's two columns, by scale group: d, and where there is a minimum m.
+template <Format F>
+struct Scales {
+    static constexpr int kGroups = scale_groups(F), kHalves = kGroups * scale_bytes(F);  // of two columns
+    uint32_t words[kHalves / 2];
+
+    __device__ __forceinline__ explicit Scales(SharedAddress from) {
+        if constexpr (kHalves == 8) {
+            const uint4 all = ptx::load_shared<uint4>(from);
+            words[0] = all.x, words[1] = all.y, words[2] = all.z, words[3] = all.w;
+        } else if constexpr (kHalves == 4) {
+            const uint2 all = ptx::load_shared<uint2>(from);
+            words[0] = all.x, words[1] = all.y;
+        } else {
+            words[0] = ptx::load_shared<uint32_t>(from);
+        }
+    }
+    __device__ __forceinline__ float d(int j, int half) const {
+        return has_minima(F) ? low(words[2 * j + half]) : half ? high(words[j]) : low(words[j]);
+    }
+    __device__ __forceinline__ float m(int j, int half) const { return high(words[2 * j + half]); }
+
+   private:
+    static __device__ __forceinline__ float low(uint32_t word) { return ptx::half_to_float(word & 0xffff); }
+    static __device__ __forceinline__ float high(uint32_t word) { return ptx::half_to_float(word >> 16); }
+};
+
+// Adds a warp's share of units [u0, u1) to c[groups][tiles]: `weights` is the first group's first unit.
 template <Format F, int kRows, int kGroups>
 __device__ __forceinline__ void accumulate(const Worker& w, float (&c)[kGroups][InputLayout<F, kRows>::kTiles][4],
                                            SharedAddress weights, SharedAddress input, int count, uint32_t u0, uint32_t u1) {
     using Layout = InputLayout<F, kRows>;
     constexpr int kTiles = Layout::kTiles;
-    constexpr int kSteps = unit_k(F) / 16;           // matrix instructions a unit
-    constexpr int kScaled = scale_group(F) / 16;     // of which so many share scales
-    const uint32_t g = w.lane / 4, t = w.lane % 4;
+    constexpr int kSteps = unit_k(F) / 16;        // matrix instructions a unit
+    constexpr int kParts = is_float(F) ? 1 : scale_groups(F);  // of which each have scales of their own
+    const uint32_t g = w.lane / 4, t = w.lane % 4, most = count - 1;
     const uint32_t units = u1 - u0, run = units * unit_bytes(F);
-    uint32_t row_at[kTiles];
+    uint32_t row_at[kTiles], low_at[kTiles], high_at[kTiles];
 #pragma unroll
     for (int n = 0; n < kTiles; n++) {  // rows past the last read the last: their sums are not stored
-        const uint32_t row = n * 8 + g < static_cast<uint32_t>(count) ? n * 8 + g : count - 1;
-        row_at[n] = input + row * Layout::row_bytes(units) + t * 16;
+        const uint32_t row = n * 8 + g, low = n * 8 + 2 * t, high = low + 1;
+        row_at[n] = input + (row < most ? row : most) * Layout::row_bytes(units) + t * 16;
+        low_at[n] = input + Layout::sums_at(units) + (low < most ? low : most) * 4;
+        high_at[n] = input + Layout::sums_at(units) + (high < most ? high : most) * 4;
     }
-    for (uint32_t u = u0 + (w.warp - u0) % kConsumerWarps; u < u1; u += kConsumerWarps) {
-        const uint32_t at = u - u0;
+#pragma unroll 1
+    for (uint32_t at = (w.warp - u0) % kConsumerWarps; at < units; at += kConsumerWarps) {
         uint4 x[kSteps / 2][kTiles];  // two steps each
+        float sums[kParts][kTiles][2];
 #pragma unroll
-        for (int j = 0; j < kSteps / 2; j++)
+        for (int n = 0; n < kTiles; n++) {
 #pragma unroll
-            for (int n = 0; n < kTiles; n++) x[j][n] = ptx::load_shared<uint4>(row_at[n] + at * unit_k(F) * 2 + j * 64);
+            for (int i = 0; i < kSteps / 2; i++) x[i][n] = ptx::load_shared<uint4>(row_at[n] + at * unit_k(F) * 2 + i * 64);
+#pragma unroll
+            for (int j = 0; j < kParts; j++) {
+                if constexpr (!is_4bit(F)) continue;
+                const uint32_t group = (at * kParts + j) * Layout::kSumsARow * 4;
+                sums[j][n][0] = ptx::load_shared<float>(low_at[n] + group);
+                sums[j][n][1] = ptx::load_shared<float>(high_at[n] + group);
+            }
+        }
 #pragma unroll
         for (int group = 0; group < kGroups; group++) {
             const SharedAddress unit = weights + group * run + at * unit_bytes(F);
             uint32_t a[kSteps][4];
-            if constexpr (is_4bit(F)) {
-#pragma unroll
-                for (int half = 0; half < kSteps / 4; half++) {
-                    const uint4 words = ptx::load_shared<uint4>(unit + half * 512 + w.lane * 16);
-                    unpack_nibbles(words.x, a[half * 4]);
-                    unpack_nibbles(words.y, a[half * 4 + 1]);
-                    unpack_nibbles(words.z, a[half * 4 + 2]);
-                    unpack_nibbles(words.w, a[half * 4 + 3]);
-                }
-            } else if constexpr (is_8bit(F)) {
-#pragma unroll
-                for (int pair = 0; pair < kSteps / 2; pair++) {
-                    const uint4 words = ptx::load_shared<uint4>(unit + pair * 512 + w.lane * 16);
-                    unpack_bytes(words.x, a[pair * 2][0], a[pair * 2][1]);
-                    unpack_bytes(words.y, a[pair * 2][2], a[pair * 2][3]);
-                    unpack_bytes(words.z, a[pair * 2 + 1][0], a[pair * 2 + 1][1]);
-                    unpack_bytes(words.w, a[pair * 2 + 1][2], a[pair * 2 + 1][3]);
-                }
-            } else {
-#pragma unroll
-                for (int s = 0; s < kSteps; s++) {
-                    const uint4 words = ptx::load_shared<uint4>(unit + s * 512 + w.lane * 16);
-                    a[s][0] = words.x, a[s][1] = words.y, a[s][2] = words.z, a[s][3] = words.w;
-                }
-            }
+            unpack_unit<F>(w, unit, a);
             if constexpr (is_float(F)) {
 #pragma unroll
                 for (int s = 0; s < kSteps; s++)
 #pragma unroll
-                    for (int n = 0; n < kTiles; n++) {
-                        const uint4& pair = x[s / 2][n];
-                        multiply<F>(c[group][n], a[s], s % 2 ? pair.z : pair.x, s % 2 ? pair.w : pair.y);
-                    }
+                    for (int n = 0; n < kTiles; n++) multiply<F>(c[group][n], a[s], x[s / 2][n], s);
             } else {
+                const Scales<F> scales(unit + weight_bytes(F) + g * (kParts * 2 * scale_bytes(F)));
 #pragma unroll
-                for (int j = 0; j < kSteps / kScaled; j++) {
-                    const SharedAddress scales = unit + weight_bytes(F) + j * 16 * scale_bytes(F);
-                    float d[2], m[2];
-#pragma unroll
-                    for (int half = 0; half < 2; half++) {
-                        const SharedAddress of_column = scales + (g + 8 * half) * scale_bytes(F);
-                        if constexpr (has_minima(F)) {
-                            const uint32_t both = ptx::load_shared<uint32_t>(of_column);
-                            d[half] = ptx::half_to_float(both & 0xffff);
-                            m[half] = fma_f32(-128.0f, d[half], ptx::half_to_float(both >> 16));
-                        } else {
-                            d[half] = ptx::half_to_float(ptx::load_shared<uint16_t>(of_column));
-                            m[half] = -136.0f * d[half];  // Q4_0: of 128 + q, with q - 8 meant
-                        }
-                    }
+                for (int j = 0; j < kParts; j++)
 #pragma unroll
                     for (int n = 0; n < kTiles; n++) {
-                        float part[4] = {0, 0, 0, 0};
+                        // Numbers are 128 + q; of Q4_0 q - 8 is meant.
+                        constexpr float kOffset = !is_4bit(F) ? 0 : has_minima(F) ? -128 : -136;
+                        const float low = is_4bit(F) ? kOffset * sums[j][n][0] : 0;
+                        const float high = is_4bit(F) ? kOffset * sums[j][n][1] : 0;
+                        float part[4] = {low, high, low, high};
 #pragma unroll
-                        for (int s = j * kScaled; s < (j + 1) * kScaled; s++) {
-                            const uint4& pair = x[s / 2][n];
-                            multiply<F>(part, a[s], s % 2 ? pair.z : pair.x, s % 2 ? pair.w : pair.y);
-                        }
-                        float sums[2] = {0, 0};
-                        if constexpr (is_4bit(F)) {
-                            const uint32_t index = (at * (kSteps / kScaled) + j) * Layout::kSumsARow + n * 8 + 2 * t;
-                            const uint32_t most = count - 1;  // as above: what is not there is read elsewhere
-                            const uint32_t low = n * 8 + 2 * t < most ? 0 : n * 8 + 2 * t - most;
-                            const uint32_t high = n * 8 + 2 * t + 1 < most ? 0 : n * 8 + 2 * t + 1 - most;
-                            const SharedAddress from = input + Layout::sums_at(units);
-                            sums[0] = ptx::load_shared<float>(from + (index - low) * 4);
-                            sums[1] = ptx::load_shared<float>(from + (index + 1 - high) * 4);
-                        }
+                        for (int s = j * kSteps / kParts; s < (j + 1) * kSteps / kParts; s++)
+                            multiply<F>(part, a[s], x[s / 2][n], s);
 #pragma unroll
                         for (int i = 0; i < 4; i++) {
                             float& sum = c[group][n][i];
-                            sum = fma_f32(d[i / 2], part[i], sum);
-                            if constexpr (is_4bit(F)) sum = fma_f32(m[i / 2], sums[i % 2], sum);
+                            sum = fma_f32(scales.d(j, i / 2), part[i], sum);
+                            if constexpr (has_minima(F)) sum = fma_f32(scales.m(j, i / 2), sums[j][n][i % 2], sum);
                         }
                     }
-                }
             }
         }
     }
 }
 
-// Adds up the warps' sums, two column groups at a time, and hands them to the sink: of `row` of the chunk, `low`
-// of `column` of the tile and `high` of the one 16 columns on. All lanes of a warp call it together.
+// Where a thread stands among the sums of two column groups; which threads have none.
+template <int kTiles>
+__device__ __forceinline__ Place place_of(const Worker& w, int r0, int count, int group0) {
+    const int row = w.thread / kColumnGroup;
+    return {r0, row, row < count && row < kTiles * 8, group0 * kColumnGroup + static_cast<int>(w.thread % kColumnGroup)};
+}
+
+// Adds up the warps' sums of two column groups, and hands them to the sink: of `at` and of the column 16 columns on.
+// Sums of 8 rows leave room for those of the next call: calls alternate by `parity`, so that one barrier a call does.
 template <int kTiles, int kGroups, class Sink>
-__device__ __forceinline__ void add_warps(const Worker& w, const float (&c)[kGroups][kTiles][4], int r0, int count,
-                                          int group0, const Sink& sink) {
+__device__ __forceinline__ void add_warps(const Worker& w, const float (&c)[kGroups][kTiles][4], const Place& at, const Sink& sink,
+                                          const typename Sink::Held& held, uint32_t parity) {
     constexpr int kElements = kTiles * 8 * kColumnGroup;  // of a column group
+    constexpr uint32_t kBytes = 2 * kConsumerWarps * kElements * 4;
     const uint32_t g = w.lane / 4, t = w.lane % 4;
-    const SharedAddress sums = w.shared + kSumsAt;
+    const SharedAddress sums = w.shared + kSumsAt + (kTiles == 1 ? parity % 2 * kBytes : 0);
 #pragma unroll
-    for (int pair = 0; pair < kGroups; pair += 2) {
+    for (int half = 0; half < kGroups; half++)
 #pragma unroll
-        for (int half = 0; half < 2 && pair + half < kGroups; half++)
+        for (int n = 0; n < kTiles; n++)
 #pragma unroll
-            for (int n = 0; n < kTiles; n++)
+            for (int i = 0; i < 4; i++) {
+                const uint32_t row = n * 8 + 2 * t + i % 2, column = g + 8 * (i / 2);
+                ptx::store_shared(sums + ((half * kConsumerWarps + w.warp) * kElements + row * kColumnGroup + column) * 4,
+                                  c[half][n][i]);
+            }
+    sync_consumers();
+    if (w.thread < static_cast<uint32_t>(kElements)) {
+        float total[2] = {0, 0};
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const uint32_t row = n * 8 + 2 * t + i % 2, column = g + 8 * (i / 2);
-                    ptx::store_shared(sums + ((half * kConsumerWarps + w.warp) * kElements + row * kColumnGroup + column) * 4,
-                                      c[pair + half][n][i]);
-                }
-        sync_consumers();
-        if (w.thread < static_cast<uint32_t>(kElements)) {
-            const int row = w.thread / kColumnGroup, column = w.thread % kColumnGroup;
-            float total[2] = {0, 0};
+        for (int half = 0; half < kGroups; half++)
 #pragma unroll
-            for (int half = 0; half < 2 && pair + half < kGroups; half++)
-                for (uint32_t i = 0; i < kConsumerWarps; i++)
-                    total[half] += ptx::load_shared<float>(sums + ((half * kConsumerWarps + i) * kElements + w.thread) * 4);
-            sink.put(w, {r0, row, row < count, (group0 + pair) * kColumnGroup + column}, total[0], total[1]);
-        }
-        sync_consumers();
+            for (uint32_t i = 0; i < kConsumerWarps; i++)
+                total[half] += ptx::load_shared<float>(sums + ((half * kConsumerWarps + i) * kElements + w.thread) * 4);
+        sink.put(w, at, total[0], total[1], held);
     }
+    if (kTiles > 1) sync_consumers();
+}
+
+// Two column groups, or the tile's last.
+template <Format F, int kRows, int kGroups, class Sink>
+__device__ __forceinline__ void linear_pass(const Worker& w, const Sink& sink, int r0, int count, int group0, uint32_t u0,
+                                            uint32_t u1, SharedAddress weights, SharedAddress input, uint32_t parity) {
+    constexpr int kTiles = InputLayout<F, kRows>::kTiles;
+    const Place at = place_of<kTiles>(w, r0, count, group0);
+    const typename Sink::Held held = sink.fetch(at);
+    float c[kGroups][kTiles][4] = {};
+    accumulate<F, kRows, kGroups>(w, c, weights + group0 * (u1 - u0) * unit_bytes(F), input, count, u0, u1);
+    add_warps<kTiles, kGroups>(w, c, at, sink, held, parity);
 }
 
 // One tile: kColumns columns from the first group in `weights`, units [u0, u1) of K. `is_new_input`: whether their
 // input is yet to be brought to shared memory.
 template <Format F, int kRows, int kIn, int kColumns, class Source, class Sink>
-__device__ __noinline__ void linear_tile(const Worker w, const Source source, const Sink sink, uint32_t u0, uint32_t u1,
-                                         SharedAddress weights, SharedAddress input, bool is_new_input) {
+__device__ __forceinline__ void linear_tile(const Worker w, const Source source, const Sink sink, uint32_t u0, uint32_t u1,
+                                            SharedAddress weights, SharedAddress input, bool is_new_input) {
     using Layout = InputLayout<F, kRows>;
     constexpr int kGroups = (kColumns + kColumnGroup - 1) / kColumnGroup;
     constexpr int kPasses = (kGroups + kMostGroups - 1) / kMostGroups;
     const int rows = w.step.num_rows;
-    const uint32_t run = (u1 - u0) * unit_bytes(F);
     bool has_landed = false;
     for (int r0 = 0; r0 < kRows && r0 < rows; r0 += kRowChunk) {
         const int count = rows - r0 < Layout::kChunk ? rows - r0 : Layout::kChunk;
@@ -198,17 +236,16 @@ __device__ __noinline__ void linear_tile(const Worker w, const Source source, co
         }
         if (!has_landed) wait_landed(w);
         has_landed = true;
+        constexpr int kWhole = kGroups / kMostGroups;
 #pragma unroll 1
-        for (int pass = 0; pass < kPasses - 1; pass++) {
-            float c[kMostGroups][Layout::kTiles][4] = {};
-            accumulate<F, kRows, kMostGroups>(w, c, weights + pass * kMostGroups * run, input, count, u0, u1);
-            add_warps<Layout::kTiles, kMostGroups>(w, c, r0, count, pass * kMostGroups, sink);
-        }
-        constexpr int kLast = kGroups - (kPasses - 1) * kMostGroups;
-        float c[kLast][Layout::kTiles][4] = {};
-        accumulate<F, kRows, kLast>(w, c, weights + (kPasses - 1) * kMostGroups * run, input, count, u0, u1);
-        add_warps<Layout::kTiles, kLast>(w, c, r0, count, (kPasses - 1) * kMostGroups, sink);
+        for (int pass = 0; pass < kWhole; pass++)
+            linear_pass<F, kRows, kMostGroups>(w, sink, r0, count, pass * kMostGroups, u0, u1, weights, input, w.loads + pass);
+        if constexpr (kWhole < kPasses)
+            linear_pass<F, kRows, kGroups - kWhole * kMostGroups>(w, sink, r0, count, kWhole * kMostGroups, u0, u1, weights,
+                                                                  input, w.loads + kWhole);
         sink.end(w, r0, count);
+        // The next tile's first call has the parity of an even number's last: those sums must have been read.
+        if (kPasses % 2 == 0 && Layout::kTiles == 1) sync_consumers();
     }
     if (!has_landed) wait_landed(w);
     report_progress(w);

@@ -8,7 +8,7 @@ namespace headrace {
 
 // Units [u0, u1) of `num_groups` column groups from `group` on, group after group without gaps.
 template <Format F, int kIn>
-__device__ __noinline__ void load_tile(const Worker w, int64_t offset, uint32_t group, uint32_t num_groups, uint32_t u0,
+__device__ __forceinline__ void load_tile(const Worker w, int64_t offset, uint32_t group, uint32_t num_groups, uint32_t u0,
                                        uint32_t u1, SharedAddress to, uint32_t after) {
     wait_progress(w, after);
     constexpr int64_t kGroupBytes = group_bytes(F, kIn);

@@ -34,6 +34,7 @@ __device__ __forceinline__ Best best_of_block(const Worker& w, Best best) {
 template <int kSpans>
 __device__ __forceinline__ float log_sum(const Worker& w, const float* stats, float largest) {
     float sum = 0;
+#pragma unroll 8
     for (int span = w.thread; span < kSpans; span += kConsumers)
         sum += exp_f32(ptx::load_global(stats + span * 3 + 2) - largest);
 #pragma unroll
@@ -58,6 +59,7 @@ __device__ __forceinline__ void reduce_row(const Worker& w, int row) {
     int32_t* tokens = w.step.tokens + static_cast<int64_t>(row) * (1 + top_k);
 
     Best best{kNone, 0xffffffff};
+#pragma unroll 8
     for (int span = w.thread; span < kSpans; span += kConsumers) {
         const Best own{ptx::load_global(stats + span * 3), static_cast<uint32_t>(ptx::load_global(stats + span * 3 + 1))};
         if (own.is_before(best)) best = own;
@@ -99,7 +101,7 @@ __device__ __forceinline__ void reduce_row(const Worker& w, int row) {
 
 // `finished`: a counter that every block brings one arrival when it has run its path.
 template <int kVocab, int kSpan>
-__device__ __noinline__ void hand_out_results(const Worker w, uint32_t finished) {
+__device__ __forceinline__ void hand_out_results(const Worker w, uint32_t finished) {
     const uint32_t num_blocks = ptx::num_blocks();
     signal_counter(w, finished);
     if (w.sm >= static_cast<uint32_t>(w.step.num_rows)) return;

@@ -110,6 +110,9 @@ __device__ __forceinline__ T load_global(const T* from) {
     return value;
 }
 
+// Brings a line to L2, if it can.
+__device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
 // Of memory that nobody writes during the launch. May be moved and merged like any pure expression.
 template <class T>
 __device__ __forceinline__ T load_constant(const T* from) {

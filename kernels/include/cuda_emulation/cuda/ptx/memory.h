@@ -39,6 +39,8 @@ __device__ __forceinline__ T load_global(const T* from) {
     return value;
 }
 
+__device__ __forceinline__ void prefetch(const void*) {}
+
 template <class T>
 __device__ __forceinline__ T load_constant(const T* from) {
     static_assert(sizeof(T) == 1 || sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
