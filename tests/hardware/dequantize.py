@@ -100,9 +100,9 @@ def _numbers(numbers: torch.Tensor, format: str, unit_k: int) -> torch.Tensor:
 def _scaled(numbers: torch.Tensor, scales: torch.Tensor, format: str, group_k: int) -> torch.Tensor:
     groups, _, units, unit_k = numbers.shape
     halves = scales.contiguous().view(torch.float16).double()
-    # [column groups, units, groups of K, columns, halves] -> [column groups, columns, units, groups of K,
-    # halves]
-    by_column = halves.view(groups, units, unit_k // group_k, GROUP, -1).permute(0, 3, 1, 2, 4)
+    # Column groups, units, g, groups of K, b, halves: to columns g + 8 b.
+    by_pair = halves.view(groups, units, GROUP // 2, unit_k // group_k, 2, -1)
+    by_column = by_pair.permute(0, 4, 2, 1, 3, 5).flatten(1, 2)
     by_group = numbers.view(groups, GROUP, units, unit_k // group_k, group_k)
     values = (by_group - _ZERO[format]) * by_column[..., :1]
     if by_column.shape[-1] == 2:

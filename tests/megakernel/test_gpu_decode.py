@@ -1,4 +1,4 @@
-"""The GPU's decode benchmark without a GPU: what is measured in which order; that peers are the same model."""
+"""The GPU's decode benchmark without a GPU: what is measured in which order; peers are the same model."""
 
 import math
 import time
