@@ -75,10 +75,9 @@ def num_blocks_for(cases: list[Case]) -> int:
 
 
 def models(*, is_quick: bool, search_s: float) -> list[GpuModel]:
-    """All rows of a bucket go the same way, so that one of 16 also shows single rows; of the first shape, the
-    bucket of one row too."""
+    """All rows of a bucket go the same way, so that one of 16 also shows single rows: it comes first."""
     shapes = SHAPE_NAMES[:1] if is_quick else SHAPE_NAMES
-    wanted = [(name, 16) for name in shapes] + [(SHAPE_NAMES[0], 1)]
+    wanted = [(name, bucket) for bucket in (16, 1) for name in shapes]
     return [
         GpuModel(shape_name=name, format=format, bucket=bucket, num_layers=NUM_LAYERS, search_s=search_s)
         for name, bucket in wanted
