@@ -50,9 +50,15 @@ def percentile(values: Sequence[float], fraction: float) -> float:
     return ordered[rank]
 
 
-def write_figures(path: Path | None, figures: Mapping[str, float], runs: int) -> None:
+def write_figures(
+    path: Path | None,
+    figures: Mapping[str, float],
+    runs: int,
+    described: Mapping[str, str | int] | None = None,
+) -> None:
+    """`described`: the machine, where it is another than this CPU."""
     if path is None:
         return
-    report = {"figures": dict(figures), "machine": machine(), "runs": runs}
+    report = {"figures": dict(figures), "machine": described or machine(), "runs": runs}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

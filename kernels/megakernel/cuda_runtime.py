@@ -95,6 +95,11 @@ class CudaRuntime:
         """Of `compiled.layout.num_bytes` bytes, for who fills them there."""
         return self._weights
 
+    @property
+    def kv_address(self) -> Address:
+        """Of the whole pool (`cuda_kv_pool`), for who fills it there: tests and benchmarks."""
+        return self._kv.address
+
     def step(self, rows: Rows, stats: FloatArray | None = None) -> StepOutput:
         """One step; KV of all rows goes to their slots.
 
