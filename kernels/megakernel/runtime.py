@@ -18,6 +18,7 @@ from megakernel.library import EngineConfig, StepInput, load_library
 from megakernel.model.rope import rope_frequencies
 from megakernel.model.shape import ModelShape
 from megakernel.model.weights import Weights
+from megakernel.multi_step import HostRun, MultiStep, StepRun, check_multi_step
 from megakernel.program import Program
 from megakernel.step import BoolArray, FloatArray, IntArray, Rows, StepError, StepOutput
 
@@ -147,6 +148,16 @@ class Runtime:
         """Room for one step of `num_rows` rows."""
         program = next(program for program in self.compiled.programs if program.bucket >= num_rows)
         return Stamps(tuple(np.zeros((len(worker), 3), dtype=np.int64) for worker in program.workers))
+
+    def start(self, run: MultiStep) -> StepRun:
+        """Several steps, each run when its tokens are asked for. Raises StepError."""
+        check_multi_step(
+            run,
+            max_rows=self.max_rows,
+            vocab_size=self._shape.vocab_size,
+            max_context_tokens=self._shape.max_context_tokens,
+        )
+        return HostRun(self.step, run, self.block_size_tokens)
 
     def copy_slots(self, source: IntArray, destination: IntArray) -> None:
         """All of `source` is read before any of `destination` is written. Raises StepError."""
