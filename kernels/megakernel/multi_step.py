@@ -2,8 +2,8 @@
 
 Sequences decode greedily, each from one pending token. A step verifies the pending token and a draft chain
 below it, accepts the model's own tokens for as long as the draft foresaw them, and goes on from the last of
-those. `HostRun` does it one step at a time: so runs a runtime without a kernel for it, and it is the oracle of
-those that have one.
+those. `HostRun` does it one step at a time: so runs a runtime without a kernel for it, and it is the oracle
+of those that have one.
 """
 
 from collections.abc import Callable, Sequence
