@@ -46,7 +46,8 @@ extern "C" __global__ void __launch_bounds__(288, 1) everything(const __grid_con
     ptx::add_shared_release(s + 8, ptx::load_shared_acquire(s + 12));
     ptx::add_release(a.words, ptx::load_acquire(a.words + 1));
     ptx::store_system(a.words, ptx::compare_exchange(a.words, 1, 2)), ptx::fence_system();
-    ptx::prefetch_l2(a.bytes), ptx::prefetch(a.bytes);
+    a.words[1] = ptx::load_system(a.words + 2) + ptx::load_settled(reinterpret_cast<int32_t*>(a.words) + 3);
+    ptx::prefetch(a.bytes);
     ptx::copy_async_16(s + 16, a.bytes), ptx::copy_async_arrive(s), ptx::fence_async_shared();
     ptx::mbarrier_arrive(s), ptx::mbarrier_arrive_expect(s, 64), ptx::copy_bulk(s + 64, a.bytes, 64, s);
     while (!ptx::mbarrier_try_wait(s, 0)) ptx::sleep_ns(20);

@@ -31,7 +31,7 @@ enum class Op : uint8_t {
     kNanoseconds, kSleep, kTrap,
 };
 constexpr const char* kOpNames[] = {
-    "nothing", "load_shared", "store_shared", "load_global", "store_global", "load_constant", "prefetch_l2",
+    "nothing", "load_shared", "store_shared", "load_global", "store_global", "load_constant", "prefetch",
     "load_shared_acquire", "add_shared_release", "load_acquire", "add_release", "compare_exchange", "store_system",
     "copy_async_16", "copy_async_arrive", "copy_bulk", "fence_async_shared",
     "mbarrier_init", "fence_mbarrier_init", "mbarrier_arrive", "mbarrier_try_wait",

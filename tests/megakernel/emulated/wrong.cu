@@ -49,7 +49,7 @@ KERNEL wrong(const __grid_constant__ Arguments a) {
             if (is_first) ptx::load_constant(reinterpret_cast<const uint4*>(input) + 256);  // kConstantPastEnd
             break;
         case kPrefetchPastEnd:
-            if (is_first) ptx::prefetch_l2(input + 1024);  // kPrefetchPastEnd
+            if (is_first) ptx::prefetch(input + 1024);  // kPrefetchPastEnd
             break;
         case kNowhere:
             if (is_first) ptx::load_global(reinterpret_cast<const uint32_t*>(64));  // kNowhere

@@ -34,9 +34,9 @@ __device__ __forceinline__ void unpack_halves(const uint4& packed, float (&x)[8]
 
 // The slot of a position of a row: of its committed prefix by the block table, of this step by its path.
 __device__ __forceinline__ int64_t slot_of(const StepArguments& step, int row, int position) {
-    const int context = ptx::load_constant(step.context_lengths + row);
+    const int context = ptx::load_settled(step.context_lengths + row);
     if (position >= context)
-        return ptx::load_constant(step.path_slots + ptx::load_constant(step.path_starts + row) + position - context);
+        return ptx::load_settled(step.path_slots + ptx::load_constant(step.path_starts + row) + position - context);
     const int64_t line = static_cast<int64_t>(ptx::load_constant(step.table_rows + row)) * step.max_blocks;
     const int block = ptx::load_constant(step.block_tables + line + position / step.block_size_tokens);
     return static_cast<int64_t>(block) * step.block_size_tokens + position % step.block_size_tokens;
@@ -165,7 +165,7 @@ struct AttentionTiles {
 // What the first of an SM's tiles reads of its first row is sent for while queries are waited for.
 template <class Shape>
 __device__ __forceinline__ Share<Shape> begin_attention(const Worker& w, int layer, const AttentionTiles& tiles) {
-    const Share<Shape> share(w, 0, tiles.first / Shape::kKvHeads, ptx::load_constant(w.step.positions) + 1);
+    const Share<Shape> share(w, 0, tiles.first / Shape::kKvHeads, ptx::load_settled(w.step.positions) + 1);
     if (share.num_own > 0)
 #pragma unroll 1
         for (int i = 0; i < Shape::kTimes; i++) {
@@ -204,7 +204,7 @@ __device__ __forceinline__ void attention_tiles(const Worker w, int layer, const
                                                 const float* queries, float* out, int64_t out_columns, SharedAddress partial) {
     int most_tokens = 0;
     for (int row = w.lane; row < w.step.num_rows; row += kLanes) {
-        const int own = ptx::load_constant(w.step.positions + row) + 1;
+        const int own = ptx::load_settled(w.step.positions + row) + 1;
         most_tokens = own > most_tokens ? own : most_tokens;
     }
 #pragma unroll
@@ -218,7 +218,7 @@ __device__ __forceinline__ void attention_tiles(const Worker w, int layer, const
         if (static_cast<int>(part) * Shape::kSplitTokens >= most_tokens) continue;
 #pragma unroll 1
         for (int row = 0; row < w.step.num_rows; row++) {
-            const int num_tokens = ptx::load_constant(w.step.positions + row) + 1;
+            const int num_tokens = ptx::load_settled(w.step.positions + row) + 1;
 #pragma unroll 1
             for (int split = part; split * Shape::kSplitTokens < num_tokens; split += tiles.num_parts) {
                 const bool has_begun = j == 0 && row == 0 && split == static_cast<int>(part);

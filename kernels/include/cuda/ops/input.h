@@ -75,7 +75,7 @@ struct Combined {
     int64_t columns;
 
     __device__ __forceinline__ Eight load(const Worker& w, int row, uint32_t k) const {
-        const uint32_t num_splits = ptx::load_constant(w.step.positions + row) / kSplitTokens + 1;
+        const uint32_t num_splits = ptx::load_settled(w.step.positions + row) / kSplitTokens + 1;
         const float* head = splits + row * columns + (k / kDim) * (kDim + 2);
         constexpr int kStride = kHeads * (kDim + 2);
         float2 extremes = ptx::load_global(reinterpret_cast<const float2*>(head));
