@@ -102,6 +102,11 @@ class CudaRuntime:
         """Of the whole pool (`cuda_kv_pool`), for who fills it there: tests and benchmarks."""
         return self._kv.address
 
+    @property
+    def kv_slots(self) -> int:
+        """Of a layer in that memory: the pool's, and a few of no use to others behind them."""
+        return self._kv.all_slots
+
     def step(self, rows: Rows, stats: FloatArray | None = None) -> StepOutput:
         """One step; KV of all rows goes to their slots.
 

@@ -112,6 +112,7 @@ def test_the_kernel_finds_every_table_and_number(compiled, driver, runtime):
             arguments.max_blocks,
             arguments.block_size_tokens,
             arguments.top_k,
+            arguments.run.num_steps,
         )
         seen["limits"] = (arguments.num_slots, arguments.timeout_ns)
         assert arguments.failure in driver.host_memory
@@ -129,8 +130,8 @@ def test_the_kernel_finds_every_table_and_number(compiled, driver, runtime):
     assert seen["path_slots"] == [slots[row] for path in paths for row in path]
     assert seen["tables"] == [3, 7, 2, -1]
     assert seen["spans"] == [0b111111]
-    assert seen["numbers"] == (5, 2, BLOCK, 2)
-    assert seen["limits"] == (NUM_BLOCKS * BLOCK, 10_000_000_000)
+    assert seen["numbers"] == (5, 2, BLOCK, 2, 1)
+    assert seen["limits"] == (NUM_BLOCKS * BLOCK + BUCKETS[-1], 10_000_000_000)
     assert not seen["counters"].any()
 
 
