@@ -1,4 +1,4 @@
-"""Several decode steps in one launch, beside one step a launch: the same tokens and bits, and what it saves."""
+"""Several decode steps in one launch, beside one step a launch: the same tokens, and what it saves."""
 
 import random
 import statistics
