@@ -124,7 +124,7 @@ __device__ __forceinline__ void advance(const Worker& w, uint32_t number, uint32
         write_ring(step, number, index, count);
     }
     const uint32_t done = number + 1;
-    const bool is_last = !ptx::any(is_live) || done >= static_cast<uint32_t>(run.num_steps) || done >= allowed;
+    const bool is_last = !ptx::ballot(is_live) || done >= static_cast<uint32_t>(run.num_steps) || done >= allowed;
     ptx::sync_warp();
     if (w.lane == 0) {
         ptx::add_release(run.begun, is_last ? kLastStep : 1);

@@ -193,6 +193,13 @@ __device__ __forceinline__ void add_release(uint32_t* to, uint32_t value) {
     asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
 }
 
+// Device scope, both ways: what was there before.
+__device__ __forceinline__ uint32_t add_acquire_release(uint32_t* to, uint32_t value) {
+    uint32_t previous;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(previous) : "l"(to), "r"(value) : "memory");
+    return previous;
+}
+
 // What was there before. Orders nothing; the host sees it, as it does store_system.
 __device__ __forceinline__ uint32_t compare_exchange(uint32_t* at, uint32_t expected, uint32_t desired) {
     uint32_t previous;

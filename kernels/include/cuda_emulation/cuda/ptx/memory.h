@@ -62,6 +62,10 @@ __device__ HEADRACE_ALWAYS_INLINE uint32_t load_acquire(const uint32_t* from) { 
 
 __device__ HEADRACE_ALWAYS_INLINE void add_release(uint32_t* to, uint32_t value) { emulation::add_release(to, value); }
 
+__device__ HEADRACE_ALWAYS_INLINE uint32_t add_acquire_release(uint32_t* to, uint32_t value) {
+    return emulation::add_acquire_release(to, value);
+}
+
 __device__ HEADRACE_ALWAYS_INLINE uint32_t compare_exchange(uint32_t* at, uint32_t expected, uint32_t desired) {
     return emulation::compare_exchange(at, expected, desired);
 }
