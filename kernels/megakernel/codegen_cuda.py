@@ -259,7 +259,7 @@ class _Call:
         if self.call.opcode is Opcode.ATTENTION:
             parts = attention_parts(self.program)
             blocks = split_blocks("cuda", max_splits(self.program), parts)
-            dealing = f"{parts}, {blocks}, {row_step('cuda', self.program.bucket, parts)}"
+            dealing = f"{parts}, {blocks}, {row_step(self.program)}"
             yield f"const AttentionTiles tiles = {{{self.first}, {self.stride}, count, {dealing}}};"
             yield f"const FirstSplit<Shape> begun = begin_attention<Shape>(w, {self.number('layer')}, tiles);"
 

@@ -217,16 +217,19 @@ def split_blocks(kind: str, num_splits: int, num_parts: int) -> int:
     return -(-num_splits // num_parts) * num_parts if kind == "cuda" else num_splits
 
 
-def row_step(kind: str, bucket: int, num_parts: int) -> int:
+def row_step(program: Program) -> int:
     """How many parts on the next row's first split is: 0, or so many that a step's rows spread over all."""
-    return max(1, num_parts // bucket) if kind == "cuda" else 0
+    if program.kind != "cuda":
+        return 0
+    # So many parts of all KV heads are one instruction a worker.
+    return max(1, len(program.workers) // program.geometry.num_kv_heads // program.bucket)
 
 
 def split_block(program: Program, row: int, split: int) -> int:
     """Where in an attention output buffer a row's split lies."""
     parts = attention_parts(program)
     blocks = split_blocks(program.kind, max_splits(program), parts)
-    return (split + row * row_step(program.kind, program.bucket, parts)) % blocks
+    return (split + row * row_step(program)) % blocks
 
 
 def attention_columns(geometry: Geometry, num_blocks: int) -> int:

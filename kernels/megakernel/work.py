@@ -127,7 +127,7 @@ def _direct_attention_work(
 ) -> Work:
     """A GPU's: its splits of all rows, one after the other; then those of a row are merged."""
     geometry = program.geometry
-    step = row_step(program.kind, program.bucket, instruction.num_parts)
+    step = row_step(program)
     splits = num_splits(program, context_tokens)
     own = [
         (row, split)

@@ -31,7 +31,7 @@ from megakernel.program import (
 )
 from megakernel.shapes import SHAPES
 from megakernel.timeline import predicted_timeline
-from megakernel.work import DEFAULT_CONTEXT_TOKENS, Work, WorkTable, grouped_rows, work_of
+from megakernel.work import Work, WorkTable, grouped_rows, work_of
 from tests.megakernel.model.model_files import tiny_shape
 from tests.megakernel.programs import Recipe, build_program
 
@@ -306,8 +306,7 @@ def test_attention_and_prologues_have_rates_of_their_own_where_these_are_stated(
     k_tile = 64
     assert stated["layers.0.down"].prologue_us == stated["layers.0.down"].refill_us == 4 * k_tile / 10
     assert stated["layers.0.qkv"].compute_us == usual["layers.0.qkv"].compute_us
-    splits = min(-(-DEFAULT_CONTEXT_TOKENS // 16), -(-program.geometry.max_context_tokens // 16))
-    columns = splits * program.geometry.num_heads * (program.geometry.head_dim + 2)
+    columns = program.geometry.num_heads * program.geometry.head_dim  # attention has merged the splits
     assert stated["layers.0.o"].prologue_us == 4 * columns / 10
 
 

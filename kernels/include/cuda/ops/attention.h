@@ -130,9 +130,10 @@ __device__ __forceinline__ void attend_warp(const Worker& w, const uint4 (&keys)
     }
 }
 
-// The warps' partial results of a split, merged in order, to the row's output of that split.
+// The warps' partial results of a split, merged in order, to the row's output of that split; to `heads`, too, if it is
+// the row's only one.
 template <class Shape>
-__device__ __forceinline__ void merge_warps(const Worker& w, SharedAddress partial, int num_warps, float* out) {
+__device__ __forceinline__ void merge_warps(const Worker& w, SharedAddress partial, int num_warps, float* out, float* heads) {
     constexpr int kDim = Shape::kDim, kHead = kDim + 2;
     constexpr int kWarpBytes = Shape::kGroup * kHead * 4;
     for (int item = w.thread; item < Shape::kGroup * kDim; item += kConsumers) {
@@ -151,6 +152,7 @@ __device__ __forceinline__ void merge_warps(const Worker& w, SharedAddress parti
             mixed = fma_f32(weight, ptx::load_shared<float>(from + i * kWarpBytes + (2 + element) * 4), mixed);
         }
         ptx::store_global(out + head * kHead + 2 + element, mixed);
+        if (heads) ptx::store_global(heads + item, mixed * divide_f32(1, sum));
         if (element == 0) {
             ptx::store_global(out + head * kHead, largest);
             ptx::store_global(out + head * kHead + 1, sum);
@@ -233,7 +235,7 @@ __device__ __forceinline__ FirstSplit<Shape> begin_attention(const Worker& w, in
 
 template <class Shape>
 __device__ __forceinline__ void attend_split(const Worker& w, int layer, uint32_t kv_head, const Share<Shape>& share,
-                                             const float* query, float* out, SharedAddress partial) {
+                                             const float* query, float* out, float* heads, SharedAddress partial) {
     if (share.num_own > 0) {
         uint4 keys[Shape::kTimes], values[Shape::kTimes];
 #pragma unroll
@@ -245,7 +247,7 @@ __device__ __forceinline__ void attend_split(const Worker& w, int layer, uint32_
         attend_warp<Shape>(w, keys, values, query, share.num_own, partial);
     }
     sync_consumers();
-    merge_warps<Shape>(w, partial, share.num_warps, out);
+    merge_warps<Shape>(w, partial, share.num_warps, out, heads);
     sync_consumers();
 }
 
@@ -281,18 +283,23 @@ __device__ __forceinline__ void merge_splits(const Worker& w, const AttentionTil
         }
     }
     const float scale = divide_f32(1, total);
-    float2* to = reinterpret_cast<float2*>(attended.heads + (static_cast<int64_t>(row) * Shape::kHeads + head) * kDim);
+    float* to = attended.heads + (static_cast<int64_t>(row) * Shape::kHeads + head) * kDim;
 #pragma unroll
-    for (int i = 0; i < kPairs; i++)
-        if (i * kLanes + w.lane < kDim / 2) ptx::store_global(to + i * kLanes + w.lane, float2{sums[i].x * scale, sums[i].y * scale});
+    for (int i = 0; i < kPairs; i++) {
+        const uint32_t pair = i * kLanes + w.lane;
+        if (pair >= kDim / 2) continue;
+        ptx::store_global(to + 2 * pair, sums[i].x * scale);
+        ptx::store_global(to + 2 * pair + 1, sums[i].y * scale);
+    }
 }
 
 // After a part's splits of up to 32 rows, by lane: who brings the last of a row's splits merges all of them.
 template <class Shape>
 __device__ __forceinline__ void merge_rows(const Worker& w, const AttentionTiles& tiles, const Attended& attended,
                                            uint32_t kv_head, int row0, const RowSplits& own) {
+    if (!ptx::ballot(own.num_own > 0 && own.num_splits > 1)) return;
     if (w.warp == 0) {
-        bool is_last = own.num_own > 0;
+        bool is_last = own.num_own > 0 && own.num_splits > 1;
         if (is_last && own.num_own < own.num_splits) {
             uint32_t* arrivals = attended.arrivals + kv_head * attended.bucket + row0 + w.lane;
             is_last = ptx::add_acquire_release(arrivals, own.num_own) + own.num_own == static_cast<uint32_t>(own.num_splits);
@@ -347,7 +354,8 @@ __device__ __forceinline__ void attention_tiles(const Worker w, int layer, const
                 const float* query = queries + ((row0 + row) * static_cast<int64_t>(Shape::kHeads) + head) * kDim;
                 float* out = attended.splits + (row0 + row) * attended.columns +
                              (static_cast<int64_t>(tiles.block_of(row0 + row, split)) * Shape::kHeads + head) * (kDim + 2);
-                attend_split<Shape>(w, layer, kv_head, share, query, out, partial);
+                float* heads = of_lane(own.num_splits, row) > 1 ? nullptr : attended.heads + (query - queries);
+                attend_split<Shape>(w, layer, kv_head, share, query, out, heads, partial);
                 if (!rows) break;
                 row = next_row, split = next_split, share = next;
             }
