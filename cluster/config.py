@@ -78,6 +78,9 @@ class DecodeConfig(Section, frozen=True, kw_only=True):
     max_running_sequences: Positive = 64
     max_queued_requests: Positive = 1024
     max_rows_per_step: Annotated[int, Meta(ge=1, le=64)] = 64
+    max_steps_per_launch: Annotated[int, Meta(ge=1, le=64)] = 8
+    """Steps that a GPU may run without the host in between, while all sequences are greedy and none waits
+    to join; 1: none."""
     handoff_timeout_s: PositiveSeconds = 30.0
     """A reservation whose hand-off shows no progress this long is reported failed."""
     stall_timeout_s: PositiveSeconds = 30.0

@@ -2,8 +2,8 @@
 
 Sequences decode greedily, each from one pending token. A step verifies the pending token and a draft chain
 below it, accepts the model's own tokens for as long as the draft foresaw them, and goes on from the last of
-those. `HostRun` does it one step at a time: so runs a runtime without a kernel for it, and it is the oracle of
-those that have one.
+those. `HostRun` does it one step at a time: so runs a runtime without a kernel for it, and it is the oracle
+of those that have one.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ class MultiStep(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     context_lengths: IntArray
     """[sequences] committed tokens."""
     block_tables: IntArray
-    """[sequences, max_blocks] with room for `context_lengths + max_new_tokens - 1` tokens."""
+    """[sequences, max_blocks] with room for `context_lengths + max_new_tokens` tokens."""
     max_new_tokens: IntArray
     """[sequences] at least 1; after as many a sequence has ended."""
     stop_starts: IntArray
