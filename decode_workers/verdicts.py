@@ -57,7 +57,7 @@ def judge_step(
 def judge_accepted(
     sequences: SequenceOf[Sequence], told: StepTokens, rows_a_sequence: int
 ) -> list[Verdict | None]:
-    """Of a step of a run, which has accepted already, all KV in its place; None where a sequence had ended."""
+    """Of a step of a run: accepted, with all KV in its place; None where a sequence had ended before."""
     reductions = told.reductions
     maxima: list[float] = reductions.maxima.tolist()
     best: list[int] = reductions.token_ids.tolist()
