@@ -81,8 +81,9 @@ def settle() -> None:
 def kv_pool(runtime: CudaRuntime, view: View = device_view) -> torch.Tensor:
     """[layers, slots, K or V, KV heads, head_dim] float16, the runtime's own memory."""
     shape = runtime.shape
-    size = (shape.num_layers, runtime.num_blocks * BLOCK_TOKENS, 2, shape.num_kv_heads, shape.head_dim)
-    return view(runtime.kv_address, 2 * math.prod(size)).view(torch.float16).view(size)
+    size = (shape.num_layers, runtime.kv_slots, 2, shape.num_kv_heads, shape.head_dim)
+    held = view(runtime.kv_address, 2 * math.prod(size)).view(torch.float16).view(size)
+    return held[:, : runtime.num_blocks * BLOCK_TOKENS]
 
 
 def fill_kv(pool: torch.Tensor, seed: int = 0) -> None:

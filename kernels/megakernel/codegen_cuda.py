@@ -18,9 +18,22 @@ from megakernel.cuda_calls import Call, Loop, Operands, Pattern, Run, WaitAt, ca
 from megakernel.cuda_constants import ASSERTION, RESERVED_BYTES, THREADS_A_BLOCK
 from megakernel.cuda_limits import check_cuda_programs
 from megakernel.cuda_literals import Literals
-from megakernel.program import Epilogue, Op, Opcode, PageRole, Program, Prologue
+from megakernel.program import (
+    Epilogue,
+    Geometry,
+    Op,
+    Opcode,
+    PageRole,
+    Program,
+    Prologue,
+    attention_parts,
+    max_splits,
+    row_step,
+    split_blocks,
+)
 
 _LINE_BYTES = 256
+_ATTENDED = "attended"
 
 
 class GeneratedCuda(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,11 +57,15 @@ def generate_cuda(programs: Sequence[Program], formats: Mapping[str, str]) -> Ge
     """One source for all of an artifact's programs, ascending by bucket. Raises CodegenError."""
     check_cuda_programs(programs)
     layout = lay_out_weights(programs[0], formats, "cuda")
-    offsets, activation_bytes = lay_out_buffers(programs, _LINE_BYTES)
+    offsets, end = lay_out_buffers(programs, _LINE_BYTES)
+    # Attention's output of heads, merged: the instruction that brings a row's last split writes it, before it
+    # signals; who may read the splits may read it.
+    offsets[_ATTENDED] = end
+    activation_bytes = end + 4 * programs[-1].bucket * q_columns(programs[0].geometry)
     first_counters, num_counters = [], 0
     for program in programs:
         first_counters.append(num_counters)
-        num_counters += program.num_counters + 1
+        num_counters += counters_of(program)
     writer = _Source(programs, layout, offsets, first_counters)
     source = "\n".join(writer.lines()) + "\n"
     first = programs[0]
@@ -61,6 +78,15 @@ def generate_cuda(programs: Sequence[Program], formats: Mapping[str, str]) -> Ge
         shared_bytes=RESERVED_BYTES + max(p.num_pages * p.page_bytes for p in programs),
         num_blocks=len(first.workers),
     )
+
+
+def counters_of(program: Program) -> int:
+    """Its own, the one that ends a step, and attention's arrivals: one a KV head and row."""
+    return program.num_counters + 1 + program.geometry.num_kv_heads * program.bucket
+
+
+def q_columns(geometry: Geometry) -> int:
+    return geometry.num_heads * geometry.head_dim
 
 
 def _f32(value: float) -> str:
@@ -110,10 +136,15 @@ class _Source:
         yield "  Worker w(arguments);"
         yield "  begin_block(w);"
         yield "  if (w.is_loader()) {"
-        yield f"    load_rows{bucket}(w);"
+        yield "    uint32_t begun = 0;"
+        yield "    do {"
+        yield f"      load_rows{bucket}(w);"
+        yield "    } while (wait_next_step(w, ++begun));"
         yield "  } else {"
-        yield f"    consume_rows{bucket}(w);"
-        yield f"    hand_out_results<{geometry.vocab_size}, {program.stats_span}>(w, {finished});"
+        yield "    do {"
+        yield f"      consume_rows{bucket}(w);"
+        yield f"      hand_out_results<{geometry.vocab_size}, {program.stats_span}>(w, {finished});"
+        yield "    } while (begin_next_step(w));"
         yield "  }"
         yield "}"
 
@@ -226,9 +257,11 @@ class _Call:
         if self.call.opcode in (Opcode.LINEAR, Opcode.LINEAR_PARTIAL) and self.op.norm:
             yield f"prefetch_vector<{self.op.in_features}>(w, {self.vector('norm')});"
         if self.call.opcode is Opcode.ATTENTION:
-            tiles = f"{self.first}, {self.stride}, count, {self.call.num_parts}"
-            yield f"const AttentionTiles tiles = {{{tiles}}};"
-            yield f"const Share<Shape> begun = begin_attention<Shape>(w, {self.number('layer')}, tiles);"
+            parts = attention_parts(self.program)
+            blocks = split_blocks("cuda", max_splits(self.program), parts)
+            dealing = f"{parts}, {blocks}, {row_step('cuda', self.program.bucket, parts)}"
+            yield f"const AttentionTiles tiles = {{{self.first}, {self.stride}, count, {dealing}}};"
+            yield f"const FirstSplit<Shape> begun = begin_attention<Shape>(w, {self.number('layer')}, tiles);"
 
     def waits(self) -> Iterator[str]:
         """A worker's first wait with the others' first, and so on."""
@@ -354,8 +387,13 @@ class _Call:
         return f"reinterpret_cast<const float*>(w.step.weights + {self.number(name)})"
 
     def buffer(self, index: int) -> str:
-        name = self.program.buffers[index].name
+        return self.buffer_named(self.program.buffers[index].name)
+
+    def buffer_named(self, name: str) -> str:
         return f"reinterpret_cast<float*>(w.step.activations + {self.bucket.source.offsets[name]})"
+
+    def attended(self) -> str:
+        return self.buffer_named(_ATTENDED)
 
     def consume_tile(self) -> list[str]:
         op, call, program, geometry = self.op, self.call, self.program, self.program.geometry
@@ -382,10 +420,14 @@ class _Call:
         """All of an SM's tiles in one call, in which they share a page."""
         op, program = self.op, self.program
         page = self.literal(lambda run: run.pages[PageRole.INPUT][0])
+        arrivals = self.bucket.first_counter + program.num_counters + 1
+        attended = (
+            f"{self.buffer(op.output)}, {program.buffers[op.output].columns}, {self.attended()}, "
+            f"w.step.counters + {arrivals}, {program.bucket}"
+        )
         return [
             f"attention_tiles<Shape>(w, {self.number('layer')}, tiles, begun, {self.buffer(op.input)}, "
-            f"{self.buffer(op.output)}, {program.buffers[op.output].columns}, "
-            f"w.page({page}, {program.page_bytes}));",
+            f"Attended{{{attended}}}, w.page({page}, {program.page_bytes}));",
             "w.instruction += count;",
         ]
 
@@ -418,9 +460,7 @@ class _Call:
                 eps = _f32(program.geometry.rms_norm_eps)
                 return f"Normed<{op.in_features}>{{{source}, {self.vector('norm')}, {eps}}}"
             case Prologue.COMBINE:
-                geometry, columns = program.geometry, program.buffers[op.input].columns
-                template = f"{geometry.num_heads}, {geometry.head_dim}, {program.split_tokens}"
-                return f"Combined<{template}>{{{source}, {columns}}}"
+                return f"Plain<{op.in_features}>{{{self.attended()}}}"
             case _:
                 return f"Plain<{op.in_features}>{{{source}}}"
 

@@ -8,7 +8,7 @@ import msgspec
 
 from megakernel.artifact import Progress, WeightLayout, pack_weights
 from megakernel.build import Compiler
-from megakernel.codegen_cuda import GeneratedCuda, generate_cuda
+from megakernel.codegen_cuda import GeneratedCuda, counters_of, generate_cuda
 from megakernel.codegen_limits import KvFormat
 from megakernel.cuda_build import build_cubin, check_resources
 from megakernel.cuda_constants import THREADS_A_BLOCK
@@ -53,7 +53,7 @@ class CompiledCuda(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     @property
     def first_counters(self) -> tuple[int, ...]:
         """By bucket: of the counters of all."""
-        counts = [program.num_counters + 1 for program in self.programs]
+        counts = [counters_of(program) for program in self.programs]
         return tuple(sum(counts[:index]) for index in range(len(counts)))
 
 

@@ -131,6 +131,10 @@ class Driver(Protocol):
 
     def synchronize(self, stream: Stream) -> None: ...
 
+    def is_idle(self, stream: Stream) -> bool:
+        """Whether all that was asked for has happened; raises what went wrong in any of it."""
+        ...
+
     def close(self) -> None:
         """Gives back all that is left; may be called twice, also after an error."""
         ...

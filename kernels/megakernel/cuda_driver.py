@@ -151,6 +151,15 @@ class CudaDriver:
     def synchronize(self, stream: Stream) -> None:
         self._call_here("cuStreamSynchronize", stream.handle)
 
+    def is_idle(self, stream: Stream) -> bool:
+        self._make_current()
+        (code,) = self._cuda.cuStreamQuery(stream.handle)
+        if code == self._cuda.CUresult.CUDA_ERROR_NOT_READY:
+            return False
+        if int(code) != 0:
+            raise self._error("cuStreamQuery", code)
+        return True
+
     def close(self) -> None:
         if self._context is None:
             return
@@ -204,10 +213,13 @@ class CudaDriver:
 
     def _call_here(self, name: str, *arguments: Any) -> Any:
         """With the context current in this thread."""
+        self._make_current()
+        return self._call(name, *arguments)
+
+    def _make_current(self) -> None:
         if not getattr(self._current, "is_set", False):
             self._call("cuCtxSetCurrent", self._context)
             self._current.is_set = True
-        return self._call(name, *arguments)
 
     def _call(self, name: str, *arguments: Any) -> Any:
         """What the call gives beside its result code: nothing, or one thing."""

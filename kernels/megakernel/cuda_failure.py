@@ -2,19 +2,21 @@
 
 from collections.abc import Iterator
 
-from megakernel.cuda_arguments import NO_INDEX, Failure, FailureCode
+from megakernel.cuda_arguments import Failure, FailureCode
 from megakernel.cuda_constants import NUM_CONSUMER_WARPS
-from megakernel.program import Instruction, Program
+from megakernel.program import Program
 
 _SHOWN_SIGNALS = 3
 
 
 def describe_failure(failure: Failure, program: Program, first_counter: int, epoch: int) -> str:
-    """Of the bucket's program, its first counter among all buckets', and the steps that it ran before."""
+    """Of the bucket's program, its first counter among all buckets', and the steps before the launch."""
     place = f"SM {failure.block}, warp {failure.warp}, {_instruction(failure, program)}"
+    if failure.step:
+        place = f"step {failure.step} of the launch, {place}"
     match failure.code:
         case FailureCode.COUNTER_WAIT:
-            return f"{place}: {_counter_wait(failure, program, first_counter, epoch)}"
+            return f"{place}: {_counter_wait(failure, program, first_counter, epoch + failure.step)}"
         case FailureCode.WEIGHTS_WAIT:
             return f"{place}: weight tile {failure.expected} of this SM has not landed in shared memory"
         case FailureCode.PROGRESS_WAIT:
@@ -22,23 +24,22 @@ def describe_failure(failure: Failure, program: Program, first_counter: int, epo
                 f"{place}: its weights wait until this SM has ended {failure.expected // NUM_CONSUMER_WARPS} "
                 f"instructions; {failure.actual} of {failure.expected} arrivals of its warps came"
             )
+        case FailureCode.STEP_WAIT:
+            return (
+                f"{place}: the next step has not begun: {failure.actual} where {failure.expected} is needed"
+            )
         case _:
             return f"{place}: failure code {failure.code}, counter {failure.counter}"
 
 
 def _instruction(failure: Failure, program: Program) -> str:
-    found = _instruction_at(program, failure.block, failure.instruction)
-    if found is not None:
-        tile = f"{found.opcode.name} of {program.ops[found.op].name}, columns [{found.n0}, {found.n1})"
-        return f"instruction {failure.instruction} ({tile})"
-    named = failure.op != NO_INDEX and failure.op < len(program.ops)
-    what = program.ops[failure.op].name if named else "after its last instruction"
-    return f"instruction {failure.instruction} ({what})"
-
-
-def _instruction_at(program: Program, sm: int, index: int) -> Instruction | None:
-    worker = program.workers[sm] if sm < len(program.workers) else ()
-    return worker[index] if index < len(worker) else None
+    worker = program.workers[failure.block] if failure.block < len(program.workers) else ()
+    index = failure.instruction - failure.step * len(worker)
+    if not 0 <= index < len(worker):
+        return f"instruction {index} (after its last instruction)"
+    found = worker[index]
+    tile = f"{found.opcode.name} of {program.ops[found.op].name}, columns [{found.n0}, {found.n1})"
+    return f"instruction {index} ({tile})"
 
 
 def _counter_wait(failure: Failure, program: Program, first_counter: int, epoch: int) -> str:

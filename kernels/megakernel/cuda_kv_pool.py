@@ -16,11 +16,13 @@ _ELEMENT_BYTES = 2
 class CudaKvPool:
     """`write` and `read` may be called from any thread, `copy_slots` from the one that runs steps."""
 
-    def __init__(self, driver: Driver, shape: ModelShape, num_slots: int) -> None:
+    def __init__(self, driver: Driver, shape: ModelShape, num_slots: int, num_unused: int = 0) -> None:
+        """`num_unused` slots follow those of the pool, for rows that compute nothing of use."""
         self._driver = driver
         self._num_layers, self._num_slots = shape.num_layers, num_slots
         self._token_bytes = 2 * shape.num_kv_heads * shape.head_dim * _ELEMENT_BYTES
-        self._layer_bytes = num_slots * self._token_bytes
+        self.all_slots = num_slots + num_unused
+        self._layer_bytes = self.all_slots * self._token_bytes
         self.address: Address = driver.allocate(shape.num_layers * self._layer_bytes)
         self._stream, self._lock = driver.new_stream(), threading.Lock()
         self._staging, self._copied = HostStaging(driver), DeviceMemory(driver)

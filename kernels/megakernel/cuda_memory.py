@@ -1,7 +1,8 @@
 """Memory that grows as steps ask for more, and runs of lines that are copied at once."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +11,7 @@ from megakernel.cuda_device import Address, Driver, HostMemory
 from megakernel.step import IntArray
 
 _FIRST_BYTES = 1 << 16
+_ALIGNMENT_BYTES = 16
 
 
 class DeviceMemory:
@@ -62,6 +64,15 @@ class Staging:
     @property
     def device(self) -> Address:
         return self._device.device
+
+
+def place_arrays(arrays: Mapping[str, npt.NDArray[Any]]) -> tuple[dict[str, int], int]:
+    """Offset of each array in a buffer that holds all, and the end."""
+    offsets, end = {}, 0
+    for name, array in arrays.items():
+        offsets[name] = end
+        end += -(-array.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+    return offsets, end
 
 
 def runs_of(numbers: IntArray) -> Iterator[tuple[int, int, int]]:

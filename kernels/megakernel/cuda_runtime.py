@@ -14,16 +14,17 @@ from megakernel.cuda_device import Address, CudaError, Driver, Event, Kernel
 from megakernel.cuda_driver import open_driver
 from megakernel.cuda_failure import describe_failure
 from megakernel.cuda_kv_pool import CudaKvPool
-from megakernel.cuda_memory import HostStaging, Staging, runs_of
+from megakernel.cuda_memory import HostStaging, Staging, place_arrays, runs_of
+from megakernel.cuda_multi_step import CudaRun, RunMemory, RunTables, step_tables
 from megakernel.cuda_rows import Limits, StepAsk, StepTables, read_rows
 from megakernel.head import Reductions
 from megakernel.model.rope import rope_frequencies
 from megakernel.model.shape import ModelShape
+from megakernel.multi_step import MultiStep, StepRun
 from megakernel.program import Program
 from megakernel.step import FloatArray, IntArray, Rows, StepError, StepOutput
 
 WAIT_LIMIT_S = 10.0
-_ALIGNMENT_BYTES = 16
 _WEIGHT_CHUNK_BYTES = 1 << 26
 _TURN_CHUNK_POSITIONS = 4096
 
@@ -70,6 +71,7 @@ class CudaRuntime:
             stats_span=first.stats_span,
         )
         self._problem: str | None = None
+        self._is_in_run = False
         self._driver = open_driver() if driver is None else driver
         try:
             self._open(wait_limit_s)
@@ -100,17 +102,22 @@ class CudaRuntime:
         """Of the whole pool (`cuda_kv_pool`), for who fills it there: tests and benchmarks."""
         return self._kv.address
 
+    @property
+    def kv_slots(self) -> int:
+        """Of a layer in that memory: the pool's, and a few of no use to others behind them."""
+        return self._kv.all_slots
+
     def step(self, rows: Rows, stats: FloatArray | None = None) -> StepOutput:
         """One step; KV of all rows goes to their slots.
 
         Where no row asks for anything, the step computes nothing past the last layer's K and V.
         `stats`, `[rows over the whole vocabulary, spans, 3]`, is filled where given. Raises StepError.
         """
-        self._raise_if_failed()
+        self._raise_if_busy()
         asked = read_rows(rows, self._limits)
         bucket = self._bucket_of(len(rows.token_ids))
         try:
-            self._put_inputs(asked, rows.top_k)
+            self._put_tables(asked.tables, top_k=rows.top_k, num_allowed=asked.num_allowed)
             self._launch(bucket)
             results = self._results.host.array[: self._results_bytes]
             self._driver.copy_to_host(self._stream, results, self._results.device)
@@ -127,14 +134,41 @@ class CudaRuntime:
             stats.reshape(found_stats.shape)[...] = found_stats
         return self._output(asked, rows, logits.copy())
 
+    def start(self, run: MultiStep) -> StepRun:
+        """Several steps in one launch. Raises StepError."""
+        self._raise_if_busy()
+        tables, kept = step_tables(run, self._limits)
+        bucket = self._bucket_of(run.num_rows)
+        arguments = self._arguments
+        try:
+            self._put_tables(tables, top_k=0, num_allowed=0, kept=kept)
+            arguments.path_slots = arguments.slots
+            self._run_memory.prepare(run, arguments.run, self._stream, self._limits.num_slots)
+            arguments.epoch = bucket.epoch
+            self._driver.launch(self._stream, bucket.kernel, arguments)
+        except CudaError as error:
+            raise self._fail(bucket, error, bucket.epoch) from error
+        finally:
+            arguments.run.num_steps = 1
+        self._is_in_run = True
+
+        def failed(error: CudaError | None) -> StepError | None:
+            return self._fail(bucket, error, bucket.epoch) if error or self._failure.code else None
+
+        def ended(num_steps: int) -> None:
+            self._is_in_run = False
+            bucket.epoch = (bucket.epoch + num_steps) & 0xFFFFFFFF
+
+        return CudaRun(run, self._run_memory, self._driver, self._stream, failed=failed, ended=ended)
+
     def launch_ms(self, rows: Rows, num_steps: int) -> list[float]:
         """Milliseconds of each of as many steps of the same rows, one after the other, without what the host
         does for a step; their results stay where they are. Raises StepError."""
-        self._raise_if_failed()
+        self._raise_if_busy()
         asked = read_rows(rows, self._limits)
         bucket = self._bucket_of(len(rows.token_ids))
         try:
-            self._put_inputs(asked, rows.top_k)
+            self._put_tables(asked.tables, top_k=rows.top_k, num_allowed=asked.num_allowed)
             while len(self._events) <= num_steps:
                 self._events.append(self._driver.new_event())
             self._driver.record(self._stream, self._events[0])
@@ -151,7 +185,7 @@ class CudaRuntime:
 
     def copy_slots(self, source: IntArray, destination: IntArray) -> None:
         """All of `source` is read before any of `destination` is written. Raises StepError."""
-        self._raise_if_failed()
+        self._raise_if_busy()
         self._kv.copy_slots(self._stream, source, destination)
 
     def write_kv(self, layer: int, slots: IntArray, data: memoryview | bytes) -> None:
@@ -203,10 +237,11 @@ class CudaRuntime:
         if compiled.fill_weights is not None:
             self._upload_weights(compiled.fill_weights)
         self._activations = driver.allocate(compiled.activation_bytes)
-        self._kv = CudaKvPool(driver, shape, self._limits.num_slots)
+        self._kv = CudaKvPool(driver, shape, self._limits.num_slots, self.max_rows)
         self._logits = driver.allocate(4 * self.max_rows * shape.vocab_size)
         self._stats = driver.allocate(4 * self.max_rows * 3 * self._limits.num_spans)
         self._inputs, self._results = Staging(driver), Staging(driver)
+        self._run_memory = RunMemory(driver)
         self._fetched: dict[Address, HostStaging] = {}
         self._results_bytes = 0
         failure = driver.allocate_host(ctypes.sizeof(Failure))
@@ -220,7 +255,7 @@ class CudaRuntime:
             failure=failure.address,
             logits=self._logits,
             stats=self._stats,
-            num_slots=self._limits.num_slots,
+            num_slots=self._kv.all_slots,
             block_size_tokens=self.block_size_tokens,
             timeout_ns=int(wait_limit_s * 1e9),
         )
@@ -248,20 +283,24 @@ class CudaRuntime:
     def _bucket_of(self, num_rows: int) -> _Bucket:
         return next(bucket for bucket in self._buckets if bucket.program.bucket >= num_rows)
 
-    def _put_inputs(self, asked: StepAsk, top_k: int) -> None:
+    def _put_tables(
+        self, tables: StepTables, *, top_k: int, num_allowed: int, kept: RunTables | None = None
+    ) -> None:
         """All tables of the step in one copy, and the arguments that lead to them."""
-        tables, arguments = asked.tables, self._arguments
-        offsets, num_bytes = _places(tables)
+        arguments = self._arguments
+        arrays: dict[str, npt.NDArray[Any]] = msgspec.structs.asdict(tables)
+        of_run = {} if kept is None else msgspec.structs.asdict(kept)
+        offsets, num_bytes = place_arrays(arrays | of_run)
         staging = self._inputs.grown_to(num_bytes)
-        for name, offset in offsets.items():
-            array: npt.NDArray[Any] = getattr(tables, name)
-            staging.host.array[offset : offset + array.nbytes].view(array.dtype)[...] = array.reshape(-1)
-            setattr(arguments, name, staging.device + offset)
+        for name, array in (arrays | of_run).items():
+            start = offsets[name]
+            staging.host.array[start : start + array.nbytes].view(array.dtype)[...] = array.reshape(-1)
+            setattr(arguments.run if name in of_run else arguments, name, staging.device + start)
         self._driver.copy_to_device(self._stream, staging.device, staging.host.array[:num_bytes])
         arguments.num_rows = num_rows = len(tables.token_ids)
-        arguments.max_blocks = asked.max_blocks
+        arguments.max_blocks = tables.block_tables.shape[1]
         arguments.top_k = top_k
-        sizes = (num_rows * (2 + top_k), num_rows * (1 + top_k), asked.num_allowed)
+        sizes = (num_rows * (2 + top_k), num_rows * (1 + top_k), num_allowed)
         self._results_bytes = 4 * sum(sizes)
         results = self._results.grown_to(self._results_bytes).device
         arguments.values = results
@@ -304,10 +343,10 @@ class CudaRuntime:
             allowed_logits=held[ends[1] :].view(np.float32).copy(),
         )
 
-    def _fail(self, bucket: _Bucket, error: CudaError | None) -> StepError:
-        """What stopped the kernel; from now on no step runs."""
+    def _fail(self, bucket: _Bucket, error: CudaError | None, epoch: int | None = None) -> StepError:
+        """What stopped the kernel, and before which steps of its bucket; from now on no step runs."""
         if self._failure.code:
-            epoch = (bucket.epoch - 1) & 0xFFFFFFFF
+            epoch = (bucket.epoch - 1) & 0xFFFFFFFF if epoch is None else epoch
             said = describe_failure(self._failure, bucket.program, bucket.first_counter, epoch)
             limit_s = self._arguments.timeout_ns / 1e9
             self._problem = f"{bucket.kernel.name} gave up after {limit_s:g} s: {said}"
@@ -319,17 +358,13 @@ class CudaRuntime:
         if self._problem is not None:
             raise StepError(self._problem)
 
+    def _raise_if_busy(self) -> None:
+        self._raise_if_failed()
+        if self._is_in_run:
+            raise StepError("a run of several steps is under way")
+
 
 def turns_of(frequencies: npt.NDArray[np.float64], start: int, end: int) -> FloatArray:
     """[positions start .. end, pairs, (cosine, sine)]: angles in float64, as on a CPU."""
     angles = np.arange(start, end, dtype=np.float64)[:, None] * frequencies
     return np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
-
-
-def _places(tables: StepTables) -> tuple[dict[str, int], int]:
-    """Offset of each table in the buffer that holds all, and the end."""
-    offsets, end = {}, 0
-    for name in StepTables.__struct_fields__:
-        offsets[name] = end
-        end += -(-getattr(tables, name).nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-    return offsets, end

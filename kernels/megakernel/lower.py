@@ -31,6 +31,7 @@ from megakernel.program import (
     Space,
     Wait,
     attention_columns,
+    split_blocks,
 )
 from megakernel.tiles import tiles_of
 
@@ -199,7 +200,9 @@ class _Outline:
         )
 
     def _add_attention(self, op: AttentionOp) -> None:
-        columns = attention_columns(self.geometry, self.context.num_splits)
+        context = self.context
+        blocks = split_blocks(context.machine.kind, context.num_splits, context.num_attention_parts)
+        columns = attention_columns(self.geometry, blocks)
         output = self.place(op.splits, "attention", Space.ACTIVATION, columns)
         self._append(
             Op(

@@ -112,7 +112,7 @@ class Opcode(IntEnum):
     REDUCE = 3
     """Sum the parts of columns [n0, n1) ascending, through the epilogue."""
     ATTENTION = 4
-    """KV heads [n0, n1), those splits whose number is `part` modulo `num_parts`."""
+    """KV heads [n0, n1), those splits whose block (`split_block`) is `part` modulo `num_parts`."""
 
 
 class PageRole(StrEnum):
@@ -207,9 +207,31 @@ def max_splits(program: Program) -> int:
     return -(-program.geometry.max_context_tokens // program.split_tokens)
 
 
-def attention_columns(geometry: Geometry, num_splits: int) -> int:
-    """Columns of an attention output buffer: for each split and head, maximum, sum, and head_dim values."""
-    return num_splits * geometry.num_heads * (geometry.head_dim + 2)
+def attention_parts(program: Program) -> int:
+    """Instructions that the splits of one group of KV heads are dealt to."""
+    return min(len(program.workers), max_splits(program))
+
+
+def split_blocks(kind: str, num_splits: int, num_parts: int) -> int:
+    """Of an attention output buffer: one a split, and on CUDA whole rounds of parts."""
+    return -(-num_splits // num_parts) * num_parts if kind == "cuda" else num_splits
+
+
+def row_step(kind: str, bucket: int, num_parts: int) -> int:
+    """How many parts on the next row's first split is: 0, or so many that a step's rows spread over all."""
+    return max(1, num_parts // bucket) if kind == "cuda" else 0
+
+
+def split_block(program: Program, row: int, split: int) -> int:
+    """Where in an attention output buffer a row's split lies."""
+    parts = attention_parts(program)
+    blocks = split_blocks(program.kind, max_splits(program), parts)
+    return (split + row * row_step(program.kind, program.bucket, parts)) % blocks
+
+
+def attention_columns(geometry: Geometry, num_blocks: int) -> int:
+    """Columns of an attention output buffer: for each block and head, maximum, sum, and head_dim values."""
+    return num_blocks * geometry.num_heads * (geometry.head_dim + 2)
 
 
 def reads_of(program: Program, instruction: Instruction) -> tuple[Access, ...]:
@@ -305,13 +327,14 @@ def _attention_writes(program: Program, instruction: Instruction, op: Op) -> tup
     geometry = program.geometry
     group = geometry.num_heads // geometry.num_kv_heads
     head = geometry.head_dim + 2
+    blocks = program.buffers[op.output].columns // (geometry.num_heads * head)
     return tuple(
         Access(
             op.output,
-            (split * geometry.num_heads + instruction.n0 * group) * head,
-            (split * geometry.num_heads + instruction.n1 * group) * head,
+            (block * geometry.num_heads + instruction.n0 * group) * head,
+            (block * geometry.num_heads + instruction.n1 * group) * head,
             instruction.r0,
             instruction.r1,
         )
-        for split in range(instruction.part, max_splits(program), instruction.num_parts)
+        for block in range(instruction.part, blocks, instruction.num_parts)
     )

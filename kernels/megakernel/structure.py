@@ -14,7 +14,9 @@ from megakernel.program import (
     Prologue,
     Space,
     attention_columns,
+    attention_parts,
     max_splits,
+    split_blocks,
 )
 from megakernel.schedule_error import Hazard, ScheduleError, instruction_name
 
@@ -93,7 +95,8 @@ def _buffer_columns(program: Program, op: Op) -> dict[int, int]:
     geometry = program.geometry
     q_columns = geometry.num_heads * geometry.head_dim
     kv_columns = 2 * geometry.num_kv_heads * geometry.head_dim
-    attended = attention_columns(geometry, max_splits(program))
+    blocks = split_blocks(program.kind, max_splits(program), attention_parts(program))
+    attended = attention_columns(geometry, blocks)
     match op.kind:
         case OpKind.EMBED:
             return {op.input: 1, op.output: geometry.hidden_size}
@@ -162,6 +165,8 @@ def _part_problem(program: Program, op: Op, instruction: Instruction) -> str:
             most = max_splits(program)
             if not 0 <= instruction.part < instruction.num_parts <= most:
                 return f"of {instruction.num_parts} parts, where there are {most} splits"
+            if program.kind == "cuda" and instruction.num_parts != (parts := attention_parts(program)):
+                return f"of {instruction.num_parts} parts, which are to be {parts}"
         case Opcode.EMBED:
             pass
     return ""

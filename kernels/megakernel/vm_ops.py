@@ -7,7 +7,7 @@ along one row's own elements, so that neither other rows nor a tile's width chan
 import numpy as np
 
 from megakernel.float_formats import round_to_bf16, round_to_f16_saturating
-from megakernel.program import Epilogue, Instruction, Op, Opcode, Prologue, max_splits
+from megakernel.program import Epilogue, Instruction, Op, Opcode, Prologue, split_block
 from megakernel.quantize import fake_quantize
 from megakernel.vm_state import Arithmetic, Float32Array, Float64Array, IntArray, VmState
 
@@ -108,7 +108,9 @@ def _combine(state: VmState, attended: Float32Array, row: int) -> Float32Array:
     """Splits of the row's positions only: those past its own hold nothing."""
     geometry = state.program.geometry
     num_splits = int(state.step.positions[row]) // state.program.split_tokens + 1
-    by_split = attended.reshape(-1, geometry.num_heads, geometry.head_dim + 2)[:num_splits].astype(np.float64)
+    by_block = attended.reshape(-1, geometry.num_heads, geometry.head_dim + 2)
+    blocks = [split_block(state.program, row, split) for split in range(num_splits)]
+    by_split = by_block[blocks].astype(np.float64)
     largest = by_split[:, :, 0].max(axis=0)
     total = np.zeros(geometry.num_heads)
     values = np.zeros((geometry.num_heads, geometry.head_dim))
@@ -125,10 +127,11 @@ def _attend(state: VmState, op: Op, instruction: Instruction, row: int) -> None:
     slots = state.key_slots[row]
     output = state.buffers[op.output][row].reshape(-1, geometry.num_heads, dim + 2)
     queries = state.buffers[op.input][row].reshape(-1, dim).astype(np.float64)
-    for split in range(instruction.part, max_splits(program), instruction.num_parts):
+    for split in range(-(-len(slots) // program.split_tokens)):
+        block = split_block(program, row, split)
+        if block % instruction.num_parts != instruction.part:
+            continue
         own = slots[split * program.split_tokens : (split + 1) * program.split_tokens]
-        if not len(own):
-            break
         pool = state.kv.layers[op.layer][own].reshape(len(own), 2, geometry.num_kv_heads, dim)
         for kv_head in range(instruction.n0, instruction.n1):
             keys, values = pool[:, 0, kv_head].astype(np.float64), pool[:, 1, kv_head].astype(np.float64)
@@ -136,9 +139,9 @@ def _attend(state: VmState, op: Op, instruction: Instruction, row: int) -> None:
                 scores = (keys * queries[head]).sum(axis=1)
                 largest = np.float32(scores.max())
                 weights = np.exp(scores - largest)
-                output[split, head, 0] = largest
-                output[split, head, 1] = weights.sum()
-                output[split, head, 2:] = (weights[:, None] * values).sum(axis=0)
+                output[block, head, 0] = largest
+                output[block, head, 1] = weights.sum()
+                output[block, head, 2:] = (weights[:, None] * values).sum(axis=0)
 
 
 def _finish(state: VmState, op: Op, instruction: Instruction, row: int, sums: Float32Array) -> None:

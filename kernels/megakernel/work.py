@@ -6,7 +6,7 @@ import msgspec
 
 from megakernel.footprint import num_k
 from megakernel.machine import Machine, MachineError
-from megakernel.program import Instruction, Op, Opcode, Program, Prologue
+from megakernel.program import Instruction, Op, Opcode, Program, Prologue, row_step
 from megakernel.weight_formats import activation_bits, column_bits, op_formats
 
 DEFAULT_CONTEXT_TOKENS = 512
@@ -64,7 +64,8 @@ def work_of(
             )
             read = k if op.prologue is Prologue.NONE else program.buffers[op.input].columns
             if op.prologue is Prologue.COMBINE:
-                read = combined_columns(program, context_tokens)
+                # On a GPU attention has merged the splits.
+                read = k if machine.kind == "cuda" else combined_columns(program, context_tokens)
             kept = rows * k * activation_bits(stored) / 8
             prologue_us = _cached_read_us(machine, rows * read * _FLOAT_BYTES + kept)
             refill_us = _stream_us(machine, rows * k * _FLOAT_BYTES)
@@ -103,13 +104,13 @@ def num_splits(program: Program, context_tokens: int) -> int:
 def _attention_work(
     program: Program, machine: Machine, instruction: Instruction, context_tokens: int, is_shared: bool
 ) -> Work:
-    """Its splits' share of the context. On a GPU, rows and splits are taken one after the other."""
+    """Its splits' share of the context."""
+    if machine.kind == "cuda":
+        return _direct_attention_work(program, machine, instruction, context_tokens, is_shared)
     geometry = program.geometry
     rows = instruction.r1 - instruction.r0
     splits = range(instruction.part, num_splits(program, context_tokens), instruction.num_parts)
-    if not splits and machine.kind == "cuda":
-        return Work(0.0, 0.0, 0.0)
-    tokens = sum(min(program.split_tokens, context_tokens - split * program.split_tokens) for split in splits)
+    tokens = sum(_split_length(program, context_tokens, split) for split in splits)
     kv_heads = instruction.n1 - instruction.n0
     elements = 2 * tokens * kv_heads * geometry.head_dim
     num_contexts = 1 if is_shared else rows
@@ -118,11 +119,54 @@ def _attention_work(
     rate = machine.attention_macs_per_us or macs_per_us(machine, "F16")
     compute_us = elements * group * rows / rate
     queries_us = _cached_read_us(machine, rows * kv_heads * group * geometry.head_dim * _FLOAT_BYTES)
-    if machine.kind == "cpu":
-        return Work(load_bytes, compute_us, queries_us)
-    again_us = _stream_us(machine, elements * (rows - num_contexts) * _KV_ELEMENT_BYTES)
-    waits_us = (rows * len(splits) - 1) * machine.load_latency_us
-    return Work(load_bytes, compute_us, 0.0, latency_us=queries_us + again_us + waits_us, is_direct=True)
+    return Work(load_bytes, compute_us, queries_us)
+
+
+def _direct_attention_work(
+    program: Program, machine: Machine, instruction: Instruction, context_tokens: int, is_shared: bool
+) -> Work:
+    """A GPU's: its splits of all rows, one after the other; then those of a row are merged."""
+    geometry = program.geometry
+    step = row_step(program.kind, program.bucket, instruction.num_parts)
+    splits = num_splits(program, context_tokens)
+    own = [
+        (row, split)
+        for row in range(instruction.r0, instruction.r1)
+        for split in range(
+            (instruction.part - row * step) % instruction.num_parts, splits, instruction.num_parts
+        )
+    ]
+    if not own:
+        return Work(0.0, 0.0, 0.0)
+    kv_heads = instruction.n1 - instruction.n0
+    heads = kv_heads * geometry.num_heads // geometry.num_kv_heads
+    token_elements = 2 * kv_heads * geometry.head_dim
+    tokens = sum(_split_length(program, context_tokens, split) for _, split in own)
+    # Of rows that share a context, the first brings it to the cache.
+    is_first = [row == instruction.r0 or not is_shared for row, _ in own]
+    first_tokens = sum(
+        _split_length(program, context_tokens, split)
+        for (_, split), is_own in zip(own, is_first, strict=True)
+        if is_own
+    )
+    rate = machine.attention_macs_per_us or macs_per_us(machine, "F16")
+    compute_us = token_elements * tokens * (heads // kv_heads) / rate
+    queries_us = _cached_read_us(machine, len(own) * heads * geometry.head_dim * _FLOAT_BYTES)
+    again_us = _stream_us(machine, token_elements * (tokens - first_tokens) * _KV_ELEMENT_BYTES)
+    waits_us = (len(own) - 1) * machine.load_latency_us
+    merged_bytes = splits * heads * (geometry.head_dim + 2) * _FLOAT_BYTES
+    merge_us = machine.load_latency_us + _cached_read_us(machine, merged_bytes) if splits > 1 else 0.0
+    return Work(
+        token_elements * first_tokens * _KV_ELEMENT_BYTES,
+        compute_us,
+        0.0,
+        latency_us=queries_us + again_us + waits_us + merge_us,
+        is_direct=True,
+    )
+
+
+def _split_length(program: Program, context_tokens: int, split: int) -> int:
+    return min(program.split_tokens, context_tokens - split * program.split_tokens)
 
 
 def _cached_read_us(machine: Machine, num_bytes: float) -> float:

@@ -31,9 +31,16 @@ from tests.hardware.part import Part, PartResult, Setting
 from tests.hardware.results import Results, parts_to_run, read_results, write_results
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("correctness", "independence", "soak", "decode", "hang")
+PARTS = ("correctness", "independence", "soak", "multi_step", "decode", "hang")
 BUDGET_S, BUDGET_QUICK_S = 470.0, 200.0
-SHARES = {"correctness": 0.45, "independence": 0.3, "soak": 0.2, "decode": 0.85, "hang": 1.0}
+SHARES = {
+    "correctness": 0.45,
+    "independence": 0.3,
+    "soak": 0.2,
+    "multi_step": 0.2,
+    "decode": 0.85,
+    "hang": 1.0,
+}
 """What a part may take of the time that those before it have left."""
 _GRACE_S = 45.0
 """A part that has gone on for so long past its deadline hangs."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("correctness", "independence", "soak", "decode", "hang")
+PARTS = ("correctness", "independence", "soak", "multi_step", "decode", "hang")
 LIMIT_S = 400
 
 pytestmark = [

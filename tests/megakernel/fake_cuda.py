@@ -127,6 +127,11 @@ class FakeDriver:
         if self.next_error is not None:
             raise self.next_error
 
+    def is_idle(self, stream: Stream) -> bool:
+        """It is, from then on."""
+        self.synchronize(stream)
+        return True
+
     def close(self) -> None:
         self.is_closed = True
         self.memory.clear()

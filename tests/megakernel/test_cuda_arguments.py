@@ -9,10 +9,23 @@ from pathlib import Path
 import pytest
 
 from megakernel.build import INCLUDE_FOLDER
-from megakernel.cuda_arguments import NO_INDEX, Failure, FailureCode, RowFlag, StepArguments
+from megakernel.cuda_arguments import (
+    LAST_STEP,
+    NO_INDEX,
+    Failure,
+    FailureCode,
+    MultiStepArguments,
+    RowFlag,
+    StepArguments,
+)
+from megakernel.draft_automaton import EMPTY_KEY, NO_STATE, NO_TOKEN
 
 HEADER = INCLUDE_FOLDER / "cuda" / "step.h"
-STRUCTURES = {"Failure": Failure, "StepArguments": StepArguments}
+STRUCTURES = {
+    "Failure": Failure,
+    "MultiStepArguments": MultiStepArguments,
+    "StepArguments": StepArguments,
+}
 SOURCE = Path(__file__).parent / "native" / "step_arguments.cpp"
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 
@@ -26,7 +39,14 @@ def expected() -> set[str]:
             lines.add(f"{name} {member} {field.offset} {field.size}")
     for values in (RowFlag, FailureCode):
         lines |= {f"{values.__name__} {value.name} {value.value} 0" for value in values}
-    return {*lines, f"NO_INDEX value {NO_INDEX} 0"}
+    numbers = {
+        "NO_INDEX": NO_INDEX,
+        "LAST_STEP": LAST_STEP,
+        "EMPTY_KEY": EMPTY_KEY,
+        "NO_TOKEN": NO_TOKEN,
+        "NO_STATE": NO_STATE,
+    }
+    return {*lines, *(f"{name} value {value} 0" for name, value in numbers.items())}
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")

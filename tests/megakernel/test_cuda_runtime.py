@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megakernel.build import BuildError, find_compiler
-from megakernel.cuda_arguments import EXTRA_COUNTERS, NO_INDEX, Failure
+from megakernel.cuda_arguments import EXTRA_COUNTERS, Failure
 from megakernel.cuda_device import CudaError
 from megakernel.cuda_runtime import CudaRuntime
 from megakernel.emulation import build_emulation
@@ -112,6 +112,7 @@ def test_the_kernel_finds_every_table_and_number(compiled, driver, runtime):
             arguments.max_blocks,
             arguments.block_size_tokens,
             arguments.top_k,
+            arguments.run.num_steps,
         )
         seen["limits"] = (arguments.num_slots, arguments.timeout_ns)
         assert arguments.failure in driver.host_memory
@@ -129,8 +130,8 @@ def test_the_kernel_finds_every_table_and_number(compiled, driver, runtime):
     assert seen["path_slots"] == [slots[row] for path in paths for row in path]
     assert seen["tables"] == [3, 7, 2, -1]
     assert seen["spans"] == [0b111111]
-    assert seen["numbers"] == (5, 2, BLOCK, 2)
-    assert seen["limits"] == (NUM_BLOCKS * BLOCK, 10_000_000_000)
+    assert seen["numbers"] == (5, 2, BLOCK, 2, 1)
+    assert seen["limits"] == (NUM_BLOCKS * BLOCK + BUCKETS[-1], 10_000_000_000)
     assert not seen["counters"].any()
 
 
@@ -242,7 +243,7 @@ def test_kv_goes_to_its_layer_and_slot_keys_first(weights, driver, runtime):
     runtime.step(single())
     arguments = driver.launches[-1][1]
     width = 2 * shape.num_kv_heads * shape.head_dim
-    pool = driver.array_at(arguments.kv, 2 * NUM_BLOCKS * BLOCK * width, np.float16).reshape(2, -1, width)
+    pool = driver.array_at(arguments.kv, 2 * arguments.num_slots * width, np.float16).reshape(2, -1, width)
     keys, values = data.view(np.float16).reshape(2, 5, -1)
     assert pool[1, 40].tobytes() == keys[3].tobytes() + values[3].tobytes()
     assert not pool[0].any()
@@ -361,7 +362,6 @@ def test_a_failure_names_where_and_what_was_waited_for(compiled, runtime, driver
         counter=compiled.first_counters[2] + wait.counter,
         expected=arrivals + wait.target,
         actual=arrivals + wait.target - 1,
-        op=NO_INDEX,
     )
     with pytest.raises(StepError) as error:
         runtime.step(tree())
@@ -381,7 +381,7 @@ def test_a_failure_names_where_and_what_was_waited_for(compiled, runtime, driver
             {"code": 3, "warp": 8, "expected": 40, "actual": 37},
             "warp 8, .* until this SM has ended 5 instructions; 37 of 40 arrivals",
         ),
-        ({"code": 9, "op": NO_INDEX, "instruction": 9999}, "after its last instruction.*failure code 9"),
+        ({"code": 9, "instruction": 9999}, "after its last instruction.*failure code 9"),
     ],
 )
 def test_other_failures(runtime, driver, fields, message):
@@ -392,7 +392,7 @@ def test_other_failures(runtime, driver, fields, message):
 
 def test_the_counter_that_ends_a_step_is_everybodys(compiled, runtime, driver):
     last = compiled.programs[0].num_counters
-    driver.kernel = fails(code=1, counter=last, expected=3, actual=2, instruction=10_000, op=NO_INDEX)
+    driver.kernel = fails(code=1, counter=last, expected=3, actual=2, instruction=10_000)
     with pytest.raises(StepError, match=r"had 2 of 3 arrivals of this step; it gets 3, from every SM at its"):
         runtime.step(single())
 

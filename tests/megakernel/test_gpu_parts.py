@@ -20,7 +20,7 @@ from benchmarks.gpu_models import BuiltModel, GpuModel
 from megakernel.cuda_build import CudaBuild
 from megakernel.cuda_device import DeviceFacts
 from megakernel.machine import MachineError, load_machine
-from tests.hardware import independence, soak
+from tests.hardware import independence, multi_step, soak
 from tests.hardware.__main__ import PARTS, in_process, part_named
 from tests.hardware.dequantize import tensors
 from tests.hardware.part import PartResult, Setting
@@ -103,7 +103,7 @@ def test_a_run_goes_on_where_it_ended(tmp_path):
     again = read_results(path, MACHINE)
     assert again == results
     assert again.figures == {"correctness.logits": 0.5}
-    assert parts_to_run(PARTS, [], again) == ["independence", "soak", "decode", "hang"]
+    assert parts_to_run(PARTS, [], again) == ["independence", "soak", "multi_step", "decode", "hang"]
     assert parts_to_run(PARTS, ["decode", "correctness"], again) == ["correctness", "decode"]
 
 
@@ -248,6 +248,25 @@ def test_rows_that_depend_on_others_are_found(monkeypatch):
         [each for each, _ in models], drivers=drivers_of(models), view=host_view
     )
     assert found.problems[0].startswith("sequence 1 with 0 others in bucket 1: ")
+
+
+@needs_compiler
+def test_steps_in_one_launch_are_checked_over_emulated_kernels(monkeypatch):
+    monkeypatch.setattr(multi_step, "ROUNDS", 2)
+    monkeypatch.setattr(multi_step, "CONTEXTS", (17, 1, 40, 2))
+    ((compiled, emulation),) = tiny_models(8)
+    driver = FakeDriver(emulated(emulation))
+    with opened(compiled, multi_step.num_blocks(6), driver=driver, view=host_view) as runtime:
+        problems, figures = multi_step.check(runtime, 6, host_view)
+    assert problems == []
+    assert set(figures) == {
+        f"{name}_{figure}"
+        for name in ("rows4", "rows1", "drafted")
+        for figure in (
+            *("host_ms_a_step", "launch_ms_a_step", "host_ms_a_token", "launch_ms_a_token"),
+            "host_over_launch",
+        )
+    }
 
 
 def test_companies_fill_the_bucket_and_leave_nobody_out():

@@ -44,9 +44,10 @@ extern "C" __global__ void __launch_bounds__(288, 1) everything(const __grid_con
     ptx::store_global(a.bytes, ptx::load_global(static_cast<const uint8_t*>(a.bytes)));
     ptx::mbarrier_init(s, 3), ptx::fence_mbarrier_init(), ptx::sync_threads(0, 288);
     ptx::add_shared_release(s + 8, ptx::load_shared_acquire(s + 12));
-    ptx::add_release(a.words, ptx::load_acquire(a.words + 1));
+    ptx::add_release(a.words, ptx::add_acquire_release(a.words + 2, ptx::load_acquire(a.words + 1)));
     ptx::store_system(a.words, ptx::compare_exchange(a.words, 1, 2)), ptx::fence_system();
-    ptx::prefetch_l2(a.bytes), ptx::prefetch(a.bytes);
+    a.words[1] = ptx::load_system(a.words + 2) + ptx::load_settled(reinterpret_cast<int32_t*>(a.words) + 3);
+    ptx::prefetch(a.bytes);
     ptx::copy_async_16(s + 16, a.bytes), ptx::copy_async_arrive(s), ptx::fence_async_shared();
     ptx::mbarrier_arrive(s), ptx::mbarrier_arrive_expect(s, 64), ptx::copy_bulk(s + 64, a.bytes, 64, s);
     while (!ptx::mbarrier_try_wait(s, 0)) ptx::sleep_ns(20);
@@ -57,7 +58,7 @@ extern "C" __global__ void __launch_bounds__(288, 1) everything(const __grid_con
     ptx::mma_f16(c, r[0], r[1], r[2], r[3], r[0], r[1]);
     ptx::sync_warp();
     c[0] += ptx::shuffle_xor(c[1], 1) + ptx::shuffle(c[2], 3);
-    r[0] = ptx::shuffle_xor(r[1], 1) + ptx::shuffle(r[2], 3) + ptx::any(c[0] > 0);
+    r[0] = ptx::shuffle_xor(r[1], 1) + ptx::shuffle(r[2], 3) + ptx::ballot(c[0] > 0) + ptx::lowest_bit(r[1]);
     c[1] = ptx::half_to_float(r[0]) + ptx::bf16_to_float(r[1]) + ptx::exp2_approx(c[0]) + ptx::exp_f32(c[1]);
     c[2] = ptx::log_f32(c[2]) + ptx::reciprocal_sqrt(c[3]) + ptx::fma(c[0], c[1], c[2]);
     r[1] = ptx::pack_bf16x2(c[0], c[1]) + ptx::pack_f16x2(c[2], c[3]) + ptx::float_to_half(c[1]);

@@ -10,7 +10,8 @@ constexpr uint64_t kReportNanoseconds = 10'000'000;
 // Out of line, and without the worker's address: so that it stays in registers. Others that fail meanwhile let the
 // first one finish: a trap ends the kernel for all.
 __device__ __noinline__ inline void report_failure(Failure* failure, uint32_t instruction, uint32_t code,
-                                                   uint32_t counter, uint32_t expected, uint32_t actual) {
+                                                   uint32_t counter, uint32_t expected, uint32_t actual,
+                                                   uint32_t step) {
     if (ptx::compare_exchange(&failure->code, kNoFailure, kReporting) == kNoFailure) {
         ptx::store_system(&failure->block, ptx::block());
         ptx::store_system(&failure->warp, ptx::warp());
@@ -18,7 +19,7 @@ __device__ __noinline__ inline void report_failure(Failure* failure, uint32_t in
         ptx::store_system(&failure->counter, counter);
         ptx::store_system(&failure->expected, expected);
         ptx::store_system(&failure->actual, actual);
-        ptx::store_system(&failure->op, kNoIndex);
+        ptx::store_system(&failure->step, step);
         ptx::fence_system();
         ptx::store_system(&failure->code, code);
         ptx::fence_system();
@@ -32,7 +33,8 @@ __device__ __noinline__ inline void report_failure(Failure* failure, uint32_t in
 
 __device__ __forceinline__ void fail(const Worker& w, uint32_t code, uint32_t counter, uint32_t expected,
                                      uint32_t actual) {
-    report_failure(w.step.failure, w.instruction, code, counter, expected, actual);
+    const uint32_t step = ptx::load_shared<uint32_t>(w.shared + kEpochAt) - w.step.epoch;
+    report_failure(w.step.failure, w.instruction, code, counter, expected, actual, step);
 }
 
 __device__ __forceinline__ void sync_consumers() { ptx::sync_threads(kConsumerBarrier, kConsumers); }
@@ -41,13 +43,22 @@ __device__ __forceinline__ void sync_consumers() { ptx::sync_threads(kConsumerBa
 // consumers. Counters are never reset: earlier steps have brought each of them `arrivals`.
 __device__ __forceinline__ void wait_counter(const Worker& w, uint32_t counter, uint32_t target, uint32_t arrivals) {
     if (w.thread == 0) {
-        const uint32_t expected = w.step.epoch * arrivals + target;
+        const uint32_t expected = ptx::load_shared<uint32_t>(w.shared + kEpochAt) * arrivals + target;
         const uint64_t start = ptx::nanoseconds();
         uint32_t actual;
         while (static_cast<int32_t>((actual = ptx::load_acquire(w.step.counters + counter)) - expected) < 0)
             if (ptx::nanoseconds() - start > w.step.timeout_ns) fail(w, kCounterWait, counter, expected, actual);
     }
     sync_consumers();
+}
+
+// One thread: until a word of a launch of several steps is at least `expected`; what it is then.
+__device__ __forceinline__ uint32_t wait_word(const Worker& w, const uint32_t* word, uint32_t expected) {
+    const uint64_t start = ptx::nanoseconds();
+    uint32_t actual;
+    while ((actual = ptx::load_acquire(word)) < expected)
+        if (ptx::nanoseconds() - start > w.step.timeout_ns) fail(w, kStepWait, kNoIndex, expected, actual);
+    return actual;
 }
 
 // One arrival, once all consumers have written what they had to.
@@ -88,6 +99,7 @@ __device__ __forceinline__ void begin_block(const Worker& w) {
         ptx::fence_mbarrier_init();
         ptx::store_shared<uint32_t>(w.shared + kProgressAt, 0);
         ptx::store_shared(w.shared + kSmAt, uint2{w.sm, 0});
+        ptx::store_shared(w.shared + kEpochAt, uint2{w.step.epoch, 0});
     }
     ptx::sync_threads(0, kThreads);
 }

@@ -1,6 +1,7 @@
 // Everything that a generated kernel needs.
 #pragma once
 
+#include "cuda/ops/advance.h"
 #include "cuda/ops/attention.h"
 #include "cuda/ops/embed.h"
 #include "cuda/ops/linear.h"

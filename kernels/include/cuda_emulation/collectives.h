@@ -105,14 +105,14 @@ uint32_t shuffle(uint32_t value, uint32_t from) {
     return warp.results[lane];
 }
 
-uint32_t any(bool value) {
-    begin(Op::kAny, 0, HEADRACE_SITE());
+uint32_t ballot(bool value) {
+    begin(Op::kBallot, 0, HEADRACE_SITE());
     Warp& warp = *self->warp;
     const uint32_t lane = self->identity.lane;
     warp.inputs[lane] = value;
-    if (meet(Op::kAny, 0, 0)) {
+    if (meet(Op::kBallot, 0, 0)) {
         uint32_t found = 0;
-        for (uint32_t input : warp.inputs) found |= input;
+        for (uint32_t i = 0; i < kLanes; i++) found |= (warp.inputs[i] != 0) << i;
         for (uint32_t& result : warp.results) result = found;
         let_go(warp);
     }

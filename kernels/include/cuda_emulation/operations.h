@@ -34,6 +34,7 @@ HEADRACE_OPERATION uint32_t load_shared_acquire(uint32_t from);
 HEADRACE_OPERATION void add_shared_release(uint32_t to, uint32_t value);
 HEADRACE_OPERATION uint32_t load_acquire(const uint32_t* from);
 HEADRACE_OPERATION void add_release(uint32_t* to, uint32_t value);
+HEADRACE_OPERATION uint32_t add_acquire_release(uint32_t* to, uint32_t value);
 HEADRACE_OPERATION uint32_t compare_exchange(uint32_t* at, uint32_t expected, uint32_t desired);
 HEADRACE_OPERATION void store_system(uint32_t* to, uint32_t value);
 
@@ -51,7 +52,7 @@ HEADRACE_OPERATION void sync_warp();
 HEADRACE_OPERATION void sync_threads(uint32_t id, uint32_t num_threads);
 HEADRACE_OPERATION uint32_t shuffle_xor(uint32_t value, uint32_t mask);
 HEADRACE_OPERATION uint32_t shuffle(uint32_t value, uint32_t lane);
-HEADRACE_OPERATION uint32_t any(bool value);
+HEADRACE_OPERATION uint32_t ballot(bool value);
 enum class MmaType { kBf16, kF16 };
 HEADRACE_OPERATION void mma(MmaType type, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 HEADRACE_OPERATION void load_matrix_x4(uint32_t (&r)[4], uint32_t row);

@@ -115,6 +115,18 @@ void add_release(uint32_t* to, uint32_t value) {
     add_to(words.at(to), *global_cell(memory, to), is_initialised(memory), to, value);
 }
 
+uint32_t add_acquire_release(uint32_t* to, uint32_t value) {
+    begin(Op::kAddAcquireRelease, reinterpret_cast<uint64_t>(to), HEADRACE_SITE());
+    const Memory& memory = checked_memory<4>(to);
+    check_writable(memory, to);
+    switch_point();
+    Word& word = words.at(to);
+    const uint32_t previous = value_at(to);
+    acquire(word.released);
+    add_to(word, *global_cell(memory, to), is_initialised(memory), to, value);
+    return previous;
+}
+
 uint32_t compare_exchange(uint32_t* at, uint32_t expected, uint32_t desired) {
     begin(Op::kCompareExchange, reinterpret_cast<uint64_t>(at), HEADRACE_SITE());
     const Memory& memory = checked_memory<4>(at);

@@ -49,7 +49,7 @@ KERNEL wrong(const __grid_constant__ Arguments a) {
             if (is_first) ptx::load_constant(reinterpret_cast<const uint4*>(input) + 256);  // kConstantPastEnd
             break;
         case kPrefetchPastEnd:
-            if (is_first) ptx::prefetch_l2(input + 1024);  // kPrefetchPastEnd
+            if (is_first) ptx::prefetch(input + 1024);  // kPrefetchPastEnd
             break;
         case kNowhere:
             if (is_first) ptx::load_global(reinterpret_cast<const uint32_t*>(64));  // kNowhere
@@ -93,7 +93,7 @@ KERNEL wrong(const __grid_constant__ Arguments a) {
             if (lane < 16)
                 ptx::sync_warp();  // kDivergentCollectives
             else
-                ptx::any(true);  // kDivergentCollectives
+                ptx::ballot(true);  // kDivergentCollectives
             break;
         case kDivergentBarriers:
             ptx::sync_threads(lane == 5 ? 2 : 1, 288);  // kDivergentBarriers
@@ -227,14 +227,14 @@ KERNEL wrong(const __grid_constant__ Arguments a) {
                 while (!ptx::load_acquire(a.counters)) {
                 }
             if (block == 1 && warp == 0) {
-                ptx::any(true);  // a collective, but one that orders nothing
+                ptx::ballot(true);  // a collective, but one that orders nothing
                 if (lane == 1) ptx::load_global(output + 1);  // kAcquireByOtherLane
             }
             break;
         case kLoadOfOtherLane:  // lane 0 tells of both its loads, lane 1 of none
             if (block == 0 && warp == 0) {
                 if (lane < 2) ptx::load_global(output + 1);  // kLoadOfOtherLane
-                ptx::any(true);
+                ptx::ballot(true);
                 if (lane == 0) {
                     ptx::add_release(a.counters, 1);
                     while (!ptx::load_acquire(a.counters + 1)) {

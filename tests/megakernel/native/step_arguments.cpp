@@ -9,6 +9,7 @@
 
 int main() {
     SHOW_ALL(Failure)
+    SHOW_ALL(MultiStepArguments)
     SHOW_ALL(StepArguments)
     MEMBERS
     printf("RowFlag WANTS_LOGITS %d 0\n", headrace::kWantsLogits);
@@ -18,6 +19,11 @@ int main() {
     printf("FailureCode COUNTER_WAIT %d 0\n", headrace::kCounterWait);
     printf("FailureCode WEIGHTS_WAIT %d 0\n", headrace::kWeightsWait);
     printf("FailureCode PROGRESS_WAIT %d 0\n", headrace::kProgressWait);
+    printf("FailureCode STEP_WAIT %d 0\n", headrace::kStepWait);
     printf("FailureCode REPORTING %u 0\n", headrace::kReporting);
     printf("NO_INDEX value %u 0\n", headrace::kNoIndex);
+    printf("LAST_STEP value %u 0\n", headrace::kLastStep);
+    printf("EMPTY_KEY value %llu 0\n", static_cast<unsigned long long>(headrace::kEmptyKey));
+    printf("NO_TOKEN value %d 0\n", headrace::kNoToken);
+    printf("NO_STATE value %d 0\n", headrace::kNoState);
 }

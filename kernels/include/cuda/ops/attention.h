@@ -1,5 +1,5 @@
 // Attention of one KV head over every split that falls to an instruction: maximum, sum of exponentials and weighted
-// values by split and query head.
+// values by split and query head; and the merging of a row's splits, once all are there.
 //
 // A split's tokens are shared out among the consumer warps, and what each makes of its tokens is merged in order.
 // Keys and values come straight into registers: every byte is used once a row, and all of a split's loads are on
@@ -34,9 +34,9 @@ __device__ __forceinline__ void unpack_halves(const uint4& packed, float (&x)[8]
 
 // The slot of a position of a row: of its committed prefix by the block table, of this step by its path.
 __device__ __forceinline__ int64_t slot_of(const StepArguments& step, int row, int position) {
-    const int context = ptx::load_constant(step.context_lengths + row);
+    const int context = ptx::load_settled(step.context_lengths + row);
     if (position >= context)
-        return ptx::load_constant(step.path_slots + ptx::load_constant(step.path_starts + row) + position - context);
+        return ptx::load_settled(step.path_slots + ptx::load_constant(step.path_starts + row) + position - context);
     const int64_t line = static_cast<int64_t>(ptx::load_constant(step.table_rows + row)) * step.max_blocks;
     const int block = ptx::load_constant(step.block_tables + line + position / step.block_size_tokens);
     return static_cast<int64_t>(block) * step.block_size_tokens + position % step.block_size_tokens;
@@ -49,6 +49,7 @@ struct Share {
     int num_own;    // tokens of the warp; may be less than one
     uint32_t slot;  // by lane, of the warp's tokens
 
+    Share() = default;
     __device__ __forceinline__ Share(const Worker& w, int row, int split, int num_tokens) {
         constexpr int kTokens = Shape::kTokens;
         const int in_split = num_tokens - split * Shape::kSplitTokens;
@@ -157,74 +158,200 @@ __device__ __forceinline__ void merge_warps(const Worker& w, SharedAddress parti
     }
 }
 
-// Tiles of an SM: tile number n is KV head n % kKvHeads over splits n / kKvHeads, + num_parts, ... of every row.
+// Tiles of an SM: tile number n is KV head n % kKvHeads over those splits of every row whose block is n / kKvHeads
+// modulo num_parts: split_block of program.py.
 struct AttentionTiles {
-    uint32_t first, stride, count, num_parts;
+    uint32_t first, stride, count;
+    int32_t num_parts, num_blocks, row_step;
+
+    __device__ __forceinline__ int32_t block_of(int row, int split) const {
+        return (split + row * row_step) % num_blocks;
+    }
+    __device__ __forceinline__ int32_t first_split(int row, int part) const {
+        const int at = (part - row * row_step) % num_parts;
+        return at < 0 ? at + num_parts : at;
+    }
 };
 
-// What the first of an SM's tiles reads of its first row is sent for while queries are waited for.
+// Where partial results go, and what becomes of them.
+struct Attended {
+    float* splits;       // [rows][columns]: for each block and head the maximum, the sum, and values
+    int64_t columns;
+    float* heads;        // [rows][kHeads][kDim]: splits merged
+    uint32_t* arrivals;  // [kKvHeads][bucket] of splits that are there, 0 between ops
+    int32_t bucket;
+};
+
+__device__ __forceinline__ int of_lane(int value, uint32_t lane) { return ptx::shuffle(static_cast<uint32_t>(value), lane); }
+
+// By lane: what a part has of a row.
+struct RowSplits {
+    int num_tokens, num_splits;  // of the row
+    int first, num_own;          // of the part
+
+    template <class Shape>
+    static __device__ __forceinline__ RowSplits of(const Worker& w, const AttentionTiles& tiles, int row, int part) {
+        RowSplits found{};
+        if (row >= w.step.num_rows) return found;
+        found.num_tokens = ptx::load_settled(w.step.positions + row) + 1;
+        found.num_splits = (found.num_tokens + Shape::kSplitTokens - 1) / Shape::kSplitTokens;
+        found.first = tiles.first_split(row, part);
+        if (found.first < found.num_splits) found.num_own = (found.num_splits - 1 - found.first) / tiles.num_parts + 1;
+        return found;
+    }
+};
+
+// The first split of an SM's tiles among its first rows. What it reads is sent for while queries are waited for.
 template <class Shape>
-__device__ __forceinline__ Share<Shape> begin_attention(const Worker& w, int layer, const AttentionTiles& tiles) {
-    const Share<Shape> share(w, 0, tiles.first / Shape::kKvHeads, ptx::load_constant(w.step.positions) + 1);
+struct FirstSplit {
+    bool is_there;
+    Share<Shape> share;
+};
+
+template <class Shape>
+__device__ __forceinline__ void prefetch_share(const Worker& w, const Share<Shape>& share, int layer, uint32_t kv_head) {
     if (share.num_own > 0)
 #pragma unroll 1
         for (int i = 0; i < Shape::kTimes; i++) {
-            const uint16_t* key = share.key_at(w, layer, tiles.first % Shape::kKvHeads, i);
+            const uint16_t* key = share.key_at(w, layer, kv_head, i);
             ptx::prefetch(key);
             ptx::prefetch(key + Shape::kKvHeads * Shape::kDim);
         }
-    return share;
 }
 
 template <class Shape>
-__device__ __forceinline__ void attend_split(const Worker& w, int layer, int row, uint32_t kv_head, int split,
-                                             const Share<Shape>& share, const float* queries, float* out, int64_t out_columns,
-                                             SharedAddress partial) {
-    constexpr int kDim = Shape::kDim;
+__device__ __forceinline__ FirstSplit<Shape> begin_attention(const Worker& w, int layer, const AttentionTiles& tiles) {
+    const RowSplits own = RowSplits::of<Shape>(w, tiles, w.lane, tiles.first / Shape::kKvHeads);
+    const uint32_t rows = ptx::ballot(own.num_own > 0);
+    FirstSplit<Shape> found{rows != 0, {}};
+    if (!rows) return found;
+    const uint32_t row = ptx::lowest_bit(rows);
+    found.share = Share<Shape>(w, row, of_lane(own.first, row), of_lane(own.num_tokens, row));
+    prefetch_share(w, found.share, layer, tiles.first % Shape::kKvHeads);
+    return found;
+}
+
+template <class Shape>
+__device__ __forceinline__ void attend_split(const Worker& w, int layer, uint32_t kv_head, const Share<Shape>& share,
+                                             const float* query, float* out, SharedAddress partial) {
     if (share.num_own > 0) {
         uint4 keys[Shape::kTimes], values[Shape::kTimes];
 #pragma unroll
         for (int i = 0; i < Shape::kTimes; i++) {
             const uint16_t* key = share.key_at(w, layer, kv_head, i);
             keys[i] = ptx::load_global(reinterpret_cast<const uint4*>(key));
-            values[i] = ptx::load_global(reinterpret_cast<const uint4*>(key + Shape::kKvHeads * kDim));
+            values[i] = ptx::load_global(reinterpret_cast<const uint4*>(key + Shape::kKvHeads * Shape::kDim));
         }
-        const float* query = queries + (static_cast<int64_t>(row) * Shape::kHeads + kv_head * Shape::kGroup) * kDim;
         attend_warp<Shape>(w, keys, values, query, share.num_own, partial);
     }
     sync_consumers();
-    float* of_split =
-        out + row * out_columns + (static_cast<int64_t>(split) * Shape::kHeads + kv_head * Shape::kGroup) * (kDim + 2);
-    merge_warps<Shape>(w, partial, share.num_warps, of_split);
+    merge_warps<Shape>(w, partial, share.num_warps, out);
     sync_consumers();
 }
 
+// A warp: a row's splits of a head, merged in ascending order.
 template <class Shape>
-__device__ __forceinline__ void attention_tiles(const Worker w, int layer, const AttentionTiles tiles, const Share<Shape> begun,
-                                                const float* queries, float* out, int64_t out_columns, SharedAddress partial) {
-    int most_tokens = 0;
-    for (int row = w.lane; row < w.step.num_rows; row += kLanes) {
-        const int own = ptx::load_constant(w.step.positions + row) + 1;
-        most_tokens = own > most_tokens ? own : most_tokens;
-    }
+__device__ __forceinline__ void merge_splits(const Worker& w, const AttentionTiles& tiles, const Attended& attended, int row,
+                                             int head, int num_splits) {
+    constexpr int kDim = Shape::kDim, kPairs = (kDim / 2 + 31) / 32;  // of a lane
+    const float* of_row = attended.splits + row * attended.columns + static_cast<int64_t>(head) * (kDim + 2);
+    const auto at = [&](int split) {
+        return of_row + static_cast<int64_t>(tiles.block_of(row, split)) * Shape::kHeads * (kDim + 2);
+    };
+    float largest = -__builtin_huge_valf();
+    for (int split = w.lane; split < num_splits; split += kLanes) largest = fmaxf(largest, ptx::load_global(at(split)));
 #pragma unroll
-    for (uint32_t mask = kLanes / 2; mask; mask /= 2) {
-        const int other = ptx::shuffle_xor(static_cast<uint32_t>(most_tokens), mask);
-        most_tokens = other > most_tokens ? other : most_tokens;
+    for (uint32_t mask = kLanes / 2; mask; mask /= 2) largest = fmaxf(largest, ptx::shuffle_xor(largest, mask));
+    float total = 0;
+    float2 sums[kPairs] = {};
+#pragma unroll 4
+    for (int split = 0; split < num_splits; split++) {
+        const float2* from = reinterpret_cast<const float2*>(at(split));
+        const float2 extremes = ptx::load_global(from);
+        float2 values[kPairs] = {};
+#pragma unroll
+        for (int i = 0; i < kPairs; i++)
+            if (i * kLanes + w.lane < kDim / 2) values[i] = ptx::load_global(from + 1 + i * kLanes + w.lane);
+        const float share = exp_f32(extremes.x - largest);
+        total = fma_f32(share, extremes.y, total);
+#pragma unroll
+        for (int i = 0; i < kPairs; i++) {
+            sums[i].x = fma_f32(share, values[i].x, sums[i].x);
+            sums[i].y = fma_f32(share, values[i].y, sums[i].y);
+        }
     }
+    const float scale = divide_f32(1, total);
+    float2* to = reinterpret_cast<float2*>(attended.heads + (static_cast<int64_t>(row) * Shape::kHeads + head) * kDim);
+#pragma unroll
+    for (int i = 0; i < kPairs; i++)
+        if (i * kLanes + w.lane < kDim / 2) ptx::store_global(to + i * kLanes + w.lane, float2{sums[i].x * scale, sums[i].y * scale});
+}
+
+// After a part's splits of up to 32 rows, by lane: who brings the last of a row's splits merges all of them.
+template <class Shape>
+__device__ __forceinline__ void merge_rows(const Worker& w, const AttentionTiles& tiles, const Attended& attended,
+                                           uint32_t kv_head, int row0, const RowSplits& own) {
+    if (w.warp == 0) {
+        bool is_last = own.num_own > 0;
+        if (is_last && own.num_own < own.num_splits) {
+            uint32_t* arrivals = attended.arrivals + kv_head * attended.bucket + row0 + w.lane;
+            is_last = ptx::add_acquire_release(arrivals, own.num_own) + own.num_own == static_cast<uint32_t>(own.num_splits);
+            if (is_last) ptx::add_release(arrivals, -own.num_splits);
+        }
+        const uint32_t rows = ptx::ballot(is_last);
+        ptx::sync_warp();
+        if (w.lane == 0) ptx::store_shared(w.shared + kSelectionAt, rows);
+    }
+    sync_consumers();
+    uint32_t rows = ptx::load_shared<uint32_t>(w.shared + kSelectionAt);
+    for (uint32_t item = 0; rows; rows &= rows - 1) {
+        const uint32_t row = ptx::lowest_bit(rows);
+        const int num_splits = of_lane(own.num_splits, row);
+        for (int head = 0; head < Shape::kGroup; head++, item++)
+            if (item % kConsumerWarps == w.warp)
+                merge_splits<Shape>(w, tiles, attended, row0 + row, kv_head * Shape::kGroup + head, num_splits);
+    }
+}
+
+template <class Shape>
+__device__ __forceinline__ void attention_tiles(const Worker w, int layer, const AttentionTiles tiles, const FirstSplit<Shape> begun,
+                                                const float* queries, const Attended attended, SharedAddress partial) {
+    constexpr int kDim = Shape::kDim;
 #pragma unroll 1
     for (uint32_t j = 0; j < tiles.count; j++) {
-        const uint32_t tile = tiles.first + j * tiles.stride, kv_head = tile % Shape::kKvHeads, part = tile / Shape::kKvHeads;
-        if (static_cast<int>(part) * Shape::kSplitTokens >= most_tokens) continue;
+        const uint32_t tile = tiles.first + j * tiles.stride, kv_head = tile % Shape::kKvHeads;
+        const int part = tile / Shape::kKvHeads;
 #pragma unroll 1
-        for (int row = 0; row < w.step.num_rows; row++) {
-            const int num_tokens = ptx::load_constant(w.step.positions + row) + 1;
+        for (int row0 = 0; row0 < w.step.num_rows; row0 += kLanes) {
+            const RowSplits own = RowSplits::of<Shape>(w, tiles, row0 + w.lane, part);
+            uint32_t rows = ptx::ballot(own.num_own > 0);
+            if (!rows) continue;
+            int row = ptx::lowest_bit(rows), split = of_lane(own.first, row);
+            Share<Shape> share = j == 0 && row0 == 0 && begun.is_there
+                                     ? begun.share
+                                     : Share<Shape>(w, row0 + row, split, of_lane(own.num_tokens, row));
 #pragma unroll 1
-            for (int split = part; split * Shape::kSplitTokens < num_tokens; split += tiles.num_parts) {
-                const bool has_begun = j == 0 && row == 0 && split == static_cast<int>(part);
-                const Share<Shape> share = has_begun ? begun : Share<Shape>(w, row, split, num_tokens);
-                attend_split<Shape>(w, layer, row, kv_head, split, share, queries, out, out_columns, partial);
+            while (true) {
+                int next_row = row, next_split = split + tiles.num_parts;
+                if (next_split >= of_lane(own.num_splits, row)) {
+                    rows &= rows - 1;
+                    next_row = rows ? ptx::lowest_bit(rows) : row;
+                    next_split = of_lane(own.first, next_row);
+                }
+                Share<Shape> next = share;
+                if (rows) {
+                    next = Share<Shape>(w, row0 + next_row, next_split, of_lane(own.num_tokens, next_row));
+                    prefetch_share(w, next, layer, kv_head);
+                }
+                const int64_t head = static_cast<int64_t>(kv_head) * Shape::kGroup;
+                const float* query = queries + ((row0 + row) * static_cast<int64_t>(Shape::kHeads) + head) * kDim;
+                float* out = attended.splits + (row0 + row) * attended.columns +
+                             (static_cast<int64_t>(tiles.block_of(row0 + row, split)) * Shape::kHeads + head) * (kDim + 2);
+                attend_split<Shape>(w, layer, kv_head, share, query, out, partial);
+                if (!rows) break;
+                row = next_row, split = next_split, share = next;
             }
+            merge_rows<Shape>(w, tiles, attended, kv_head, row0, own);
         }
     }
     report_progress(w, tiles.count);

@@ -38,7 +38,7 @@ __device__ __forceinline__ float packed_element(const uint8_t* matrix, int64_t c
 template <Format F, int kIn>
 __device__ __forceinline__ void embed_tile(const Worker w, int64_t table, uint32_t n0, uint32_t n1, float* hidden) {
     for (int row = 0; row < w.step.num_rows; row++) {
-        const int token = ptx::load_constant(w.step.token_ids + row);
+        const int token = ptx::load_settled(w.step.token_ids + row);
         for (uint32_t k = n0 + w.thread; k < n1; k += kConsumers)
             ptx::store_global(hidden + static_cast<int64_t>(row) * kIn + k,
                               packed_element<F, kIn>(w.step.weights + table, token, k));

@@ -174,7 +174,7 @@ struct RotateAppend {
     // Before the wait for the sums.
     static __device__ __forceinline__ void prefetch(const Worker& w) {
         for (int row = w.warp; row < w.step.num_rows; row += kConsumerWarps) {
-            const int position = ptx::load_constant(w.step.positions + row);
+            const int position = ptx::load_settled(w.step.positions + row);
             if (w.lane * 16 < kDim / 2) ptx::prefetch(w.step.turns + static_cast<int64_t>(position) * (kDim / 2) + w.lane * 16);
         }
     }
@@ -186,8 +186,8 @@ struct RotateAppend {
         const uint32_t head = n0 / kDim + tile_head;
         const bool is_query = head < kHeads, is_value = head >= kHeads + kKvHeads;
         // What does not depend on the sums first, all at once.
-        const int position = ptx::load_constant(w.step.positions + row);
-        const int64_t slot = ptx::load_constant(w.step.slots + row);
+        const int position = ptx::load_settled(w.step.positions + row);
+        const int64_t slot = ptx::load_settled(w.step.slots + row);
         float2 turn[kPairs] = {};
         float norm[kPairs][2] = {};
 #pragma unroll

@@ -67,56 +67,6 @@ struct Normed {
     }
 };
 
-// Attention's splits of each head, merged in ascending order.
-template <int kHeads, int kDim, int kSplitTokens>
-struct Combined {
-    static constexpr bool kIsNormed = false;
-    const float* splits;  // [rows][columns]: for each split and head the maximum, the sum, and values
-    int64_t columns;
-
-    __device__ __forceinline__ Eight load(const Worker& w, int row, uint32_t k) const {
-        const uint32_t num_splits = ptx::load_constant(w.step.positions + row) / kSplitTokens + 1;
-        const float* head = splits + row * columns + (k / kDim) * (kDim + 2);
-        constexpr int kStride = kHeads * (kDim + 2);
-        float2 extremes = ptx::load_global(reinterpret_cast<const float2*>(head));
-        Eight sums = values_of(head, k);
-        float largest = extremes.x;
-        if (num_splits > 1) {
-#pragma unroll 4
-            for (uint32_t i = 1; i < num_splits; i++) largest = fmaxf(largest, ptx::load_global(head + i * kStride));
-        }
-        const float weight = exp_f32(extremes.x - largest);
-        float total = weight * extremes.y;
-#pragma unroll
-        for (int j = 0; j < 8; j++) sums.x[j] *= weight;
-#pragma unroll 2
-        for (uint32_t i = 1; i < num_splits; i++) {
-            const float2 other = ptx::load_global(reinterpret_cast<const float2*>(head + i * kStride));
-            const Eight values = values_of(head + i * kStride, k);
-            const float share = exp_f32(other.x - largest);
-            total = fma_f32(share, other.y, total);
-#pragma unroll
-            for (int j = 0; j < 8; j++) sums.x[j] = fma_f32(share, values.x[j], sums.x[j]);
-        }
-        const float scale = divide_f32(1, total);
-#pragma unroll
-        for (int j = 0; j < 8; j++) sums.x[j] *= scale;
-        return sums;
-    }
-
-   private:
-    static __device__ __forceinline__ Eight values_of(const float* head, uint32_t k) {
-        const float2* from = reinterpret_cast<const float2*>(head + 2 + k % kDim);
-        Eight values;
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const float2 pair = ptx::load_global(from + j);
-            values.x[2 * j] = pair.x, values.x[2 * j + 1] = pair.y;
-        }
-        return values;
-    }
-};
-
 template <Format F>
 __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
     return F == Format::kF16 ? ptx::pack_f16x2(low, high) : ptx::pack_bf16x2(low, high);

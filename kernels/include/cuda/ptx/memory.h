@@ -110,6 +110,14 @@ __device__ __forceinline__ T load_global(const T* from) {
     return value;
 }
 
+// Of memory that others write only before the thread's block has last waited for them: it may be in L1 since then.
+// Neither moved nor merged, but other accesses may be moved past it.
+__device__ __forceinline__ int32_t load_settled(const int32_t* from) {
+    int32_t value;
+    asm volatile("ld.global.s32 %0, [%1];" : "=r"(value) : "l"(from));
+    return value;
+}
+
 // Brings a line to L2, if it can.
 __device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
@@ -185,6 +193,13 @@ __device__ __forceinline__ void add_release(uint32_t* to, uint32_t value) {
     asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
 }
 
+// Device scope, both ways: what was there before.
+__device__ __forceinline__ uint32_t add_acquire_release(uint32_t* to, uint32_t value) {
+    uint32_t previous;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(previous) : "l"(to), "r"(value) : "memory");
+    return previous;
+}
+
 // What was there before. Orders nothing; the host sees it, as it does store_system.
 __device__ __forceinline__ uint32_t compare_exchange(uint32_t* at, uint32_t expected, uint32_t desired) {
     uint32_t previous;
@@ -199,10 +214,12 @@ __device__ __forceinline__ void store_system(uint32_t* to, uint32_t value) {
     asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
 }
 
-__device__ __forceinline__ void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
-
-__device__ __forceinline__ void prefetch_l2(const void* from) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+__device__ __forceinline__ uint32_t load_system(const uint32_t* from) {
+    uint32_t value;
+    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+    return value;
 }
+
+__device__ __forceinline__ void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
 }  // namespace headrace::ptx

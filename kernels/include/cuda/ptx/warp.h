@@ -30,6 +30,9 @@ __device__ __forceinline__ float shuffle(float value, uint32_t lane) { return __
 __device__ __forceinline__ uint32_t shuffle(uint32_t value, uint32_t lane) {
     return __shfl_sync(0xffffffff, value, lane);
 }
-__device__ __forceinline__ uint32_t any(bool value) { return __any_sync(0xffffffff, value); }
+__device__ __forceinline__ uint32_t ballot(bool value) { return __ballot_sync(0xffffffff, value); }
+
+// Of a number that is not 0.
+__device__ __forceinline__ uint32_t lowest_bit(uint32_t value) { return __ffs(value) - 1; }
 
 }  // namespace headrace::ptx

@@ -39,6 +39,8 @@ __device__ HEADRACE_ALWAYS_INLINE T load_global(const T* from) {
     return value;
 }
 
+__device__ HEADRACE_ALWAYS_INLINE int32_t load_settled(const int32_t* from) { return load_global(from); }
+
 __device__ HEADRACE_ALWAYS_INLINE void prefetch(const void* at) { emulation::prefetch(at); }
 
 template <class T>
@@ -60,14 +62,18 @@ __device__ HEADRACE_ALWAYS_INLINE uint32_t load_acquire(const uint32_t* from) { 
 
 __device__ HEADRACE_ALWAYS_INLINE void add_release(uint32_t* to, uint32_t value) { emulation::add_release(to, value); }
 
+__device__ HEADRACE_ALWAYS_INLINE uint32_t add_acquire_release(uint32_t* to, uint32_t value) {
+    return emulation::add_acquire_release(to, value);
+}
+
 __device__ HEADRACE_ALWAYS_INLINE uint32_t compare_exchange(uint32_t* at, uint32_t expected, uint32_t desired) {
     return emulation::compare_exchange(at, expected, desired);
 }
 
 __device__ HEADRACE_ALWAYS_INLINE void store_system(uint32_t* to, uint32_t value) { emulation::store_system(to, value); }
 
-__device__ HEADRACE_ALWAYS_INLINE void fence_system() {}
+__device__ HEADRACE_ALWAYS_INLINE uint32_t load_system(const uint32_t* from) { return load_global(from); }
 
-__device__ HEADRACE_ALWAYS_INLINE void prefetch_l2(const void* from) { emulation::prefetch(from); }
+__device__ HEADRACE_ALWAYS_INLINE void fence_system() {}
 
 }  // namespace headrace::ptx

@@ -35,6 +35,7 @@ __device__ HEADRACE_ALWAYS_INLINE float shuffle(float value, uint32_t lane) {
     return value;
 }
 __device__ HEADRACE_ALWAYS_INLINE uint32_t shuffle(uint32_t value, uint32_t lane) { return emulation::shuffle(value, lane); }
-__device__ HEADRACE_ALWAYS_INLINE uint32_t any(bool value) { return emulation::any(value); }
+__device__ HEADRACE_ALWAYS_INLINE uint32_t ballot(bool value) { return emulation::ballot(value); }
+__device__ HEADRACE_ALWAYS_INLINE uint32_t lowest_bit(uint32_t value) { return __builtin_ctz(value); }
 
 }  // namespace headrace::ptx
