@@ -98,6 +98,7 @@ class DecodeEngine:
 
     def measure(self) -> tuple[StepCost, ...]:
         """The executor's step table, by which runs end before deadlines from then on."""
+        assert self._run_under_way is None, "measured beside a run"
         costs = self._executor.measure()
         self._step_table = step_table(costs)
         return costs
