@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.gpu_bandwidth import measured_bandwidth
 from benchmarks.gpu_builds import BuildMissingError, Builds, built
-from benchmarks.gpu_machine import described, pick_machine
+from benchmarks.gpu_machine import described
 from benchmarks.gpu_memory import opened
 from benchmarks.gpu_models import GpuModel
 from benchmarks.gpu_peers import Kind, Peer, PeerWeights, allow_recompiling
@@ -36,6 +36,7 @@ from megakernel.cuda_compiled import CompiledCuda
 from megakernel.cuda_device import CudaError
 from megakernel.cuda_driver import open_driver
 from megakernel.cuda_runtime import CudaRuntime
+from megakernel.gpu_machine import pick_machine
 from megakernel.shapes import SHAPES
 from megakernel.step import Rows
 from megakernel.user_cache import cache_folder

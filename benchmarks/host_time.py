@@ -113,7 +113,7 @@ class Host:
         receiver = HandoffReceiver(layout, lambda: Epoch(1), config.handoff_timeout_s)
         self.inbox = Inbox()
         self.engine = DecodeEngine(
-            executor, self.tokenizer, self.card, config, handoffs=receiver, post=self.inbox.post
+            executor, self.tokenizer, self.card, config, handoffs=receiver, inbox=self.inbox
         )
         self.service = DecodeService(self.engine.roster, self.inbox, self.card, max_commands_waiting=1024)
 

@@ -57,7 +57,7 @@ class RouterConfig(Section, frozen=True, kw_only=True):
 
 class PrefillConfig(Section, frozen=True, kw_only=True):
     engine: Literal["auto", "megakernel", "torch"] = "auto"
-    """`auto`: the megakernel where it decodes too, else PyTorch."""
+    """`auto`: the megakernel where it decodes on the CPU too, else PyTorch."""
     num_replicas: Annotated[int, Meta(ge=0)] = 1
     num_threads: Positive | None = None
     """None: all cores of the machine."""
@@ -68,9 +68,10 @@ class PrefillConfig(Section, frozen=True, kw_only=True):
 
 
 class DecodeConfig(Section, frozen=True, kw_only=True):
-    executor: Literal["auto", "megakernel", "torch", "noop"] = "auto"
-    """`auto`: the megakernel on a CPU that it can be compiled for, else PyTorch. `noop` computes nothing and
-    emits fixed tokens: it measures everything else."""
+    executor: Literal["auto", "megakernel", "megakernel-cuda", "torch", "noop"] = "auto"
+    """`megakernel` is the CPU's, `megakernel-cuda` a GPU's. `auto`: a GPU's where there are one that it knows
+    and the tools to compile for it, else PyTorch on a GPU, else the CPU's where it can be compiled for it,
+    else PyTorch. `noop` computes nothing and emits fixed tokens: it measures everything else."""
     num_replicas: Positive = 1
     num_threads: Positive | None = None
     kv_pool_tokens: Positive | None = None
@@ -78,6 +79,9 @@ class DecodeConfig(Section, frozen=True, kw_only=True):
     max_running_sequences: Positive = 64
     max_queued_requests: Positive = 1024
     max_rows_per_step: Annotated[int, Meta(ge=1, le=64)] = 64
+    max_steps_per_launch: Annotated[int, Meta(ge=1, le=64)] = 8
+    """Steps that a GPU may run without the host in between, while all sequences are greedy and none waits
+    to join; 1: none."""
     handoff_timeout_s: PositiveSeconds = 30.0
     """A reservation whose hand-off shows no progress this long is reported failed."""
     stall_timeout_s: PositiveSeconds = 30.0

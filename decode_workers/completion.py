@@ -14,11 +14,11 @@ class Completion:
     __slots__ = (
         "_detokenizer",
         "_max_tokens",
-        "_stop_token_ids",
         "_stops",
         "finish_reason",
         "num_tokens",
         "stop_match",
+        "stop_token_ids",
     )
 
     def __init__(
@@ -28,11 +28,17 @@ class Completion:
         self._detokenizer = IncrementalDetokenizer(tokenizer)
         self._stops = StopMatcher(sampling.stop) if sampling.stop else None
         eos = () if sampling.ignore_eos else eos_token_ids
-        self._stop_token_ids = frozenset((*sampling.stop_token_ids, *eos))
+        self.stop_token_ids = frozenset((*sampling.stop_token_ids, *eos))
+        """The first of these ends it."""
         self._max_tokens = max_tokens
         self.num_tokens = 0
         self.finish_reason: FinishReason | None = None
         self.stop_match: str | None = None
+
+    @property
+    def num_left(self) -> int:
+        """Tokens after which it has ended, if nothing ends it before."""
+        return self._max_tokens - self.num_tokens
 
     def push(self, token_id: int) -> str:
         """The text that this token releases; sets `finish_reason` where it is the last.
@@ -41,7 +47,7 @@ class Completion:
         """
         assert self.finish_reason is None, "a token after the end"
         self.num_tokens += 1
-        if token_id in self._stop_token_ids:
+        if token_id in self.stop_token_ids:
             self.finish_reason = FinishReason.STOP
             return ""
         text = self._detokenizer.push(token_id)

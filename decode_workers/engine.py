@@ -2,6 +2,9 @@
 
 What other threads want goes to the roster through an `Inbox`; what happens to a request comes out of
 `step` as events, in order.
+
+Where nobody waits, several steps may run without the host (`plan_run`): `step` then takes them one by one,
+and does all that it does otherwise but for admission, which the run's end must come before.
 """
 
 import logging
@@ -9,22 +12,24 @@ import time
 from collections.abc import Callable
 
 from cluster.config import DecodeConfig
-from cluster.messages import DecodeEvent, FailureCode, TokensEmitted
+from cluster.messages import DecodeEvent, FailureCode, StepCost, TokensEmitted
 from cluster.metrics import DecodeMetrics
 from cluster.model_card import ModelCard
+from cluster.placement.predict import StepTable, step_ms, step_table
 from cluster.text import Tokenizer
 from cluster.timeline import Stage
 from decode_workers.draft_tree import NO_DRAFT, DraftTree, check_tree, node_depths
-from decode_workers.executor import StepExecutor
+from decode_workers.executor import MultiStepExecutor, StepExecutor
 from decode_workers.handoffs import HandoffPort, Handoffs
-from decode_workers.inbox import Call
+from decode_workers.inbox import Inbox
 from decode_workers.intake import Intake
 from decode_workers.kv_pool import KvPool
+from decode_workers.multi_step_run import MultiStepRun, ask_for
 from decode_workers.request_check import RequestLimits
 from decode_workers.roster import Roster
 from decode_workers.rows import StepRows, assemble
-from decode_workers.scheduler import RowGrant, plan_step
-from decode_workers.sequence import Sequence
+from decode_workers.scheduler import RowGrant, Waiting, plan_run, plan_step
+from decode_workers.sequence import Sequence, SequenceState
 from decode_workers.step_batch import StepResult
 from decode_workers.verdicts import Verdict, judge_step
 
@@ -43,12 +48,12 @@ class DecodeEngine:
         config: DecodeConfig,
         *,
         handoffs: HandoffPort,
-        post: Callable[[Call], None],
+        inbox: Inbox,
         metrics: DecodeMetrics | None = None,
         drafter: Drafter | None = None,
         clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
-        """`post` brings a call from the hand-off's thread to the engine's; it runs before the next step."""
+        """`inbox` has what other threads call here; it is drained between two calls of `step`."""
         self.metrics = metrics or DecodeMetrics()
         self.kv = KvPool(
             executor,
@@ -64,7 +69,7 @@ class DecodeEngine:
         )
         self.roster = Roster(
             self.kv,
-            Handoffs(handoffs, executor, post, self.metrics.handoffs, self.metrics.handoff_bytes),
+            Handoffs(handoffs, executor, inbox.post, self.metrics.handoffs, self.metrics.handoff_bytes),
             Intake(tokenizer, card.eos_token_ids, limits, executor.layout.fingerprint),
             config,
             self.metrics,
@@ -72,28 +77,67 @@ class DecodeEngine:
         )
         self._executor = executor
         self._drafter = drafter
+        self._inbox = inbox
+        self._clock_ns = clock_ns
         self._max_rows = min(config.max_rows_per_step, executor.buckets[-1])
+        self._multi_stepper: MultiStepExecutor | None = None
+        self._most_steps = 1
+        if isinstance(executor, MultiStepExecutor) and drafter is None:
+            self._multi_stepper = executor
+            self._most_steps = min(config.max_steps_per_launch, executor.max_steps_per_launch)
+        self._step_table: StepTable | None = None
+        self._run_under_way: MultiStepRun | None = None
         self._num_grants = 0
         self.num_failed_steps = 0
-        """Steps in a row, up to the last, that the executor raised in."""
+        """Steps and runs in a row, up to the last, that the executor raised in."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step now would do something."""
+        return self._run_under_way is not None or self.roster.has_work
+
+    def measure(self) -> tuple[StepCost, ...]:
+        """The executor's step table, by which runs end before deadlines from then on."""
+        assert self._run_under_way is None, "measured beside a run"
+        costs = self._executor.measure()
+        self._step_table = step_table(costs)
+        return costs
 
     def step(self) -> list[DecodeEvent]:
         """Admit what fits, run one step over what is running, and say what happened since the last call."""
-        grants = self._schedule()
-        if grants:
-            started_s = time.perf_counter()
-            trees = self._draft(grants)
-            rows = assemble(grants, trees, self.kv.block_tables, self.kv.block_size_tokens)
-            result = self._run(grants, rows)
-            if result is not None:
-                verdicts = self._verify(grants, trees, rows, result)
-                self._commit(grants, trees, verdicts)
-            self.metrics.step_seconds.observe(time.perf_counter() - started_s)
+        self.roster.expire()
+        if not self._go_on():
+            grants = self._schedule()
+            num_steps = self._plan_run(grants)
+            if num_steps > 1:
+                self._start_run(grants, num_steps)
+                self._go_on()
+            elif grants:
+                started_s = time.perf_counter()
+                trees = self._draft(grants)
+                rows = assemble(grants, trees, self.kv.block_tables, self.kv.block_size_tokens)
+                result = self._run(grants, rows)
+                if result is not None:
+                    verdicts = self._verify(grants, trees, rows, result)
+                    self._commit(grants, trees, verdicts)
+                self.metrics.step_seconds.observe(time.perf_counter() - started_s)
         self.roster.count()
         return self.roster.take_events()
 
+    def end_run(self) -> None:
+        """Wait for the steps under way, and drop what they give: nothing of the executor's runs after it."""
+        run = self._run_under_way
+        if run is None:
+            return
+        run.stop()
+        try:
+            while run.next() is not None:
+                pass
+        except Exception:
+            logger.exception("a run of several steps failed as it was ended")
+        self._forget_run()
+
     def _schedule(self) -> list[RowGrant]:
-        self.roster.expire()
         self.roster.admit()
         if not self.roster.running:
             return []
@@ -105,6 +149,68 @@ class DecodeEngine:
             self._num_grants += 1
             grant.sequence.last_grant = self._num_grants
         return grants
+
+    def _plan_run(self, grants: list[RowGrant]) -> int:
+        if self._most_steps == 1 or not grants:
+            return 1
+        roster, table = self.roster, self._step_table
+        return plan_run(
+            list(roster.running.values()),
+            Waiting(
+                num_calls=len(self._inbox), num_queued=roster.num_queued, num_awaiting=roster.num_awaiting
+            ),
+            most_steps=self._most_steps,
+            max_rows=self._max_rows,
+            step_ms=0.0 if table is None else step_ms(table, len(grants)),
+            now_ns=self._clock_ns(),
+        )
+
+    def _start_run(self, grants: list[RowGrant], num_steps: int) -> None:
+        assert self._multi_stepper is not None, "a plan for an executor that runs single steps"
+        sequences = [grant.sequence for grant in grants]
+        asked = ask_for(sequences, num_steps, self.kv)
+        try:
+            run = self._multi_stepper.start(asked)
+        except Exception as error:
+            logger.exception("a run of %d sequences did not start", len(grants))
+            self._fail_step(grants, error)
+            return
+        self.kv.begin_run([one.reservation for one in sequences if one.reservation is not None])
+        self._run_under_way = MultiStepRun(run, asked, grants)
+
+    def _go_on(self) -> bool:
+        """Take the next step of the run under way; false where there is none, or it has ended."""
+        run = self._run_under_way
+        if run is None:
+            return False
+        if self._is_waited_for(run):
+            run.stop()
+        started_s = time.perf_counter()
+        try:
+            told = run.next()
+        except Exception as error:
+            logger.exception("a run of %d sequences failed", len(run.grants))
+            self._fail_step(run.grants, error)
+            self._forget_run()
+            return True
+        if told is None:
+            self._forget_run()
+            return False
+        self._count_step(told.num_rows)
+        self._commit(told.grants, [NO_DRAFT] * len(told.grants), told.verdicts)
+        self.metrics.step_seconds.observe(time.perf_counter() - started_s)
+        return True
+
+    def _is_waited_for(self, run: MultiStepRun) -> bool:
+        """Whether somebody wants to join or to ask, or the steps go on for a sequence that ended here."""
+        if len(self._inbox) or self.roster.can_admit:
+            return True
+        has_joined = len(self.roster.running) > len(run.grants)
+        return has_joined or any(one.state is not SequenceState.RUNNING for one in run.live)
+
+    def _forget_run(self) -> None:
+        self._run_under_way = None
+        self.kv.end_run()
 
     def _draft(self, grants: list[RowGrant]) -> list[DraftTree]:
         if self._drafter is None:
@@ -118,20 +224,27 @@ class DecodeEngine:
         return trees
 
     def _run(self, grants: list[RowGrant], rows: StepRows) -> StepResult | None:
-        """None where the executor raised: the step's sequences have failed then, for a retry elsewhere."""
+        """None where the executor raised: the step's sequences have failed then."""
         try:
             result = self._executor.run(rows.batch)
         except Exception as error:
             logger.exception("a step of %d rows failed", rows.batch.num_rows)
-            self.num_failed_steps += 1
-            message = f"the executor failed: {type(error).__name__}: {error}"
-            for grant in grants:
-                self.roster.fail(grant.sequence, FailureCode.INTERNAL, message, is_retryable=True)
+            self._fail_step(grants, error)
             return None
+        self._count_step(rows.batch.num_rows)
+        return result
+
+    def _fail_step(self, grants: list[RowGrant], error: Exception) -> None:
+        """For a retry elsewhere."""
+        self.num_failed_steps += 1
+        message = f"the executor failed: {type(error).__name__}: {error}"
+        for grant in grants:
+            self.roster.fail(grant.sequence, FailureCode.INTERNAL, message, is_retryable=True)
+
+    def _count_step(self, num_rows: int) -> None:
         self.num_failed_steps = 0
         self.metrics.steps.inc()
-        self.metrics.rows.inc(rows.batch.num_rows)
-        return result
+        self.metrics.rows.inc(num_rows)
 
     def _verify(
         self, grants: list[RowGrant], trees: list[DraftTree], rows: StepRows, result: StepResult

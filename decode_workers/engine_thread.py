@@ -45,7 +45,7 @@ class EngineThread:
         self._thread.start()
 
     def stop(self, timeout_s: float) -> bool:
-        """End the thread after the step it is in; false where it is still in that step."""
+        """End the thread after the steps that have begun; false where it is still in one."""
         self._is_stopping = True
         self._inbox.post(lambda: None)
         if self._thread.is_alive():
@@ -53,7 +53,7 @@ class EngineThread:
         return not self._thread.is_alive()
 
     def ask(self, question: Callable[[], Answer]) -> Future[Answer]:
-        """Call it on the engine's thread, between two steps."""
+        """Call it on the engine's thread, between two steps of its own; those of a run may be under way."""
         future: Future[Answer] = Future()
 
         def answer() -> None:
@@ -85,6 +85,8 @@ class EngineThread:
         except Exception as error:
             logger.exception("the decode engine crashed")
             self._on_crash(error)
+        finally:
+            self._engine.end_run()
 
     def _work(self) -> None:
         """Step until there is nothing to do."""
@@ -95,7 +97,7 @@ class EngineThread:
             self._progress_s = time.monotonic()
             if events:
                 self._deliver(events)
-            if not len(self._inbox) and not self._engine.roster.has_work:
+            if not len(self._inbox) and not self._engine.has_work:
                 return
 
     def _sleep_s(self) -> float:

@@ -1,11 +1,12 @@
 """The seam between the decode engine and what runs a step."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from cluster.kv_layout import KvLayout
 from cluster.messages import StepCost
 from decode_workers.step_batch import Int32Array, StepBatch, StepResult
+from megakernel.multi_step import MultiStep, StepRun
 
 
 class StepExecutor(Protocol):
@@ -48,3 +49,20 @@ class StepExecutor(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class MultiStepExecutor(StepExecutor, Protocol):
+    """One that can also run several steps without the host in between."""
+
+    @property
+    def max_steps_per_launch(self) -> int:
+        """1: nothing is won by more."""
+        ...
+
+    def start(self, run: MultiStep) -> StepRun:
+        """Begin a run; until it has ended, `run`, `copy_slots`, `measure` and `start` must not be called.
+
+        Its tokens are those that `run` would give, one step after the other. Raises StepError.
+        """
+        ...

@@ -1,7 +1,8 @@
-"""Runs steps in the compiled megakernel on this machine's CPU."""
+"""Runs steps in the compiled megakernel, on this machine's CPU or GPU."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import msgspec
 import numpy as np
 
 from cluster.kv_layout import KvLayout
@@ -10,7 +11,9 @@ from decode_workers.head_answers import handed_out
 from decode_workers.step_batch import Int32Array, StepBatch, StepResult
 from megakernel.buckets import MAX_DECODE_ROWS
 from megakernel.compiled import Compiled
-from megakernel.runtime import Runtime
+from megakernel.cuda_compiled import CompiledCuda
+from megakernel.model_runtime import ModelRuntime, open_runtime
+from megakernel.multi_step import MAX_STEPS, MultiStep, StepRun
 from megakernel.step import Rows
 from megakernel.step_rows import decode_rows, fill_context
 from megakernel.step_times import measured_ms
@@ -20,13 +23,23 @@ MEASURED_CONTEXT_TOKENS = 256
 
 
 class MegaKernelExecutor:
-    """`StepExecutor` over one compiled model and its KV pool.
+    """`MultiStepExecutor` over one compiled model and its KV pool.
 
-    `block_size_tokens` is a multiple of 16. Blocks past `num_blocks`, for `measure`, are its own. Raises what
-    opening a Runtime raises: ArtifactDamagedError, LibraryError.
+    `block_size_tokens` is a multiple of 16 on a CPU. Blocks past `num_blocks`, for `measure`, are its own.
+    Raises what opening the runtime raises: ArtifactDamagedError, LibraryError; on a GPU CudaUnavailableError,
+    CudaError, ResidencyError.
     """
 
-    def __init__(self, compiled: Compiled, fingerprint: str, num_blocks: int, block_size_tokens: int) -> None:
+    def __init__(
+        self,
+        compiled: Compiled | CompiledCuda,
+        fingerprint: str,
+        num_blocks: int,
+        block_size_tokens: int,
+        *,
+        opener: Callable[..., ModelRuntime] = open_runtime,
+    ) -> None:
+        """`opener` is called with `compiled`, a number of blocks and their size."""
         shape = compiled.shape
         self._layout = KvLayout(
             model_fingerprint=fingerprint,
@@ -42,7 +55,9 @@ class MegaKernelExecutor:
         self._measured_tokens = min(MEASURED_CONTEXT_TOKENS, shape.max_context_tokens - 1)
         scratch_blocks = self._layout.num_blocks_for(self._measured_tokens)
         scratch_blocks += self._layout.num_blocks_for(self._buckets[-1])
-        self._runtime = Runtime(compiled, num_blocks + scratch_blocks, block_size_tokens)
+        self._runtime = opener(compiled, num_blocks + scratch_blocks, block_size_tokens)
+        # On a CPU the host's work is done by the cores that steps run on: a run would win nothing.
+        self._max_steps = MAX_STEPS if isinstance(compiled, CompiledCuda) else 1
 
     @property
     def layout(self) -> KvLayout:
@@ -60,8 +75,12 @@ class MegaKernelExecutor:
     def buckets(self) -> Sequence[int]:
         return self._buckets
 
+    @property
+    def max_steps_per_launch(self) -> int:
+        return self._max_steps
+
     def run(self, batch: StepBatch) -> StepResult:
-        """Raises StepError for rows that cannot be, and for good once a worker thread has failed."""
+        """Raises StepError for rows that cannot be, and for good once a worker has failed."""
         output = self._runtime.step(_rows(batch))
         return StepResult(
             rows=handed_out(batch),
@@ -69,6 +88,10 @@ class MegaKernelExecutor:
             reductions=None if batch.needs_best is None else output.reductions,
             allowed_logits=None if batch.allowed_starts is None else output.allowed_logits,
         )
+
+    def start(self, run: MultiStep) -> StepRun:
+        """Raises StepError as `run` does."""
+        return self._runtime.start(run)
 
     def copy_slots(self, source: Int32Array, destination: Int32Array) -> None:
         self._runtime.copy_slots(source, destination)
@@ -84,7 +107,7 @@ class MegaKernelExecutor:
         return tuple(StepCost(rows=rows, ms=self._measured_ms(rows)) for rows in self._buckets)
 
     def close(self) -> None:
-        """Ends the worker threads and frees weights and KV; nothing may be called afterwards."""
+        """Ends the workers and frees weights and KV; nothing may be called afterwards."""
         self._runtime.close()
 
     def _measured_ms(self, num_rows: int) -> float:
@@ -94,6 +117,9 @@ class MegaKernelExecutor:
             first_block=self._num_blocks,
             block_size_tokens=self._layout.block_size_tokens,
         )
+        # As greedy sequences ask: whole rows of logits would be timed on their way from a GPU too.
+        needs_best = np.ones(num_rows, dtype=np.bool_)
+        rows = msgspec.structs.replace(rows, needs_logits=~needs_best, needs_best=needs_best)
         return measured_ms(self._runtime, rows)
 
 

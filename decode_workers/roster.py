@@ -181,8 +181,22 @@ class Roster:
     @property
     def has_work(self) -> bool:
         """Whether a step now would do something."""
-        can_admit = not self._is_admission_blocked and self._num_admitted < self._config.max_running_sequences
-        return bool(self.running or self._events or (can_admit and len(self._queue)))
+        return bool(self.running or self._events) or self.can_admit
+
+    @property
+    def can_admit(self) -> bool:
+        """Whether a queued request may fit now."""
+        is_full = self._num_admitted >= self._config.max_running_sequences
+        return bool(len(self._queue)) and not (self._is_admission_blocked or is_full)
+
+    @property
+    def num_queued(self) -> int:
+        return len(self._queue)
+
+    @property
+    def num_awaiting(self) -> int:
+        """A hand-off's KV."""
+        return len(self._awaiting)
 
     @property
     def num_live(self) -> int:

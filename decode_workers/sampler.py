@@ -75,7 +75,11 @@ def sample(row: Float32Array, params: SamplingParams, index: int) -> int:
 def check_best(maximum: float, token_id: int) -> None:
     """Of a row: a NaN's where there is one, as NumPy's argmax finds it. Raises BadLogitsError."""
     if not math.isfinite(maximum):
-        raise BadLogitsError(f"logit of token {token_id} is {maximum}: no token can be chosen")
+        raise BadLogitsError(bad_logits(maximum, token_id))
+
+
+def bad_logits(maximum: float, token_id: int) -> str:
+    return f"logit of token {token_id} is {maximum}: no token can be chosen"
 
 
 def gumbel(seed: int, index: int, token_ids: TokenIdArray) -> Float64Array:

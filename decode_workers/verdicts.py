@@ -6,12 +6,13 @@ from typing import Protocol
 
 from cluster.messages import EmittedToken, Record, SamplingParams, TokenLogprob
 from decode_workers.draft_tree import DraftTree, node_depths
-from decode_workers.sampler import BadLogitsError, check_best, sample, with_logprobs
+from decode_workers.sampler import BadLogitsError, bad_logits, check_best, sample, with_logprobs
 from decode_workers.scheduler import RowGrant
 from decode_workers.sequence import Sequence
 from decode_workers.step_batch import NO_PARENT, Float32Array, StepResult
 from decode_workers.verify import verify
 from megakernel.head import Reductions
+from megakernel.multi_step import StepTokens
 
 
 class Verdict(Record, frozen=True, kw_only=True, gc=False):
@@ -50,6 +51,30 @@ def judge_step(
         else:
             assert reductions is not None, "the batch asked for none"
             verdicts.append(_judge(sequence, tree, _Reduced(reductions, start, sequence.num_top or 0)))
+    return verdicts
+
+
+def judge_accepted(
+    sequences: SequenceOf[Sequence], told: StepTokens, rows_a_sequence: int
+) -> list[Verdict | None]:
+    """Of a step of a run: accepted, with all KV in its place; None where a sequence had ended before."""
+    reductions = told.reductions
+    maxima: list[float] = reductions.maxima.tolist()
+    best: list[int] = reductions.token_ids.tolist()
+    verdicts: list[Verdict | None] = []
+    for index, (sequence, count) in enumerate(zip(sequences, told.counts.tolist(), strict=True)):
+        rows = range(index * rows_a_sequence, index * rows_a_sequence + count)
+        bad = next((row for row in rows if not math.isfinite(maxima[row])), None)
+        if count == 0:
+            verdicts.append(None)
+        elif bad is not None:
+            verdicts.append(Verdict(fault=bad_logits(maxima[bad], best[bad])))
+        elif sequence.num_top is None:
+            verdicts.append(Verdict(tokens=tuple(EmittedToken(token_id=best[row]) for row in rows)))
+        else:
+            answers = _Reduced(reductions, rows.start, 0)
+            tokens = tuple(answers.with_logprobs(at, best[row]) for at, row in enumerate(rows))
+            verdicts.append(Verdict(tokens=tokens))
     return verdicts
 
 

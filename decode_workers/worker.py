@@ -78,7 +78,7 @@ class DecodeWorker:
             card,
             config,
             handoffs=self._receiver,
-            post=self._inbox.post,
+            inbox=self._inbox,
             metrics=self.metrics,
             drafter=drafter,
         )
@@ -108,7 +108,7 @@ class DecodeWorker:
         """Measure the step table, listen, serve; the address `host:port` that others dial."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
-        self._step_table = await asyncio.wrap_future(self._thread.ask(self._executor.measure))
+        self._step_table = await asyncio.wrap_future(self._thread.ask(self._engine.measure))
         self._server = grpc.aio.server(maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS)
         pb_grpc.add_DecodeServicer_to_server(self._service, self._server)
         pb_grpc.add_KvReceiverServicer_to_server(self._receiver, self._server)

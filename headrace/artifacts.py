@@ -7,6 +7,7 @@ import msgspec
 
 from cluster.config import HeadraceConfig
 from headrace.execution import Execution, Facts, Obstacle, choose, kv_format_of
+from headrace.gpu import GpuUnusableError, gpu_machine, gpu_obstacle
 from headrace.host import has_cuda, num_cores
 from megakernel.artifact import Progress
 from megakernel.artifact_folder import Artifact, Wanted, open_artifact
@@ -49,19 +50,25 @@ class Executable(msgspec.Struct, frozen=True, kw_only=True):
 
 def facts_of(config: HeadraceConfig, fingerprint: str) -> Facts:
     """What can be known without building anything. Raises ArtifactError for a given artifact of no use."""
+    may_use_gpu = config.decode.executor in ("auto", "megakernel-cuda")
     return Facts(
         has_cuda=has_cuda(),
         obstacle=_compiler_obstacle(config, fingerprint),
+        gpu_obstacle=gpu_obstacle() if may_use_gpu else None,
     )
 
 
 def executable(config: HeadraceConfig, opened: OpenedModel, progress: Progress | None = None) -> Executable:
-    """Decides what runs, and has its artifacts ready; where one cannot be built, `auto` is PyTorch.
+    """Decides what runs, and has its artifacts or GPU kernels ready; where those cannot be built, `auto` is
+    what comes next.
 
     What `progress` raises ends a build. Raises ExecutionError, and ArtifactError for a given artifact.
     """
     facts = facts_of(config, opened.fingerprint)
     execution = choose(config, facts)
+    if execution.decodes_on_gpu and (found := _build_for_gpu(opened, progress)) is not None:
+        facts = msgspec.structs.replace(facts, gpu_obstacle=found)
+        execution = choose(config, facts)
     try:
         return _with_artifacts(execution, opened, progress)
     except _NO_ARTIFACT as error:
@@ -70,6 +77,17 @@ def executable(config: HeadraceConfig, opened: OpenedModel, progress: Progress |
         return _with_artifacts(
             choose(config, msgspec.structs.replace(facts, obstacle=obstacle)), opened, None
         )
+
+
+def _build_for_gpu(opened: OpenedModel, progress: Progress | None) -> Obstacle | None:
+    """Into the user's cache, where replicas find the kernels; why that cannot be, if it cannot."""
+    from megakernel.gpu_build import build_for_gpu  # brings the compiler, which others need not
+
+    try:
+        build_for_gpu(opened, gpu_machine(), progress)
+    except (GpuUnusableError, *_NO_ARTIFACT) as error:
+        return Obstacle(str(error), "see the message")
+    return None
 
 
 def threads_of(config: HeadraceConfig, role: Role) -> int | None:

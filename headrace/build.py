@@ -15,11 +15,16 @@ from cluster.model_card import ServedModel
 from cluster.text import Tokenizer
 from decode_workers.executor import StepExecutor
 from decode_workers.worker import DecodeWorker
-from headrace.execution import kv_format_of
+from headrace.execution import ExecutionError, kv_format_of
+from headrace.gpu import GpuUnusableError, gpu_machine
 from megakernel.artifact_folder import Wanted, open_artifact
+from megakernel.build import BuildError
 from megakernel.compiled import Compiled
+from megakernel.cuda_device import CudaError, CudaUnavailableError, ResidencyError
+from megakernel.manifest import UnsupportedModelError
 from megakernel.model.load import OpenedModel, open_model
 from megakernel.runtime import Runtime
+from megakernel.schedule_error import ScheduleError
 from prefill_workers.engine import PrefillEngine
 from prefill_workers.worker import PrefillWorker
 
@@ -57,7 +62,8 @@ def decode_worker(
     artifact: str | None,
     epoch: Callable[[], Epoch],
 ) -> DecodeWorker:
-    """Loads the weights: seconds. Raises ModelChangedError, or what opening model or artifact raises."""
+    """Loads the weights: seconds. Raises ModelChangedError, ExecutionError where the GPU does not do, or what
+    opening model or artifact raises."""
     return DecodeWorker(
         _executor(config, served, artifact),
         Tokenizer.of(served),
@@ -107,6 +113,8 @@ def _executor(config: HeadraceConfig, served: ServedModel, artifact: str | None)
         compiled = _compiled(config, served, artifact, _resolved(config.decode.num_threads))
         return MegaKernelExecutor(compiled, served.card.fingerprint, num_blocks, block_size)
     opened = _opened(config, served)
+    if config.decode.executor == "megakernel-cuda":
+        return _gpu_executor(opened, num_blocks, block_size)
     if config.decode.executor == "noop":
         from decode_workers.noop_executor import NoopExecutor
 
@@ -133,6 +141,23 @@ def _executor(config: HeadraceConfig, served: ServedModel, artifact: str | None)
         device=_device(torch.cuda.is_available()),
         kv_dtype=kv_format_of(config),
     )
+
+
+def _gpu_executor(opened: OpenedModel, num_blocks: int, block_size_tokens: int) -> StepExecutor:
+    """Its kernels are in the user's cache since the supervisor chose it. Raises ExecutionError."""
+    from decode_workers.megakernel_executor import MegaKernelExecutor
+    from megakernel.gpu_build import build_for_gpu
+
+    try:
+        compiled = build_for_gpu(opened, gpu_machine())
+        return MegaKernelExecutor(compiled, opened.fingerprint, num_blocks, block_size_tokens)
+    except (
+        *(GpuUnusableError, CudaUnavailableError, CudaError, ResidencyError),
+        *(BuildError, ScheduleError, UnsupportedModelError),
+    ) as error:
+        raise ExecutionError(
+            f"`decode.executor` is megakernel-cuda, which cannot run on this worker's GPU: {error}"
+        ) from error
 
 
 def _compiled(

@@ -33,6 +33,7 @@ app.command()(trace)
 class Executor(StrEnum):
     AUTO = "auto"
     MEGAKERNEL = "megakernel"
+    MEGAKERNEL_CUDA = "megakernel-cuda"
     TORCH = "torch"
     NOOP = "noop"
 

@@ -28,8 +28,11 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """Of this machine, and of the model on it."""
 
     has_cuda: bool
+    """For PyTorch."""
     obstacle: Obstacle | None
-    """None as far as is known: building the artifact may show one."""
+    """To the megakernel on the CPU. None as far as is known: building the artifact may show one."""
+    gpu_obstacle: Obstacle | None
+    """To the megakernel on a GPU, likewise."""
 
 
 class Execution(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,7 +43,13 @@ class Execution(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def decodes_in_megakernel(self) -> bool:
+        """On the CPU."""
         return self.config.decode.executor == "megakernel"
+
+    @property
+    def decodes_on_gpu(self) -> bool:
+        """In the megakernel."""
+        return self.config.decode.executor == "megakernel-cuda"
 
     @property
     def prefills_in_megakernel(self) -> bool:
@@ -48,24 +57,33 @@ class Execution(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def choose(config: HeadraceConfig, facts: Facts) -> Execution:
-    """Raises ExecutionError where the megakernel is asked for by name and cannot be."""
+    """Raises ExecutionError where the megakernel is asked for by name and cannot run."""
     obstacle = _block_obstacle(config) or facts.obstacle
+    gpu_obstacle = _kv_obstacle(config) or facts.gpu_obstacle
     executor, engine = config.decode.executor, config.prefill.engine
-    for key, value in (("decode.executor", executor), ("prefill.engine", engine)):
-        if value == "megakernel" and obstacle is not None:
+    for key, value, wanted, found in (
+        ("decode.executor", executor, "megakernel", obstacle),
+        ("decode.executor", executor, "megakernel-cuda", gpu_obstacle),
+        ("prefill.engine", engine, "megakernel", obstacle),
+    ):
+        if value == wanted and found is not None:
             raise ExecutionError(
-                f"`{key}` is megakernel, which cannot run here: {obstacle.reason}. Fix: {obstacle.fix}, or "
+                f"`{key}` is {value}, which cannot run here: {found.reason}. Fix: {found.fix}, or "
                 f"set `{key}` to auto or torch"
             )
     told = None
     if executor == "auto":
-        told = obstacle or (_CUDA if facts.has_cuda else None)
-        executor = "torch" if told else "megakernel"
+        gpu_obstacle = gpu_obstacle or _artifact_obstacle(config)
+        if gpu_obstacle is None:
+            executor = "megakernel-cuda"
+        else:
+            told = gpu_obstacle if facts.has_cuda else obstacle
+            executor = "megakernel" if told is None else "torch"
     if engine == "auto":
         engine = "megakernel" if executor == "megakernel" else "torch"
     dtype = config.model.kv_dtype
     if dtype == "auto":
-        dtype = "float16" if executor == "megakernel" else "float32"
+        dtype = "float16" if executor in ("megakernel", "megakernel-cuda") else "float32"
     resolved = replace(
         config,
         model=replace(config.model, kv_dtype=dtype),
@@ -87,10 +105,16 @@ def summary(config: HeadraceConfig) -> str:
     return f"decode {config.decode.executor}, prefill {engine}, KV {config.model.kv_dtype}"
 
 
-_CUDA = Obstacle(
-    "there is a CUDA device, which PyTorch runs on; the megakernel is for CPUs so far",
-    'none needed; `decode.executor = "megakernel"` takes the CPU all the same',
-)
+def _artifact_obstacle(config: HeadraceConfig) -> Obstacle | None:
+    if config.model.artifact is None:
+        return None
+    return Obstacle("`model.artifact` is for a CPU", 'name none, or set `decode.executor` to "megakernel"')
+
+
+def _kv_obstacle(config: HeadraceConfig) -> Obstacle | None:
+    if config.model.kv_dtype != "float32":
+        return None
+    return Obstacle("its KV is float16 on a GPU", 'set `model.kv_dtype` to "float16"')
 
 
 def _block_obstacle(config: HeadraceConfig) -> Obstacle | None:

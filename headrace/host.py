@@ -10,9 +10,13 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def has_nvidia_device() -> bool:
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
 def has_cuda() -> bool:
     """A device, and a torch that is not built for CPUs alone."""
-    if not any(Path("/dev").glob("nvidia[0-9]*")):
+    if not has_nvidia_device():
         return False
     try:
         return not metadata.version("torch").endswith("+cpu")

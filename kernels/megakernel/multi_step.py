@@ -33,7 +33,7 @@ class MultiStep(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     context_lengths: IntArray
     """[sequences] committed tokens."""
     block_tables: IntArray
-    """[sequences, max_blocks] with room for `context_lengths + max_new_tokens - 1` tokens."""
+    """[sequences, max_blocks] with room for `context_lengths + max_new_tokens` tokens."""
     max_new_tokens: IntArray
     """[sequences] at least 1; after as many a sequence has ended."""
     stop_starts: IntArray

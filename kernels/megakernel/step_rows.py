@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from megakernel.runtime import Runtime
+from megakernel.model_runtime import ModelRuntime
 from megakernel.step import Rows
 
 BLOCK_TOKENS = 32
@@ -33,7 +33,7 @@ def decode_rows(
     )
 
 
-def fill_context(runtime: Runtime, context_tokens: int, first_slot: int = 0) -> None:
+def fill_context(runtime: ModelRuntime, context_tokens: int, first_slot: int = 0) -> None:
     """KV of a context for `decode_rows`: memory that nobody has written is one page of zeros, read from the
     cache, and steps over it look faster than they are."""
     shape = runtime.shape

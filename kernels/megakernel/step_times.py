@@ -11,6 +11,7 @@ from megakernel.artifact import Progress
 from megakernel.compiled import Compiled
 from megakernel.cost import bandwidth_bound_us, simulate
 from megakernel.machine import Machine
+from megakernel.model_runtime import ModelRuntime
 from megakernel.runtime import Runtime
 from megakernel.step import Rows
 from megakernel.step_rows import BLOCK_TOKENS, decode_rows, fill_context, num_blocks
@@ -71,17 +72,17 @@ def measure_steps(
     return StepTable(steps=tuple(steps))
 
 
-def measured_ms(runtime: Runtime, rows: Rows) -> float:
+def measured_ms(runtime: ModelRuntime, rows: Rows) -> float:
     """The median of a few steps, after one that warms up."""
-    runtime.run(rows)
+    runtime.step(rows)
     return statistics.median(timed_s(runtime, rows, _MOST_REPEATS, _ENOUGH_S)) * 1e3
 
 
-def timed_s(runtime: Runtime, rows: Rows, most_steps: int, enough_s: float = math.inf) -> list[float]:
+def timed_s(runtime: ModelRuntime, rows: Rows, most_steps: int, enough_s: float = math.inf) -> list[float]:
     """Seconds of each of up to `most_steps` steps; none is begun after `enough_s` of them."""
     elapsed_s: list[float] = []
     while len(elapsed_s) < most_steps and sum(elapsed_s) < enough_s:
         started_s = time.perf_counter()
-        runtime.run(rows)
+        runtime.step(rows)
         elapsed_s.append(time.perf_counter() - started_s)
     return elapsed_s

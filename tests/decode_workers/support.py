@@ -235,7 +235,7 @@ class EngineRig:
             CARD,
             config or DecodeConfig(),
             handoffs=self.handoffs,
-            post=self.inbox.post,
+            inbox=self.inbox,
             drafter=drafter,
             clock_ns=self.clock,
         )
@@ -256,7 +256,7 @@ class EngineRig:
         """Step until nothing is left to do."""
         for _ in range(max_steps):
             self.step()
-            if not self.engine.roster.has_work and not len(self.inbox):
+            if not self.engine.has_work and not len(self.inbox):
                 return self
         raise AssertionError(f"still busy after {max_steps} steps")
 

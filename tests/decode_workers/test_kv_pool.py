@@ -68,6 +68,25 @@ def test_what_does_not_fit_changes_nothing(pool: KvPool) -> None:
     assert pool.free_tokens == pool.total_tokens
 
 
+def test_blocks_released_in_a_run_are_given_back_at_its_end(pool: KvPool) -> None:
+    first, second = pool.reserve([1, 2, 3], SALT, 8), pool.reserve([4, 5], SALT, 8)
+    pool.begin_run([first])
+    pool.release(second)
+    assert pool.free_tokens == 16
+    pool.publish(first, [1, 2, 3], SALT)
+    pool.release(first)
+    pool.check()
+    assert (pool.free_tokens, pool.block_tables[first.table_index][0]) == (16, first.block_ids[0])
+    for copy in (lambda: pool.reserve([1], SALT, 4), lambda: pool.move(first, [1], [2])):
+        with pytest.raises(AssertionError, match="beside a run"):
+            copy()
+    pool.end_run()
+    pool.check()
+    assert pool.free_tokens == pool.total_tokens
+    assert (pool.block_tables == NO_BLOCK).all()
+    assert pool.reserve([1, 2, 3, 4], SALT, 8).cached_tokens == 3
+
+
 def test_moves_may_overlap(pool: KvPool, executor: HashExecutor) -> None:
     reservation = pool.reserve([1], SALT, 12)
     executor.kv[pool.slots(reservation, range(12))] = np.arange(12)

@@ -1,13 +1,14 @@
 import numpy as np
 import pytest
 
-from decode_workers.executor import StepExecutor
+from decode_workers.executor import MultiStepExecutor, StepExecutor
 from decode_workers.megakernel_executor import MegaKernelExecutor
 from decode_workers.step_batch import NO_PARENT, StepBatch
 from decode_workers.torch_executor import TorchExecutor
 from megakernel.build import BuildError, find_compiler
 from megakernel.compiled import compile_here
 from megakernel.machine import Machine
+from megakernel.multi_step import MultiStep
 from megakernel.pipeline import compile_program
 from megakernel.reference import reference_generate, reference_logits
 from prefill_workers.engine import PrefillJob
@@ -85,6 +86,27 @@ def test_is_a_step_executor(executor):
     assert list(typed.buckets) == list(BUCKETS)
     assert typed.layout.dtype == "float32"
     assert typed.layout.bytes_per_token == 2 * 2 * 2 * 16 * 4
+
+
+def test_a_cpu_runs_several_steps_but_wins_nothing_by_it(executor):
+    typed: MultiStepExecutor = executor
+    assert typed.max_steps_per_launch == 1
+    prompt = random_tokens(5, seed=6)
+    executor.run(step(prompt[:-1], chain(4), 0, [5, 6]))
+    asked = MultiStep(
+        num_steps=4,
+        token_ids=np.array(prompt[-1:], dtype=np.int32),
+        context_lengths=np.array([4], dtype=np.int32),
+        block_tables=np.array([[5, 6]], dtype=np.int32),
+        max_new_tokens=np.array([9], dtype=np.int32),
+        stop_starts=np.array([0, 0], dtype=np.int32),
+        stop_token_ids=np.array([], dtype=np.int32),
+    )
+    run = executor.start(asked)
+    tokens = []
+    while (told := run.next()) is not None:
+        tokens.append(int(told.reductions.token_ids[0]))
+    assert tokens == reference_generate(tiny_weights(1), prompt, 4)
 
 
 def test_chain_rows_give_the_reference_logits(executor):

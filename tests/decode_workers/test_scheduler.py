@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -9,11 +10,20 @@ from decode_workers.completion import Completion
 from decode_workers.draft_tree import NO_DRAFT, DraftTree
 from decode_workers.kv_pool import Reservation
 from decode_workers.rows import assemble
-from decode_workers.scheduler import PATIENCE_NS, AdmissionQueue, RowGrant, plan_step
+from decode_workers.scheduler import (
+    PATIENCE_NS,
+    STEPS_BESIDE_HANDOFFS,
+    AdmissionQueue,
+    RowGrant,
+    Waiting,
+    plan_run,
+    plan_step,
+)
 from decode_workers.sequence import Sequence
 from decode_workers.step_batch import NO_PARENT, StepBatch
 from decode_workers.timers import Timers
 from megakernel.head import MAX_TOP_K
+from megakernel.multi_step import MAX_STOP_TOKENS
 from tests.decode_workers.support import TOKENIZER, drawn, greedy, request_of
 
 
@@ -70,6 +80,62 @@ def test_more_sequences_than_rows_take_turns() -> None:
             grant.sequence.last_grant = len(served) + 1
             served.append(grant.sequence.arrival)
     assert served == [0, 1, 2, 3, 4] * 4
+
+
+NOW_NS = 5_000_000_000
+MS = 1_000_000
+
+
+def left(num_left: int, **changes: object) -> Sequence:
+    """A sequence that has one pending token and so many still to emit."""
+    sequence = sequence_of(num_left, 4, committed=3, **changes)
+    sequence.completion.num_tokens = 50 - num_left
+    return sequence
+
+
+@pytest.mark.parametrize(
+    ("running", "waiting", "limits", "expected"),
+    [
+        ([left(20)], {}, {}, 8),
+        ([left(20), left(30)], {}, {}, 8),
+        ([left(20)], {}, {"most_steps": 1}, 1),
+        ([], {}, {}, 1),
+        # As long as somebody has tokens to come, but not longer; to the first end where one waits for it.
+        ([left(3), left(5)], {}, {}, 5),
+        ([left(3), left(5)], {"num_queued": 1}, {}, 3),
+        ([left(1), left(1)], {}, {}, 1),
+        # Who wants to join.
+        ([left(20)], {"num_calls": 1}, {}, 1),
+        ([left(20)], {"num_awaiting": 1}, {}, STEPS_BESIDE_HANDOFFS),
+        ([left(1)], {"num_awaiting": 1}, {}, 1),
+        ([left(20)], {"num_queued": 9, "num_awaiting": 2}, {}, STEPS_BESIDE_HANDOFFS),
+        # What only the host can do.
+        ([left(20), left(20, sampling=drawn())], {}, {}, 1),
+        ([left(20, sampling=greedy(num_logprobs=0))], {}, {}, 8),
+        ([left(20, sampling=greedy(num_logprobs=1))], {}, {}, 1),
+        ([left(20, sampling=greedy(num_logprobs=MAX_TOP_K + 1))], {}, {}, 1),
+        ([left(20, sampling=greedy(stop=("x",)))], {}, {}, 8),
+        ([left(20, sampling=greedy(stop_token_ids=tuple(range(MAX_STOP_TOKENS))))], {}, {}, 8),
+        ([left(20, sampling=greedy(stop_token_ids=tuple(range(MAX_STOP_TOKENS + 1))))], {}, {}, 1),
+        ([left(20), sequence_of(1, 5, committed=3)], {}, {}, 1),
+        # A row each, in every step.
+        ([left(20)] * 4, {}, {"max_rows": 4}, 8),
+        ([left(20)] * 5, {}, {"max_rows": 4}, 1),
+        # Deadlines, with steps of 2 ms.
+        ([left(20, deadline_unix_ns=NOW_NS + 100 * MS)], {}, {}, 8),
+        ([left(20, deadline_unix_ns=NOW_NS + 7 * MS), left(20)], {}, {}, 3),
+        ([left(20, deadline_unix_ns=NOW_NS + 6 * MS)], {}, {}, 3),
+        ([left(20, deadline_unix_ns=NOW_NS + 1 * MS)], {}, {}, 1),
+        ([left(20, deadline_unix_ns=NOW_NS - 9 * MS)], {}, {}, 1),
+        ([left(20, deadline_unix_ns=NOW_NS + 6 * MS)], {}, {"step_ms": 0.0}, 8),
+    ],
+)
+def test_how_many_steps_run_without_the_host(
+    running: list[Sequence], waiting: dict[str, int], limits: dict[str, float], expected: int
+) -> None:
+    nobody = {"num_calls": 0, "num_queued": 0, "num_awaiting": 0}
+    usual = {"most_steps": 8, "max_rows": 64, "step_ms": 2.0}
+    assert plan_run(running, Waiting(**nobody | waiting), **usual | limits, now_ns=NOW_NS) == expected  # type: ignore[arg-type]
 
 
 def test_rows_of_a_chain_with_a_tree_beside_a_plain_one() -> None:

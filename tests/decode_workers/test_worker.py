@@ -32,6 +32,7 @@ from cluster.wire import conversions
 from cluster.wire import headrace_pb2 as pb
 from cluster.wire import headrace_pb2_grpc as pb_grpc
 from decode_workers.worker import DecodeWorker
+from tests.decode_workers.multi_step_support import MultiHashExecutor
 from tests.decode_workers.support import (
     CARD,
     TOKENIZER,
@@ -374,6 +375,43 @@ async def test_a_stop_fails_what_is_running_for_a_retry() -> None:
             assert (failure.code, failure.is_retryable) == (FailureCode.UNAVAILABLE, True)
         assert executor.is_closed
         assert not worker.is_healthy()
+
+
+async def test_steps_that_have_begun_are_waited_for_before_the_executor_is_closed() -> None:
+    executor = MultiHashExecutor(num_blocks=200, num_ahead=lambda: 3)
+    gate = threading.Event()
+    executor.spoil = lambda batch, _logits: batch.positions[0] > 8 and gate.wait(20) and None
+    async with running_worker(executor) as worker, connected(worker) as router:
+        await router.generate(request_of("a", [1, 2], LONG))
+        await router.until(lambda events: len(events) >= 2)
+        await eventually(lambda: int(executor.batches[-1].positions[0]) > 8)
+        stopping = asyncio.create_task(worker.stop(grace_s=0))
+        await eventually(lambda: len(worker._inbox) == 2)
+        gate.set()
+        await router.finish("a")
+        await stopping
+        assert executor.is_closed
+        assert executor.run_under_way is None
+        assert worker.status().free_kv_tokens == worker.status().total_kv_tokens
+        emitted = router.tokens("a")
+        assert emitted == expected_tokens([1, 2], LONG)[: len(emitted)]
+
+
+async def test_a_crash_in_the_midst_of_a_run_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = MultiHashExecutor(num_blocks=200, num_ahead=lambda: 2)
+    async with running_worker(executor) as worker, connected(worker) as router:
+
+        def crash(*_: object) -> None:
+            raise KeyError("a bug")
+
+        monkeypatch.setattr(worker._engine, "_commit", crash)
+        await router.generate(request_of("a", [1], LONG))
+        await router.finish("a")
+        failure = router.end("a")
+        assert isinstance(failure, SequenceFailed)
+        assert "a bug" in failure.message
+        assert executor.asked
+        await eventually(lambda: executor.run_under_way is None)
 
 
 async def test_a_stop_lets_requests_end_within_its_grace() -> None:

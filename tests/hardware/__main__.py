@@ -21,10 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(1, str(Path(__file__).resolve().parents[2] / "kernels"))
 
 from benchmarks.gpu_builds import Builds
-from benchmarks.gpu_machine import described, pick_machine
+from benchmarks.gpu_machine import described
 from megakernel.build import BuildError
 from megakernel.cuda_device import CudaUnavailableError, DeviceFacts
 from megakernel.cuda_driver import open_driver
+from megakernel.gpu_machine import pick_machine
 from megakernel.machine import Machine, MachineError
 from megakernel.user_cache import cache_folder
 from tests.hardware.part import Part, PartResult, Setting

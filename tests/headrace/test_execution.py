@@ -4,10 +4,12 @@ from cluster.config import config_from_mapping
 from headrace.execution import ExecutionError, Facts, Obstacle, choose, summary
 
 NO_COMPILER = Obstacle("no C++ compiler", "install g++")
+NO_GPU = Obstacle("there is no NVIDIA GPU", "none on this machine")
+A_GPU = {"has_cuda": True, "gpu_obstacle": None}
 
 
-def chosen(config=None, *, has_cuda=False, obstacle=None):
-    facts = Facts(has_cuda=has_cuda, obstacle=obstacle)
+def chosen(config=None, *, has_cuda=False, obstacle=None, gpu_obstacle=NO_GPU):
+    facts = Facts(has_cuda=has_cuda, obstacle=obstacle, gpu_obstacle=gpu_obstacle)
     return choose(config_from_mapping(config or {}), facts)
 
 
@@ -42,6 +44,28 @@ def chosen(config=None, *, has_cuda=False, obstacle=None):
             {},
             "decode torch, prefill torch, KV float32",
         ),
+        ({}, A_GPU, "decode megakernel-cuda, prefill torch, KV float16"),
+        ({}, A_GPU | {"obstacle": NO_COMPILER}, "decode megakernel-cuda, prefill torch, KV float16"),
+        ({}, A_GPU | {"has_cuda": False}, "decode megakernel-cuda, prefill torch, KV float16"),
+        (
+            {"decode": {"block_size_tokens": 8}},
+            A_GPU,
+            "decode megakernel-cuda, prefill torch, KV float16",
+        ),
+        (
+            {"decode": {"executor": "megakernel-cuda"}, "prefill": {"engine": "megakernel"}},
+            A_GPU,
+            "decode megakernel-cuda, prefill megakernel, KV float16",
+        ),
+        ({"decode": {"executor": "megakernel"}}, A_GPU, "decode megakernel, prefill megakernel, KV float16"),
+        ({"decode": {"executor": "torch"}}, A_GPU, "decode torch, prefill torch, KV float32"),
+        ({"model": {"kv_dtype": "float32"}}, A_GPU, "decode torch, prefill torch, KV float32"),
+        ({"model": {"artifact": "/a"}}, A_GPU, "decode torch, prefill torch, KV float32"),
+        (
+            {"model": {"artifact": "/a"}},
+            A_GPU | {"has_cuda": False},
+            "decode megakernel, prefill megakernel, KV float16",
+        ),
     ],
 )
 def test_choices(config, facts, expected):
@@ -55,7 +79,9 @@ def test_nothing_is_left_to_be_chosen():
 
 def test_what_nobody_asked_for_is_explained():
     assert chosen(obstacle=NO_COMPILER).obstacle == NO_COMPILER
-    assert "CUDA" in chosen(has_cuda=True).obstacle.reason
+    assert chosen(has_cuda=True).obstacle == NO_GPU
+    assert "float16" in chosen({"model": {"kv_dtype": "float32"}}, **A_GPU).obstacle.reason
+    assert "for a CPU" in chosen({"model": {"artifact": "/a"}}, **A_GPU).obstacle.reason
     assert "multiple of 16" in chosen({"decode": {"block_size_tokens": 24}}).obstacle.reason
     assert chosen({"decode": {"block_size_tokens": 24}}).obstacle.fix.endswith("32")
 
@@ -73,3 +99,15 @@ def test_what_was_asked_for_needs_no_explanation(config):
 def test_the_megakernel_by_name_is_an_error_where_it_cannot_be(config):
     with pytest.raises(ExecutionError, match=r"is megakernel, .*no C\+\+ compiler\. Fix: install g\+\+"):
         chosen(config, obstacle=NO_COMPILER)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "is megakernel-cuda, which cannot run here: there is no NVIDIA GPU. Fix: none on this machine"),
+        ({"model": {"kv_dtype": "float32"}}, 'float16 on a GPU. Fix: set `model.kv_dtype` to "float16"'),
+    ],
+)
+def test_a_gpu_by_name_is_an_error_where_there_is_none_of_use(changes, message):
+    with pytest.raises(ExecutionError, match=message):
+        chosen({"decode": {"executor": "megakernel-cuda"}} | changes)

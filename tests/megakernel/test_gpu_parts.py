@@ -14,11 +14,11 @@ import torch
 
 from benchmarks import gpu_builds
 from benchmarks.gpu_builds import BuildMissingError, Builds, built, load, save
-from benchmarks.gpu_machine import pick_machine
 from benchmarks.gpu_memory import fill_weights, host_view, opened
 from benchmarks.gpu_models import BuiltModel, GpuModel
 from megakernel.cuda_build import CudaBuild
 from megakernel.cuda_device import DeviceFacts
+from megakernel.gpu_machine import pick_machine
 from megakernel.machine import MachineError, load_machine
 from tests.hardware import independence, multi_step, soak
 from tests.hardware.__main__ import PARTS, in_process, part_named
