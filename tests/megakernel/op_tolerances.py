@@ -195,7 +195,8 @@ def attended(state: VmState, op: Op) -> npt.NDArray[np.float64]:
             weights = np.exp(scores - scores.max(axis=2, keepdims=True))
             relative = 2 * of_score + (2 * _FUNCTION_ROUNDINGS + 16 + 5 + 2 * _WARPS) * EPS
             mixed = np.einsum("hgt,thd->hgd", weights, np.abs(values))
-            to = tolerances[row, split_block(program, row, split)].reshape(geometry.num_kv_heads, group, dim + 2)
+            block = split_block(program, row, split)
+            to = tolerances[row, block].reshape(geometry.num_kv_heads, group, dim + 2)
             to[:, :, 0] = of_score
             to[:, :, 1] = relative * weights.sum(axis=2)
             to[:, :, 2:] = relative[:, :, None] * mixed
