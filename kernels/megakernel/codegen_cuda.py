@@ -217,7 +217,7 @@ class _Call:
     def number(self, name: str) -> str:
         """An operand, as it depends on the layer of a loop."""
         value, stride = self.call.numbers[name], self.call.strides.get(name, 0)
-        return f"({value} + layer * INT64_C({stride}))" if stride else f"{value}"
+        return f"({value} + (layer + w.zero()) * INT64_C({stride}))" if stride else f"{value}"
 
     def literal(self, of_run: Callable[[Run], int | None], otherwise: int | None = None) -> str:
         """What it is of each SM's run in each layer; `otherwise`: of SMs without one."""
@@ -390,7 +390,7 @@ class _Call:
         return self.buffer_named(self.program.buffers[index].name)
 
     def buffer_named(self, name: str) -> str:
-        return f"reinterpret_cast<float*>(w.step.activations + {self.bucket.source.offsets[name]})"
+        return f"reinterpret_cast<float*>(w.step.activations + w.zero() + {self.bucket.source.offsets[name]})"
 
     def attended(self) -> str:
         return self.buffer_named(_ATTENDED)

@@ -97,9 +97,8 @@ def step_tables(run: MultiStep, limits: Limits) -> tuple[StepTables, RunTables]:
 def _check_blocks(run: MultiStep, limits: Limits) -> int:
     """Blocks of the longest sequence, at its end."""
     size = limits.block_size_tokens
-    # The last token that a sequence emits needs no KV; the pending one always does.
-    ends = np.maximum(run.context_lengths + run.max_new_tokens - 1, run.context_lengths + 1)
-    needed = -(-ends // size)
+    # The last token that a sequence emits needs no KV; the pending one does.
+    needed = -(-(run.context_lengths + run.max_new_tokens) // size)
     width = run.block_tables.shape[1]
     if (needed > width).any():
         at = int(needed.argmax())

@@ -20,7 +20,7 @@ from megakernel.cuda_rows import Limits, StepAsk, StepTables, read_rows
 from megakernel.head import Reductions
 from megakernel.model.rope import rope_frequencies
 from megakernel.model.shape import ModelShape
-from megakernel.multi_step import MultiStep, StepRun
+from megakernel.multi_step import HostRun, MultiStep, StepRun
 from megakernel.program import Program
 from megakernel.step import FloatArray, IntArray, Rows, StepError, StepOutput
 
@@ -138,6 +138,8 @@ class CudaRuntime:
         """Several steps in one launch. Raises StepError."""
         self._raise_if_busy()
         tables, kept = step_tables(run, self._limits)
+        if run.num_steps == 1:  # to the kernel a plain step
+            return HostRun(self.step, run, self.block_size_tokens)
         bucket = self._bucket_of(run.num_rows)
         arguments = self._arguments
         try:

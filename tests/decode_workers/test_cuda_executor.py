@@ -104,7 +104,6 @@ def test_steps_in_one_launch_give_what_single_steps_give(executor, driver, sampl
     assert max(arguments.run.num_steps for _, arguments in driver.launches[launched:]) == 8
 
 
-@pytest.mark.xfail(strict=True, reason="the runtime hands a run's block tables over a token too short")
 def test_a_run_may_end_just_behind_a_block(executor, driver):
     one, two = (
         request_of("a", range(BLOCK), greedy(2, ignore_eos=True)),

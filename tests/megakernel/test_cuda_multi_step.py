@@ -106,6 +106,14 @@ def test_drafts_that_are_right_take_fewer_steps(model):
 
 
 @needs_compiler
+def test_a_run_of_one_step_is_a_step(model):
+    with opened(model) as runtime:
+        fill_kv(runtime, [SINGLE], 0)
+        run = run_of([SINGLE], 1)
+        assert told(run, all_steps(runtime.start(run))) == told(run, by_host(runtime, run))
+
+
+@needs_compiler
 def test_a_run_that_is_stopped_ends_after_the_step_it_is_in(model):
     with opened(model) as runtime:
         fill_kv(runtime, [SINGLE], 0)

@@ -31,10 +31,15 @@ __device__ __noinline__ inline void report_failure(Failure* failure, uint32_t in
     ptx::trap();
 }
 
-__device__ __forceinline__ void fail(const Worker& w, uint32_t code, uint32_t counter, uint32_t expected,
-                                     uint32_t actual) {
+__device__ __forceinline__ void fail(const Worker& w, uint32_t instruction, uint32_t code, uint32_t counter,
+                                     uint32_t expected, uint32_t actual) {
     const uint32_t step = ptx::load_shared<uint32_t>(w.shared + kEpochAt) - w.step.epoch;
-    report_failure(w.step.failure, w.instruction, code, counter, expected, actual, step);
+    report_failure(w.step.failure, instruction, code, counter, expected, actual, step);
+}
+
+// Consumers do not count instructions, which would take a register: their progress tells.
+__device__ __forceinline__ uint32_t own_instruction(const Worker& w) {
+    return ptx::load_shared_acquire(w.shared + kProgressAt) / kConsumerWarps;
 }
 
 __device__ __forceinline__ void sync_consumers() { ptx::sync_threads(kConsumerBarrier, kConsumers); }
@@ -47,7 +52,7 @@ __device__ __forceinline__ void wait_counter(const Worker& w, uint32_t counter, 
         const uint64_t start = ptx::nanoseconds();
         uint32_t actual;
         while (static_cast<int32_t>((actual = ptx::load_acquire(w.step.counters + counter)) - expected) < 0)
-            if (ptx::nanoseconds() - start > w.step.timeout_ns) fail(w, kCounterWait, counter, expected, actual);
+            if (ptx::nanoseconds() - start > w.step.timeout_ns) fail(w, own_instruction(w), kCounterWait, counter, expected, actual);
     }
     sync_consumers();
 }
@@ -57,7 +62,7 @@ __device__ __forceinline__ uint32_t wait_word(const Worker& w, const uint32_t* w
     const uint64_t start = ptx::nanoseconds();
     uint32_t actual;
     while ((actual = ptx::load_acquire(word)) < expected)
-        if (ptx::nanoseconds() - start > w.step.timeout_ns) fail(w, kStepWait, kNoIndex, expected, actual);
+        if (ptx::nanoseconds() - start > w.step.timeout_ns) fail(w, own_instruction(w), kStepWait, kNoIndex, expected, actual);
     return actual;
 }
 
@@ -71,7 +76,7 @@ __device__ __forceinline__ void signal_counter(const Worker& w, uint32_t counter
 __device__ __forceinline__ void wait_landed(const Worker& w) {
     const uint64_t start = ptx::nanoseconds();
     while (!ptx::mbarrier_try_wait(w.landed(), w.landed_parity()))
-        if (ptx::nanoseconds() - start > w.step.timeout_ns) fail(w, kWeightsWait, kNoIndex, w.loads, w.loads);
+        if (ptx::nanoseconds() - start > w.step.timeout_ns) fail(w, own_instruction(w), kWeightsWait, kNoIndex, w.loads, w.loads);
 }
 
 // Consumers: the instruction, or so many, are done with their pages.
@@ -88,7 +93,7 @@ __device__ __forceinline__ void wait_progress(const Worker& w, uint32_t instruct
     const uint64_t start = ptx::nanoseconds();
     uint32_t actual;
     while ((actual = ptx::load_shared_acquire(w.shared + kProgressAt)) < expected)
-        if (ptx::nanoseconds() - start > 2 * w.step.timeout_ns) fail(w, kProgressWait, kNoIndex, expected, actual);
+        if (ptx::nanoseconds() - start > 2 * w.step.timeout_ns) fail(w, w.instruction, kProgressWait, kNoIndex, expected, actual);
 }
 
 // Before either role begins.

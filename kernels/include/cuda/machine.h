@@ -43,7 +43,7 @@ constexpr uint32_t kSumsAt = 1024;      // of a linear op's warps: [column group
 constexpr uint32_t kSumsBytes = 16384;
 constexpr uint32_t kReservedBytes = kSumsAt + kSumsBytes;
 
-// One thread's view. Both roles count instructions and loads alike: they take the same path. It is handed to
+// One thread's view. Both roles count loads alike, as they take the same path; the loader counts instructions, too. It is handed to
 // functions by value, so that it stays in registers; paths do the counting.
 struct Worker {
     const StepArguments& step;
@@ -71,6 +71,8 @@ struct Worker {
         lane = thread % kLanes;
         staged = 0;
     }
+    // A zero that the compiler does not know. What is computed from it is computed where it is used.
+    __device__ __forceinline__ uint32_t zero() const { return ptx::load_shared<uint32_t>(shared + kSmAt + 4); }
     // After an instruction, or in its place where a step has no use for it.
     __device__ __forceinline__ void next(bool has_loaded) {
         instruction++;

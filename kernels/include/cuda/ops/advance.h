@@ -167,7 +167,7 @@ __device__ __forceinline__ bool wait_next_step(const Worker& w, uint32_t begun) 
     const uint64_t start = ptx::nanoseconds();
     uint32_t actual;
     while ((actual = ptx::load_shared_acquire(w.shared + kBegunAt)) < begun)
-        if (ptx::nanoseconds() - start > 2 * w.step.timeout_ns) fail(w, kStepWait, kNoIndex, begun, actual);
+        if (ptx::nanoseconds() - start > 2 * w.step.timeout_ns) fail(w, w.instruction, kStepWait, kNoIndex, begun, actual);
     return !(actual & kLastStep);
 }
 

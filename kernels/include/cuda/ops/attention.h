@@ -234,8 +234,10 @@ __device__ __forceinline__ FirstSplit<Shape> begin_attention(const Worker& w, in
 }
 
 template <class Shape>
-__device__ __forceinline__ void attend_split(const Worker& w, int layer, uint32_t kv_head, const Share<Shape>& share,
-                                             const float* query, float* out, float* heads, SharedAddress partial) {
+__device__ __forceinline__ void attend_split(const Worker& w, int layer, const AttentionTiles& tiles, uint32_t kv_head, int row,
+                                             int split, bool is_only, const Share<Shape>& share, const float* queries,
+                                             const Attended& attended, SharedAddress partial) {
+    constexpr int kDim = Shape::kDim;
     if (share.num_own > 0) {
         uint4 keys[Shape::kTimes], values[Shape::kTimes];
 #pragma unroll
@@ -244,10 +246,15 @@ __device__ __forceinline__ void attend_split(const Worker& w, int layer, uint32_
             keys[i] = ptx::load_global(reinterpret_cast<const uint4*>(key));
             values[i] = ptx::load_global(reinterpret_cast<const uint4*>(key + Shape::kKvHeads * Shape::kDim));
         }
+        const float* query = queries + (static_cast<int64_t>(row) * Shape::kHeads + kv_head * Shape::kGroup) * kDim;
         attend_warp<Shape>(w, keys, values, query, share.num_own, partial);
     }
     sync_consumers();
-    merge_warps<Shape>(w, partial, share.num_warps, out, heads);
+    const uint32_t head = kv_head * Shape::kGroup;
+    float* heads = attended.heads + (static_cast<int64_t>(row) * Shape::kHeads + head) * kDim;
+    float* out = attended.splits + row * attended.columns +
+                 (static_cast<int64_t>(tiles.block_of(row, split)) * Shape::kHeads + head) * (kDim + 2);
+    merge_warps<Shape>(w, partial, share.num_warps, out, is_only ? heads : nullptr);
     sync_consumers();
 }
 
@@ -323,7 +330,6 @@ __device__ __forceinline__ void merge_rows(const Worker& w, const AttentionTiles
 template <class Shape>
 __device__ __forceinline__ void attention_tiles(const Worker w, int layer, const AttentionTiles tiles, const FirstSplit<Shape> begun,
                                                 const float* queries, const Attended attended, SharedAddress partial) {
-    constexpr int kDim = Shape::kDim;
 #pragma unroll 1
     for (uint32_t j = 0; j < tiles.count; j++) {
         const uint32_t tile = tiles.first + j * tiles.stride, kv_head = tile % Shape::kKvHeads;
@@ -350,12 +356,8 @@ __device__ __forceinline__ void attention_tiles(const Worker w, int layer, const
                     next = Share<Shape>(w, row0 + next_row, next_split, of_lane(own.num_tokens, next_row));
                     prefetch_share(w, next, layer, kv_head);
                 }
-                const int64_t head = static_cast<int64_t>(kv_head) * Shape::kGroup;
-                const float* query = queries + ((row0 + row) * static_cast<int64_t>(Shape::kHeads) + head) * kDim;
-                float* out = attended.splits + (row0 + row) * attended.columns +
-                             (static_cast<int64_t>(tiles.block_of(row0 + row, split)) * Shape::kHeads + head) * (kDim + 2);
-                float* heads = of_lane(own.num_splits, row) > 1 ? nullptr : attended.heads + (query - queries);
-                attend_split<Shape>(w, layer, kv_head, share, query, out, heads, partial);
+                attend_split<Shape>(w, layer, tiles, kv_head, row0 + row, split, of_lane(own.num_splits, row) == 1, share, queries,
+                                    attended, partial);
                 if (!rows) break;
                 row = next_row, split = next_split, share = next;
             }
