@@ -32,12 +32,12 @@ def _machine_lines(machine: Machine, formats: tuple[str, ...]) -> Iterator[str]:
         f"for in groups of {machine.row_group}"
     )
     attention = machine.attention_macs_per_us or macs_per_us(machine, "F16")
-    yield (
-        f"attention rate: {attention:,.0f} multiply-accumulates a us a worker; softmax and merging splits of "
-        f"{DEFAULT_SPLIT_TOKENS} tokens are free"
-    )
+    yield (f"attention rate: {attention:,.0f} multiply-accumulates a us a worker; softmax is free")
     if machine.kind == "cuda":
-        yield "attention loads: after its waits, rows and splits in turn, each with one load latency"
+        yield (
+            "attention loads: after its waits, rows and splits in turn, each with one load latency; "
+            f"splits of {DEFAULT_SPLIT_TOKENS} tokens are merged in two more"
+        )
     norms = " and norms" if machine.prepared_per_us is None else ""
     yield (
         f"activations: read from a shared cache, {CACHE_SPEEDUP:g} times as fast as one worker reads memory; "
