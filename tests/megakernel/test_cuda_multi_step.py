@@ -5,7 +5,6 @@ import random
 import msgspec
 import pytest
 
-from megakernel.build import BuildError, find_compiler
 from megakernel.cuda_arguments import LAST_STEP
 from megakernel.cuda_runtime import CudaRuntime
 from megakernel.emulation import build_emulation
@@ -26,23 +25,13 @@ from tests.megakernel.multi_steps import (
     with_drafts,
 )
 from tests.megakernel.native_steps import BLOCK, int32
+from tests.megakernel.test_gpu_reference import needs_compiler
 from tests.tiny_model import tiny_weights
 
 NUM_BLOCKS = 12
 BUCKETS = (1, 4, 8)
 VOCAB = 170
 SINGLE = Asked(pending=7, context=5, table=[4, 2], max_new_tokens=20)
-
-
-def has_compiler() -> bool:
-    try:
-        find_compiler()
-    except BuildError:
-        return False
-    return True
-
-
-needs_compiler = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
 
 
 @pytest.fixture(scope="module")
