@@ -5,9 +5,11 @@ import random
 import msgspec
 import pytest
 
+from megakernel.build import INCLUDE_FOLDER
 from megakernel.cuda_arguments import LAST_STEP
 from megakernel.cuda_runtime import CudaRuntime
 from megakernel.emulation import build_emulation
+from megakernel.emulation_errors import EmulationError
 from megakernel.step import StepError
 from tests.megakernel.cuda_models import compiled_model, generated_of, programs_of
 from tests.megakernel.fake_cuda import FakeDriver, emulated
@@ -52,6 +54,16 @@ def opened(model, seed=0) -> CudaRuntime:
 @needs_compiler
 @pytest.mark.parametrize("seed", range(24))
 def test_steps_in_one_launch_are_the_steps_of_many(model, seed):
+    check_run(model, seed)
+
+
+def check_runs(model, seeds):
+    for seed in seeds:
+        check_run(model, seed)
+
+
+def check_run(model, seed):
+    """A random run, beside plain steps of the same runtime."""
     rng = random.Random(seed)
     max_draft_tokens = rng.choice((0, 0, 1, 3, 7))
     num_sequences = rng.randint(1, BUCKETS[-1] // (1 + max_draft_tokens))
@@ -181,3 +193,38 @@ def test_too_many_rows_are_refused(model):
         run = with_drafts(run_of([SINGLE] * 3, 4), [[1, 2, 3]], 2)
         with pytest.raises(StepError, match="3 sequences of 3 rows are 9: a step has 1 to 8"):
             runtime.start(run)
+
+
+FAULTS = {
+    "results that are not waited for": (
+        "wait_word(w, run.results, (number + 1) * num_handing_out);",
+        "",
+    ),
+    "results told before all of the block's are there": (
+        "sync_consumers();\n    if (w.thread == 0 && w.sm < num_handing_out)",
+        "if (w.thread == 0 && w.sm < num_handing_out)",
+    ),
+    "a step that begins without what was written for it": (
+        "ptx::add_release(run.begun, is_last ? kLastStep : 1);",
+        "ptx::store_system(run.begun, is_last ? number | kLastStep : number + 1);",
+    ),
+    "a draft that is taken a token too far": ("count < length &&", "count <= length &&"),
+    "rows of no use in the slots of others": ("run.first_unused_slot + row;", "row;"),
+}
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_caught(model, tmp_path, fault):
+    compiled, _ = model
+    old, new = FAULTS[fault]
+    header = (INCLUDE_FOLDER / "cuda" / "ops" / "advance.h").read_text(encoding="utf-8")
+    assert header.count(old) == 1
+    (tmp_path / "cuda" / "ops").mkdir(parents=True)
+    (tmp_path / "cuda" / "ops" / "advance.h").write_text(header.replace(old, new), encoding="utf-8")
+    weights = tiny_weights(1, "qwen3", hidden_size=64, num_heads=4, vocab_size=VOCAB)
+    source = generated_of(weights, compiled.programs).source
+    faulty = build_emulation(source, extra_flags=("-iquote", str(tmp_path)))
+    with pytest.raises((AssertionError, StepError, EmulationError)):
+        check_runs((compiled, faulty), range(20))
