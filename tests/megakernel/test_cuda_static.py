@@ -2,10 +2,16 @@
 
 import pytest
 
-from benchmarks.gpu_models import GpuModel, compile_model
-from megakernel.cuda_build import most_registers
+from megakernel.artifact import packed_formats
+from megakernel.codegen_cuda import generate_cuda
+from megakernel.cuda_build import build_cubin, check_resources, most_registers
+from megakernel.cuda_constants import THREADS_A_BLOCK
+from megakernel.graph import uniform_formats, usual_formats
 from megakernel.machine import load_machine
+from megakernel.pipeline import compile_program
 from megakernel.sass import ASYNC_COPY, INDIRECT_BRANCH, LOCAL_MEMORY, TENSOR_CORE, disassemble
+from megakernel.schedule import list_schedule
+from megakernel.shapes import SHAPES as MODEL_SHAPES
 from tests.megakernel.test_sass import needs_tools
 
 SHAPES = ("qwen3-1.7b", "qwen2.5-1.5b", "llama-3.2-1b")
@@ -19,24 +25,32 @@ MOST_CODE_BYTES = 512 * 1024
 @pytest.mark.parametrize("bucket", [1, 4, 16])
 @pytest.mark.parametrize("machine", BLOCK_SHARED_BYTES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_kernels_of_real_models_keep_to_their_means(shape, machine, bucket, tmp_path, record_figure):
-    model = GpuModel(shape_name=shape, format="Q4_1", bucket=bucket)
-    built = compile_model(model, load_machine(machine), tmp_path)
-    assert built.build.spills == ()
-    assert built.resource_problem is None
-    grid = built.compiled.grid
-    (kernel,) = built.build.kernels
-    (code,) = disassemble(built.compiled.cubin)
+@pytest.mark.parametrize("is_usual", [True, False])
+def test_kernels_of_real_models_keep_to_their_means(
+    shape, machine, bucket, is_usual, tmp_path, record_figure
+):
+    """Q4_1, and with it the embedding and head in Q8_0, which is usual."""
+    gpu, model = load_machine(machine), MODEL_SHAPES[shape]
+    formats = packed_formats(
+        model, usual_formats(model) if is_usual else uniform_formats(model, "Q4_1"), "cuda"
+    )
+    plan = list_schedule(model, gpu, bucket, formats)
+    generated = generate_cuda([compile_program(model, shape, gpu, bucket, plan, formats=formats)], formats)
+    cubin = build_cubin(generated.source, gpu.vector_units[0], folder=tmp_path)
+    check_resources(cubin.build, threads=THREADS_A_BLOCK, dynamic_shared_bytes=generated.shared_bytes)
+    assert cubin.build.spills == ()
+    (kernel,) = cubin.build.kernels
+    (code,) = disassemble(cubin.path)
     assert code.name == kernel.name == f"step_rows{bucket}"
-    assert kernel.registers <= most_registers(grid.num_threads)
-    assert kernel.static_shared_bytes + grid.shared_bytes <= BLOCK_SHARED_BYTES[machine]
+    assert kernel.registers <= most_registers(THREADS_A_BLOCK)
+    assert kernel.static_shared_bytes + generated.shared_bytes <= BLOCK_SHARED_BYTES[machine]
     assert code.count(LOCAL_MEMORY) == 0
     assert code.count(INDIRECT_BRANCH) == 0
     assert code.count(TENSOR_CORE) > 0
     assert code.count(ASYNC_COPY) > 0
     assert code.num_bytes <= MOST_CODE_BYTES
     record_figure(
-        f"{shape} {machine} rows {bucket:2}: {code.num_bytes / 1024:.0f} KiB of code, {kernel.registers} "
-        f"registers, {grid.shared_bytes} B of shared memory, {code.count(TENSOR_CORE)} HMMA, "
+        f"{shape} {machine} rows {bucket:2}{' usual' * is_usual}: {code.num_bytes / 1024:.0f} KiB of code, "
+        f"{kernel.registers} registers, {generated.shared_bytes} B of shared memory, {code.count(TENSOR_CORE)} HMMA, "
         f"{code.count(ASYNC_COPY)} LDGSTS"
     )

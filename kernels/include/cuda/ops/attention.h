@@ -351,15 +351,15 @@ __device__ __forceinline__ void attention_tiles(const Worker w, int layer, const
                     next_row = rows ? ptx::lowest_bit(rows) : row;
                     next_split = of_lane(own.first, next_row);
                 }
-                Share<Shape> next = share;
-                if (rows) {
-                    next = Share<Shape>(w, row0 + next_row, next_split, of_lane(own.num_tokens, next_row));
-                    prefetch_share(w, next, layer, kv_head);
-                }
+                // Found again afterwards: to keep it takes registers where there are none.
+                if (rows)
+                    prefetch_share(w, Share<Shape>(w, row0 + next_row, next_split, of_lane(own.num_tokens, next_row)), layer,
+                                   kv_head);
                 attend_split<Shape>(w, layer, tiles, kv_head, row0 + row, split, of_lane(own.num_splits, row) == 1, share, queries,
                                     attended, partial);
                 if (!rows) break;
-                row = next_row, split = next_split, share = next;
+                row = next_row, split = next_split;
+                share = Share<Shape>(w, row0 + row, split, of_lane(own.num_tokens, row));
             }
             merge_rows<Shape>(w, tiles, attended, kv_head, row0, own);
         }
