@@ -51,6 +51,6 @@ def test_kernels_of_real_models_keep_to_their_means(
     assert code.num_bytes <= MOST_CODE_BYTES
     record_figure(
         f"{shape} {machine} rows {bucket:2}{' usual' * is_usual}: {code.num_bytes / 1024:.0f} KiB of code, "
-        f"{kernel.registers} registers, {generated.shared_bytes} B of shared memory, {code.count(TENSOR_CORE)} HMMA, "
-        f"{code.count(ASYNC_COPY)} LDGSTS"
+        f"{kernel.registers} registers, {generated.shared_bytes} B of shared memory, "
+        f"{code.count(TENSOR_CORE)} HMMA, {code.count(ASYNC_COPY)} LDGSTS"
     )
