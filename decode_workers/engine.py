@@ -167,15 +167,14 @@ class DecodeEngine:
 
     def _start_run(self, grants: list[RowGrant], num_steps: int) -> None:
         assert self._multi_stepper is not None, "a plan for an executor that runs single steps"
-        sequences = [grant.sequence for grant in grants]
-        asked = ask_for(sequences, num_steps, self.kv)
+        asked = ask_for([grant.sequence for grant in grants], num_steps, self.kv)
         try:
             run = self._multi_stepper.start(asked)
         except Exception as error:
             logger.exception("a run of %d sequences did not start", len(grants))
             self._fail_step(grants, error)
             return
-        self.kv.begin_run([one.reservation for one in sequences if one.reservation is not None])
+        self.kv.begin_run()
         self._run_under_way = MultiStepRun(run, asked, grants)
 
     def _go_on(self) -> bool:

@@ -13,7 +13,8 @@ Who may touch which slots of a sequence, by token position:
 a step never runs out. `release` gives them back; what was published stays as prefix cache.
 
 Between `begin_run` and `end_run` a run of several steps writes to its sequences' slots, also to those of
-one that has ended meanwhile. Blocks released in between are given back by `end_run`, and no KV is copied.
+one that has ended meanwhile. What is released in between is given back by `end_run`, in the same order, and
+nothing is reserved or moved.
 """
 
 import threading
@@ -57,8 +58,7 @@ class KvPool:
         self.block_tables: Int32Array = np.full((max_sequences, max_blocks), NO_BLOCK, dtype=np.int32)
         """[sequences, blocks] by `Reservation.table_index`; entries past the last block are NO_BLOCK."""
         self._free_tables = list(range(max_sequences - 1, -1, -1))
-        self._in_run: frozenset[int] = frozenset()
-        """Table indexes of the run's sequences; empty where there is none."""
+        self._is_in_run = False
         self._released_in_run: list[Reservation] = []
 
     @property
@@ -78,7 +78,7 @@ class KvPool:
         At most all but the last known token count as cached: that one must run, to give logits.
         Raises OutOfBlocksError, having changed nothing.
         """
-        assert not self._in_run, "a cached tail cannot be copied beside a run"
+        assert not self._is_in_run, "a cached tail cannot be copied beside a run"
         num_blocks = self.num_blocks_for(num_tokens)
         with self._lock:
             match = self._blocks.match_prefix(token_ids, salt, len(token_ids) - 1)
@@ -102,7 +102,7 @@ class KvPool:
             self._blocks.publish(token_ids, reservation.block_ids, salt)
 
     def release(self, reservation: Reservation) -> None:
-        if reservation.table_index in self._in_run:
+        if self._is_in_run:
             self._released_in_run.append(reservation)
             return
         with self._lock:
@@ -111,21 +111,21 @@ class KvPool:
         self._free_tables.append(reservation.table_index)
         self._tell_used()
 
-    def begin_run(self, reservations: Sequence[Reservation]) -> None:
-        """The executor writes to these blocks by itself until `end_run`."""
-        assert not self._in_run, "two runs at once"
-        self._in_run = frozenset(reservation.table_index for reservation in reservations)
+    def begin_run(self) -> None:
+        """The executor writes by itself until `end_run`."""
+        assert not self._is_in_run, "two runs at once"
+        self._is_in_run = True
 
     def end_run(self) -> None:
         """The executor writes no more: give back what was released meanwhile."""
-        self._in_run = frozenset()
+        self._is_in_run = False
         released, self._released_in_run = self._released_in_run, []
         for reservation in released:
             self.release(reservation)
 
     def move(self, reservation: Reservation, source: Sequence[int], destination: Sequence[int]) -> None:
         """Copy KV between token positions of one sequence; all are read before any is written."""
-        assert not self._in_run, "KV cannot be moved beside a run"
+        assert not self._is_in_run, "KV cannot be moved beside a run"
         self._executor.copy_slots(self.slots(reservation, source), self.slots(reservation, destination))
 
     def slots(self, reservation: Reservation, positions: Sequence[int]) -> Int32Array:
@@ -146,7 +146,7 @@ class KvPool:
     def check(self) -> None:
         """Assert the pool's invariants; for tests."""
         kept = {reservation.table_index for reservation in self._released_in_run}
-        assert kept <= self._in_run, "blocks kept back for a run that has ended"
+        assert self._is_in_run or not kept, "blocks kept back for a run that has ended"
         assert not kept & set(self._free_tables), "a table is free in a run"
         with self._lock:
             self._blocks.check()

@@ -13,6 +13,7 @@ from cluster.config import DecodeConfig
 from cluster.ids import HandoffId, RequestId
 from cluster.messages import (
     DecodeEvent,
+    EmittedToken,
     FailureCode,
     FinishReason,
     GenerateRequest,
@@ -24,7 +25,8 @@ from cluster.messages import (
 )
 from cluster.transfer import KvChunk
 from decode_workers.draft_tree import NO_DRAFT
-from megakernel.multi_step import MAX_STOP_TOKENS
+from decode_workers.verdicts import Verdict, judge_accepted
+from megakernel.multi_step import MAX_STOP_TOKENS, StepTokens, without_top
 from tests.decode_workers.multi_step_support import MultiHashExecutor, asked_steps, without_stamps
 from tests.decode_workers.support import (
     EngineRig,
@@ -35,6 +37,7 @@ from tests.decode_workers.support import (
     request_of,
     wire_kv,
 )
+from tests.decode_workers.test_scheduler import sequence_of
 
 ENDLESS = greedy(40, ignore_eos=True)
 A = RequestId("a")
@@ -456,3 +459,23 @@ def emitted(events: list[DecodeEvent]) -> list[object]:
 
 def text_of(events: list[DecodeEvent]) -> str:
     return "".join(event.text for event in events if isinstance(event, TokensEmitted))
+
+
+def test_several_tokens_a_step_are_judged_together() -> None:
+    """As drafts on a device have it."""
+    told = StepTokens(
+        counts=np.array([2, 0, 1, 2], dtype=np.int32),
+        reductions=without_top(
+            np.array([5, 6, 0, 0, 0, 0, 7, 0, 0, 8, 9, 0], dtype=np.int32),
+            np.array([1, 1, 9, 9, 9, 9, 3, 9, 9, 1, np.inf, 9], dtype=np.float32),
+            np.array([2, 2, 9, 9, 9, 9, 5, 9, 9, 2, 2, 9], dtype=np.float32),
+        ),
+    )
+    sequences = [sequence_of(i, 3, committed=2) for i in range(4)]
+    sequences[2] = sequence_of(2, 3, committed=2, sampling=greedy(num_logprobs=0))
+    first, second, third, fourth = judge_accepted(sequences, told, 3)
+    assert first == Verdict(tokens=(EmittedToken(token_id=5), EmittedToken(token_id=6)))
+    assert second is None
+    assert third == Verdict(tokens=(EmittedToken(token_id=7, logprob=-2.0),))
+    assert fourth is not None
+    assert (fourth.tokens, fourth.fault) == ((), "logit of token 9 is inf: no token can be chosen")
