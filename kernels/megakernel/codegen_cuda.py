@@ -26,8 +26,8 @@ from megakernel.program import (
     PageRole,
     Program,
     Prologue,
-    attention_parts,
     max_splits,
+    parts_of,
     row_step,
     split_blocks,
 )
@@ -43,7 +43,7 @@ class GeneratedCuda(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes from the start of the activations, by buffer name."""
     activation_bytes: int
     num_counters: int
-    """Of all buckets, the one at each step's end included."""
+    """Of all buckets: see counters_of."""
     shared_bytes: int
     """Dynamic, a block."""
     num_blocks: int
@@ -257,7 +257,7 @@ class _Call:
         if self.call.opcode in (Opcode.LINEAR, Opcode.LINEAR_PARTIAL) and self.op.norm:
             yield f"prefetch_vector<{self.op.in_features}>(w, {self.vector('norm')});"
         if self.call.opcode is Opcode.ATTENTION:
-            parts = attention_parts(self.program)
+            parts = parts_of(self.program)
             blocks = split_blocks("cuda", max_splits(self.program), parts)
             dealing = f"{parts}, {blocks}, {row_step(self.program)}"
             yield f"const AttentionTiles tiles = {{{self.first}, {self.stride}, count, {dealing}}};"

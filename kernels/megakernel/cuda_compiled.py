@@ -31,7 +31,7 @@ class CompiledCuda(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """Bytes from the start of the activations, by buffer name."""
     activation_bytes: int
     num_counters: int
-    """Of all buckets: each has its program's, and one that ends the step."""
+    """Of all buckets: see counters_of."""
     grid: Grid
     cubin: Path
     fill_weights: FillWeights | None

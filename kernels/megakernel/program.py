@@ -207,9 +207,13 @@ def max_splits(program: Program) -> int:
     return -(-program.geometry.max_context_tokens // program.split_tokens)
 
 
-def attention_parts(program: Program) -> int:
+def attention_parts(num_workers: int, num_splits: int) -> int:
     """Instructions that the splits of one group of KV heads are dealt to."""
-    return min(len(program.workers), max_splits(program))
+    return min(num_workers, num_splits)
+
+
+def parts_of(program: Program) -> int:
+    return attention_parts(len(program.workers), max_splits(program))
 
 
 def split_blocks(kind: str, num_splits: int, num_parts: int) -> int:
@@ -227,8 +231,7 @@ def row_step(program: Program) -> int:
 
 def split_block(program: Program, row: int, split: int) -> int:
     """Where in an attention output buffer a row's split lies."""
-    parts = attention_parts(program)
-    blocks = split_blocks(program.kind, max_splits(program), parts)
+    blocks = split_blocks(program.kind, max_splits(program), parts_of(program))
     return (split + row * row_step(program)) % blocks
 
 

@@ -14,8 +14,8 @@ from megakernel.program import (
     Prologue,
     Space,
     attention_columns,
-    attention_parts,
     max_splits,
+    parts_of,
     split_blocks,
 )
 from megakernel.schedule_error import Hazard, ScheduleError, instruction_name
@@ -95,7 +95,7 @@ def _buffer_columns(program: Program, op: Op) -> dict[int, int]:
     geometry = program.geometry
     q_columns = geometry.num_heads * geometry.head_dim
     kv_columns = 2 * geometry.num_kv_heads * geometry.head_dim
-    blocks = split_blocks(program.kind, max_splits(program), attention_parts(program))
+    blocks = split_blocks(program.kind, max_splits(program), parts_of(program))
     attended = attention_columns(geometry, blocks)
     match op.kind:
         case OpKind.EMBED:
@@ -165,7 +165,7 @@ def _part_problem(program: Program, op: Op, instruction: Instruction) -> str:
             most = max_splits(program)
             if not 0 <= instruction.part < instruction.num_parts <= most:
                 return f"of {instruction.num_parts} parts, where there are {most} splits"
-            if program.kind == "cuda" and instruction.num_parts != (parts := attention_parts(program)):
+            if program.kind == "cuda" and instruction.num_parts != (parts := parts_of(program)):
                 return f"of {instruction.num_parts} parts, which are to be {parts}"
         case Opcode.EMBED:
             pass

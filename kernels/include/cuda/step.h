@@ -66,7 +66,7 @@ struct StepArguments {
     uint8_t* activations;    // buffers between ops, at offsets that the generated source has as literals
     uint16_t* kv;            // float16 [layers][num_slots][2 * kv_heads * head_dim]: K heads, then V heads
     const float2* turns;     // [max_context_tokens][head_dim / 2] (cos, sin)
-    uint32_t* counters;      // [the artifact's counters + 64], zeroed once at load, never reset
+    uint32_t* counters;      // [the artifact's counters + 64], zeroed once at load; attention's set back, the others never
     Failure* failure;
 
     // Written between the steps of a launch; with several, path_slots are slots.

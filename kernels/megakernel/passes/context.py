@@ -5,6 +5,7 @@ import msgspec
 from megakernel.machine import Machine
 from megakernel.model.shape import ModelShape
 from megakernel.plan import OpPlan, Plan
+from megakernel.program import attention_parts
 
 
 class PlanError(ValueError):
@@ -25,8 +26,7 @@ class PassContext(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def num_attention_parts(self) -> int:
-        """Into how many instructions the splits of one group of KV heads are dealt."""
-        return min(self.machine.num_workers, self.num_splits)
+        return attention_parts(self.machine.num_workers, self.num_splits)
 
     def op_plan(self, role: str) -> OpPlan:
         if role not in self.plan.ops:
