@@ -28,7 +28,6 @@ class MultiStepRun:
     def __init__(self, run: StepRun, asked: MultiStep, grants: SequenceOf[RowGrant]) -> None:
         """`grants` are of one row each, in the order of `asked`."""
         self._run = run
-        self._rows_a_sequence = asked.rows_a_sequence
         self._grants = grants
         self._sequences = [grant.sequence for grant in grants]
         self._left: list[int] = asked.max_new_tokens.tolist()
@@ -51,11 +50,11 @@ class MultiStepRun:
         grants: list[RowGrant] = []
         verdicts: list[Verdict] = []
         num_rows = 0
-        judged = judge_accepted(self._sequences, told, self._rows_a_sequence)
+        judged = judge_accepted(self._sequences, told)
         for index, (grant, verdict) in enumerate(zip(self._grants, judged, strict=True)):
             if verdict is None:
                 continue
-            num_rows += self._rows_a_sequence
+            num_rows += told.rows_a_sequence
             self._left[index] = self._left_after(index, verdict)
             if grant.sequence.state is SequenceState.RUNNING:
                 grants.append(grant)

@@ -54,18 +54,16 @@ def judge_step(
     return verdicts
 
 
-def judge_accepted(
-    sequences: SequenceOf[Sequence], told: StepTokens, rows_a_sequence: int
-) -> list[Verdict | None]:
+def judge_accepted(sequences: SequenceOf[Sequence], told: StepTokens) -> list[Verdict | None]:
     """Of a step of a run: accepted, with all KV in its place; None where a sequence had ended before."""
     reductions = told.reductions
     maxima: list[float] = reductions.maxima.tolist()
     best: list[int] = reductions.token_ids.tolist()
     verdicts: list[Verdict | None] = []
-    for index, (sequence, count) in enumerate(zip(sequences, told.counts.tolist(), strict=True)):
-        rows = range(index * rows_a_sequence, index * rows_a_sequence + count)
+    for index, sequence in enumerate(sequences):
+        rows = told.rows_of(index)
         bad = next((row for row in rows if not math.isfinite(maxima[row])), None)
-        if count == 0:
+        if not rows:
             verdicts.append(None)
         elif bad is not None:
             verdicts.append(Verdict(fault=bad_logits(maxima[bad], best[bad])))

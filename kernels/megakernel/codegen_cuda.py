@@ -3,37 +3,29 @@
 All SMs run the same calls, with literals: trip counts, tiles, pages, counters, arrival counts. Where SMs
 differ, literals are chosen by comparisons of the SM's number, or read from constant memory. Layers that
 differ only in where their weights lie become a loop. Nothing is decoded or dispatched when it runs.
-`cuda_calls.py` finds what is alike, `cuda_literals.py` writes what is not.
+`cuda_calls.py` finds what is alike, `cuda_call_source.py` writes an op's calls, `cuda_literals.py` what
+differs in them.
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
 from megakernel.artifact import WeightLayout, lay_out_weights, matrix_names
 from megakernel.buffer_layout import lay_out_buffers
 from megakernel.codegen_limits import CodegenError
-from megakernel.cuda_calls import Call, Loop, Operands, Pattern, Run, WaitAt, calls_of, pattern_of
+from megakernel.cuda_call_source import ATTENDED, CallContext, CallSource
+from megakernel.cuda_calls import Call, Loop, Operands, calls_of
 from megakernel.cuda_constants import ASSERTION, RESERVED_BYTES, THREADS_A_BLOCK
 from megakernel.cuda_limits import check_cuda_programs
 from megakernel.cuda_literals import Literals
 from megakernel.program import (
-    Epilogue,
     Geometry,
     Op,
-    Opcode,
-    PageRole,
     Program,
-    Prologue,
-    max_splits,
-    parts_of,
-    row_step,
-    split_blocks,
 )
 
 _LINE_BYTES = 256
-_ATTENDED = "attended"
 
 
 class GeneratedCuda(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,7 +52,7 @@ def generate_cuda(programs: Sequence[Program], formats: Mapping[str, str]) -> Ge
     offsets, end = lay_out_buffers(programs, _LINE_BYTES)
     # Attention's output of heads, merged: the instruction that brings a row's last split writes it, before it
     # signals; who may read the splits may read it.
-    offsets[_ATTENDED] = end
+    offsets[ATTENDED] = end
     activation_bytes = end + 4 * programs[-1].bucket * q_columns(programs[0].geometry)
     first_counters, num_counters = [], 0
     for program in programs:
@@ -87,10 +79,6 @@ def counters_of(program: Program) -> int:
 
 def q_columns(geometry: Geometry) -> int:
     return geometry.num_heads * geometry.head_dim
-
-
-def _f32(value: float) -> str:
-    return f"{value!r}f"
 
 
 class _Source:
@@ -155,9 +143,15 @@ class _Bucket:
     def __init__(self, source: _Source, program: Program, first_counter: int) -> None:
         self.source = source
         self.program = program
-        self.first_counter = first_counter
         self.bucket = program.bucket
         self.literals = Literals(f"kLiterals{program.bucket}_")
+        self.context = CallContext(
+            program=program,
+            layout=source.layout,
+            offsets=source.offsets,
+            literals=self.literals,
+            first_counter=first_counter,
+        )
 
     def lines(self) -> Iterator[str]:
         parts = calls_of(self.program, self.describe)
@@ -199,302 +193,5 @@ class _Bucket:
         yield "}"
 
     def call(self, call: Call, role: str) -> list[str]:
-        writer = _Call(self, call)
-        return writer.consume() if role == "consume" else writer.load()
-
-
-class _Call:
-    """An op's tiles: on each SM a loop over its own."""
-
-    def __init__(self, bucket: _Bucket, call: Call) -> None:
-        self.bucket = bucket
-        self.program = bucket.program
-        self.layout = bucket.source.layout
-        self.literals = bucket.literals
-        self.call = call
-        self.op = bucket.program.ops[call.op]
-
-    def number(self, name: str) -> str:
-        """An operand, as it depends on the layer of a loop."""
-        value, stride = self.call.numbers[name], self.call.strides.get(name, 0)
-        return f"({value} + (layer + w.zero()) * INT64_C({stride}))" if stride else f"{value}"
-
-    def literal(self, of_run: Callable[[Run], int | None], otherwise: int | None = None) -> str:
-        """What it is of each SM's run in each layer; `otherwise`: of SMs without one."""
-        return self.literals.number(
-            [[otherwise if run is None else of_run(run) for run in layer] for layer in self.call.runs]
-        )
-
-    def consume(self) -> list[str]:
-        lines = [*self.prefetch(), *self.waits()]
-        lines += self.attention() if self.call.opcode is Opcode.ATTENTION else self.loop(self.consume_tile())
-        lines += self.signal()
-        return self.where_run(lines)
-
-    def load(self) -> list[str]:
-        if self.call.opcode not in (Opcode.LINEAR, Opcode.LINEAR_PARTIAL):
-            return [f"w.instruction += {self.literal(lambda run: run.count, 0)};  // {self.op.name}"]
-        return self.where_run(self.loop(self.load_tile()))
-
-    def where_run(self, lines: list[str]) -> list[str]:
-        """For SMs that have tiles of the op."""
-        count = self.literal(lambda run: run.count, 0)
-        condition = [] if all(run for layer in self.call.runs for run in layer) else ["if (count > 0)"]
-        head = f"{{  // {self.op.name}: tiles of {self.call.columns} columns"
-        return [
-            head,
-            "w.begin_call();",
-            f"const uint32_t count = {count};",
-            *condition,
-            "{",
-            *lines,
-            "}",
-            "}",
-        ]
-
-    def prefetch(self) -> Iterator[str]:
-        """What is read after the waits, and does not depend on what is waited for."""
-        if self.call.opcode in (Opcode.LINEAR, Opcode.LINEAR_PARTIAL) and self.op.norm:
-            yield f"prefetch_vector<{self.op.in_features}>(w, {self.vector('norm')});"
-        if self.call.opcode is Opcode.ATTENTION:
-            parts = parts_of(self.program)
-            blocks = split_blocks("cuda", max_splits(self.program), parts)
-            dealing = f"{parts}, {blocks}, {row_step(self.program)}"
-            yield f"const AttentionTiles tiles = {{{self.first}, {self.stride}, count, {dealing}}};"
-            yield f"const FirstSplit<Shape> begun = begin_attention<Shape>(w, {self.number('layer')}, tiles);"
-
-    def waits(self) -> Iterator[str]:
-        """A worker's first wait with the others' first, and so on."""
-        runs = list(self.call.all_runs())
-        first = self.bucket.first_counter
-        for index in range(max(len(run.waits) for run in runs)):
-            counter = self.of_wait(index, lambda wait: first + wait.counter)
-            target = self.of_wait(index, lambda wait: wait.target)
-            arrivals = self.of_wait(index, lambda wait: wait.arrivals)
-            if any(index >= len(run.waits) for run in runs):
-                some = self.of_wait(index, lambda wait: wait.target, 0)
-                yield f"if (const uint32_t target = {some}; target > 0)"
-                target = "target"
-            yield f"wait_counter(w, {counter}, {target}, {arrivals});"
-
-    def of_wait(self, index: int, of: Callable[[WaitAt], int], otherwise: int | None = None) -> str:
-        return self.literal(lambda run: of(run.waits[index]) if index < len(run.waits) else otherwise)
-
-    def signal(self) -> Iterator[str]:
-        signals = [run.signal for run in self.call.all_runs()]
-        if max(signals) < 0:
-            return
-        if min(signals) < 0:
-            yield f"if ({self.literal(lambda run: int(run.signal >= 0))})"
-        first = self.bucket.first_counter
-        counter = self.literal(lambda run: first + run.signal if run.signal >= 0 else None)
-        yield f"signal_counter(w, {counter});"
-
-    @property
-    def first(self) -> str:
-        return self.literal(lambda run: run.first)
-
-    @property
-    def stride(self) -> str:
-        return self.literal(lambda run: run.stride if run.count > 1 else None)
-
-    def loop(self, tile: Sequence[str]) -> list[str]:
-        if max(run.count for run in self.call.all_runs()) == 1:
-            return [f"const uint32_t tile = {self.first};", *tile]
-        return [
-            f"const uint32_t first = {self.first}, stride = {self.stride};",
-            "#pragma unroll 1",
-            "for (uint32_t j = 0; j < count; j++) {",
-            "  const uint32_t tile = first + j * stride;",
-            *("  " + line for line in tile),
-            "}",
-        ]
-
-    def by_tile(self, of_run: Callable[[Run], Sequence[int]]) -> str:
-        """An expression in j: of each SM's run its entry j."""
-        runs = list(self.call.all_runs())
-        if max(run.count for run in runs) == 1:
-            return self.literal(lambda run: of_run(run)[0])
-        patterns = [pattern_of(of_run(run)) for run in runs]
-        pattern = Pattern(max(p.beginning for p in patterns), math.lcm(*(p.period for p in patterns)))
-        length = min(pattern.length, max(run.count for run in runs))
-        rows: list[tuple[int, ...]] = []
-
-        def row_of(run: Run) -> int:
-            """The first of the rows that agrees with what the run has."""
-            values = of_run(run)
-            own = pattern_of(values)
-            row = tuple(values[own.index(j)] for j in range(length))
-            for index, held in enumerate(rows):
-                if held[: run.count] == row[: run.count]:
-                    return index
-            rows.append(row)
-            return len(rows) - 1
-
-        row = self.literal(row_of)
-        index = "j" if length < pattern.length else _index(pattern)
-        if len(rows) == 1 and len(set(rows[0])) == 1:
-            return f"{rows[0][0]}u"
-        table = self.literals.table([value for row_values in rows for value in row_values])
-        return f"{table}[{row} * {length}u + {index}]" if len(rows) > 1 else f"{table}[{index}]"
-
-    def place(self) -> list[str]:
-        """A linear tile's first column and units of K."""
-        call = self.call
-        if call.opcode is not Opcode.LINEAR_PARTIAL:
-            return [
-                f"const uint32_t n0 = tile * {call.tile_columns};",
-                f"constexpr uint32_t u0 = 0, u1 = num_units({self.format}, {self.op.in_features});",
-            ]
-        blocks = -(-self.op.in_features // call.block_k)
-        unit = f"unit_k({self.format})"
-        bound = f"{call.block_k}u * ({blocks}u * {{}} / {call.num_parts}u)"
-        return [
-            f"const uint32_t part = tile % {call.num_parts};",
-            f"const uint32_t n0 = tile / {call.num_parts} * {call.tile_columns};",
-            f"const uint32_t u0 = {bound.format('part')} / {unit};",
-            f"const uint32_t last = ({bound.format('(part + 1)')} + {unit} - 1) / {unit};",
-            f"constexpr uint32_t num_of_k = num_units({self.format}, {self.op.in_features});",
-            "const uint32_t u1 = last < num_of_k ? last : num_of_k;",
-        ]
-
-    def load_tile(self) -> list[str]:
-        load = (
-            f"load_tile<{self.format}, {self.op.in_features}>(w, {self.number('weights')}, n0 / 16, "
-            f"{-(-self.call.columns // 16)}, u0, u1, {self.page(PageRole.WEIGHTS)}, "
-            f"w.instruction - {self.by_tile(lambda run: run.ahead)});"
-        )
-        return [*self.place(), *self.where_needed([load, "w.next(true);"], ["w.next(false);"])]
-
-    def where_needed(self, statements: list[str], otherwise: list[str]) -> list[str]:
-        """A tile of the head that no row wants is left out."""
-        if self.op.epilogue is not Epilogue.LOGITS or self.call.opcode is not Opcode.LINEAR:
-            return statements
-        needed = f"is_needed<{self.program.stats_span}>(w, n0, n0 + {self.call.columns})"
-        return [f"if ({needed}) {{", *statements, "} else {", *otherwise, "}"]
-
-    @property
-    def format(self) -> str:
-        return f"Format::k{self.layout.at(*matrix_names(self.op)).format}"
-
-    def page_number(self, role: PageRole) -> str:
-        return self.by_tile(lambda run: run.pages[role])
-
-    def page(self, role: PageRole) -> str:
-        return f"w.page({self.page_number(role)}, {self.program.page_bytes})"
-
-    def vector(self, name: str) -> str:
-        return f"reinterpret_cast<const float*>(w.step.weights + {self.number(name)})"
-
-    def buffer(self, index: int) -> str:
-        return self.buffer_named(self.program.buffers[index].name)
-
-    def buffer_named(self, name: str) -> str:
-        return f"reinterpret_cast<float*>(w.step.activations + w.zero() + {self.bucket.source.offsets[name]})"
-
-    def attended(self) -> str:
-        return self.buffer_named(_ATTENDED)
-
-    def consume_tile(self) -> list[str]:
-        op, call, program, geometry = self.op, self.call, self.program, self.program.geometry
-        match call.opcode:
-            case Opcode.EMBED:
-                return [
-                    f"const uint32_t n0 = tile * {call.tile_columns};",
-                    f"embed_tile<{self.format}, {geometry.hidden_size}>(w, {self.number('weights')}, n0, "
-                    f"n0 + {call.columns}, {self.buffer(op.output)});",
-                    "w.next(false);",
-                ]
-            case Opcode.REDUCE:
-                parts = self.buffer(program.partial_buffers[op.index])
-                return [
-                    f"const uint32_t n0 = tile * {call.tile_columns};",
-                    f"reduce_tile<{program.bucket}, {call.columns}>(w, {parts}, {call.num_parts}, "
-                    f"{op.out_features}, n0, {self.sink(is_normed=False)});",
-                    "w.next(false);",
-                ]
-            case _:
-                return self.linear()
-
-    def attention(self) -> list[str]:
-        """All of an SM's tiles in one call, in which they share a page."""
-        op, program = self.op, self.program
-        page = self.literal(lambda run: run.pages[PageRole.INPUT][0])
-        arrivals = self.bucket.first_counter + program.num_counters + 1
-        attended = (
-            f"{self.buffer(op.output)}, {program.buffers[op.output].columns}, {self.attended()}, "
-            f"w.step.counters + {arrivals}, {program.bucket}"
-        )
-        return [
-            f"attention_tiles<Shape>(w, {self.number('layer')}, tiles, begun, {self.buffer(op.input)}, "
-            f"Attended{{{attended}}}, w.page({page}, {program.page_bytes}));",
-            "w.instruction += count;",
-        ]
-
-    def linear(self) -> list[str]:
-        op, call, program = self.op, self.call, self.program
-        is_normed = op.prologue is Prologue.RMS_NORM
-        input_page = self.page_number(PageRole.INPUT)
-        if call.opcode is Opcode.LINEAR_PARTIAL:
-            parts = self.buffer(program.partial_buffers[op.index])
-            sink = (
-                f"Store<{call.columns}, {_bool(is_normed)}>{{{{}}, {parts} + part * {op.out_features} + n0, "
-                f"{call.num_parts * op.out_features}}}"
-            )
-            number = f"{input_page} * {call.num_parts} + part + 1"
-        else:
-            sink, number = self.sink(is_normed=is_normed), f"{input_page} + 1"
-        statement = (
-            f"linear_tile<{self.format}, {program.bucket}, {op.in_features}, {call.columns}>(w, "
-            f"{self.input()}, {sink}, u0, u1, {self.page(PageRole.WEIGHTS)}, "
-            f"{self.page(PageRole.INPUT)}, w.takes({number}));"
-        )
-        skip = ["report_progress(w);", "w.next(false);"]
-        return [*self.place(), *self.where_needed([statement, "w.next(true);"], skip)]
-
-    def input(self) -> str:
-        op, program = self.op, self.program
-        source = self.buffer(op.input)
-        match op.prologue:
-            case Prologue.RMS_NORM:
-                eps = _f32(program.geometry.rms_norm_eps)
-                return f"Normed<{op.in_features}>{{{source}, {self.vector('norm')}, {eps}}}"
-            case Prologue.COMBINE:
-                return f"Plain<{op.in_features}>{{{self.attended()}}}"
-            case _:
-                return f"Plain<{op.in_features}>{{{source}}}"
-
-    def sink(self, *, is_normed: bool) -> str:
-        op, call, program, geometry = self.op, self.call, self.program, self.program.geometry
-        template = f"{call.columns}, {_bool(is_normed)}"
-        columns = program.buffers[op.output].columns
-        match op.epilogue:
-            case Epilogue.STORE:
-                return f"Store<{template}>{{{{}}, {self.buffer(op.output)} + n0, {columns}}}"
-            case Epilogue.RESIDUAL:
-                return f"Residual<{template}>{{{{}}, {self.buffer(op.output)} + n0, {columns}}}"
-            case Epilogue.SWIGLU:
-                return f"SwiGlu<{template}>{{{{}}, {self.buffer(op.output)} + n0 / 2, {columns}}}"
-            case Epilogue.LOGITS:
-                return f"Logits<{template}, {geometry.vocab_size}, {program.stats_span}>{{{{}}, n0}}"
-            case Epilogue.ROPE_APPEND:
-                bias = self.vector("bias") if op.biases else "nullptr"
-                norms = [self.vector(f"head_norm{i}") for i in range(len(op.head_norms))] or ["nullptr"] * 2
-                heads = f"{geometry.num_heads}, {geometry.num_kv_heads}, {geometry.head_dim}"
-                has = f"{_bool(bool(op.biases))}, {_bool(bool(op.head_norms))}"
-                return (
-                    f"RotateAppend<{template}, {heads}, {has}>"
-                    f"{{n0, {self.page(PageRole.OUTPUT)}, {self.buffer(op.output)}, "
-                    f"static_cast<int>({self.number('layer')}), {bias}, {', '.join(norms)}, "
-                    f"{_f32(geometry.rms_norm_eps)}}}"
-                )
-
-
-def _index(pattern: Pattern) -> str:
-    beginning, period = pattern.beginning, pattern.period
-    rest = f"(j - {beginning}u) % {period}u" if beginning else f"j % {period}u"
-    return f"(j < {beginning}u ? j : {beginning}u + {rest})" if beginning else rest
-
-
-def _bool(value: bool) -> str:
-    return "true" if value else "false"
+        source = CallSource(self.context, call)
+        return source.consume() if role == "consume" else source.load()

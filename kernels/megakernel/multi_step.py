@@ -73,6 +73,20 @@ class StepTokens(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     reductions: Reductions
     """[sequences * rows_a_sequence]; rows that emitted nothing hold anything. No top."""
 
+    @property
+    def rows_a_sequence(self) -> int:
+        return len(self.reductions.token_ids) // len(self.counts)
+
+    def rows_of(self, sequence: int) -> range:
+        """That emitted something."""
+        first = sequence * self.rows_a_sequence
+        return range(first, first + int(self.counts[sequence]))
+
+    def tokens_of(self, sequence: int) -> list[int]:
+        rows = self.rows_of(sequence)
+        tokens: list[int] = self.reductions.token_ids[rows.start : rows.stop].tolist()
+        return tokens
+
 
 class StepRun(Protocol):
     """Steps under way. No other step may begin before `next` has returned None or raised StepError."""

@@ -473,7 +473,7 @@ def test_several_tokens_a_step_are_judged_together() -> None:
     )
     sequences = [sequence_of(i, 3, committed=2) for i in range(4)]
     sequences[2] = sequence_of(2, 3, committed=2, sampling=greedy(num_logprobs=0))
-    first, second, third, fourth = judge_accepted(sequences, told, 3)
+    first, second, third, fourth = judge_accepted(sequences, told)
     assert first == Verdict(tokens=(EmittedToken(token_id=5), EmittedToken(token_id=6)))
     assert second is None
     assert third == Verdict(tokens=(EmittedToken(token_id=7, logprob=-2.0),))

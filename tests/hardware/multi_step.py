@@ -69,7 +69,7 @@ def check(
     alone = run_of(runtime, 1, num_steps)
     fill_kv(kv_pool(runtime, view))
     settle()
-    text = tokens_of(timed(by_host(runtime, alone)).steps, 0, alone.rows_a_sequence)
+    text = [token for step in timed(by_host(runtime, alone)).steps for token in step.tokens_of(0)]
     problems: list[str] = []
     figures: dict[str, float] = {}
     for name, asked in (("rows4", batch), ("rows1", alone), ("drafted", with_drafts(alone, text))):
@@ -129,24 +129,13 @@ def timed(run: StepRun) -> Timed:
     return Timed(steps, (time.perf_counter() - started_s) * 1e3)
 
 
-def tokens_of(steps: Sequence[StepTokens], sequence: int, rows_a_sequence: int) -> list[int]:
-    first = sequence * rows_a_sequence
-    return [
-        token
-        for step in steps
-        for token in step.reductions.token_ids[first : first + int(step.counts[sequence])].tolist()
-    ]
-
-
 def bits(steps: Sequence[StepTokens]) -> bytes:
     """Of all that was emitted."""
     found = []
     for step in steps:
-        rows_a_sequence = len(step.reductions.token_ids) // len(step.counts)
-        index = np.arange(len(step.reductions.token_ids)) % rows_a_sequence
-        is_emitted = index < np.repeat(step.counts, rows_a_sequence)
+        rows = [row for sequence in range(len(step.counts)) for row in step.rows_of(sequence)]
         arrays = (step.reductions.token_ids, step.reductions.maxima, step.reductions.log_sums)
-        found.append(step.counts.tobytes() + b"".join(array[is_emitted].tobytes() for array in arrays))
+        found.append(step.counts.tobytes() + b"".join(array[rows].tobytes() for array in arrays))
     return b"".join(found)
 
 

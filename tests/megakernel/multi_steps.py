@@ -80,24 +80,9 @@ def by_host(runtime, run: MultiStep) -> list[StepTokens]:
 
 def emitted(run: MultiStep, steps: Sequence[StepTokens]) -> list[list[int]]:
     """Each sequence's tokens, all steps together."""
-    tokens: list[list[int]] = [[] for _ in range(run.num_sequences)]
-    for step in steps:
-        for index, count in enumerate(step.counts.tolist()):
-            first = index * run.rows_a_sequence
-            tokens[index] += step.reductions.token_ids[first : first + count].tolist()
-    return tokens
-
-
-def told(run: MultiStep, steps: Sequence[StepTokens]) -> list[bytes]:
-    """All bits that steps tell, of rows that emitted something."""
-    found = []
-    for step in steps:
-        rows = np.arange(run.num_rows)
-        is_told = rows % run.rows_a_sequence < np.repeat(step.counts, run.rows_a_sequence)
-        own = step.reductions
-        arrays = (step.counts, own.token_ids[is_told], own.maxima[is_told], own.log_sums[is_told])
-        found.append(b"".join(array.tobytes() for array in arrays))
-    return found
+    return [
+        [token for step in steps for token in step.tokens_of(index)] for index in range(run.num_sequences)
+    ]
 
 
 def mistaken(rng: random.Random, text: Sequence[int], vocab_size: int, how_often: float = 0.2) -> list[int]:

@@ -6,7 +6,6 @@ import msgspec
 import numpy as np
 import pytest
 
-from megakernel.build import BuildError, find_compiler
 from megakernel.cuda_arguments import EXTRA_COUNTERS, Failure
 from megakernel.cuda_device import CudaError
 from megakernel.cuda_runtime import CudaRuntime
@@ -16,6 +15,7 @@ from megakernel.model.rope import rope_frequencies
 from megakernel.step import StepError
 from megakernel.vm import Vm
 from megakernel.vm_state import NO_PARENT, Arithmetic, kv_for
+from tests.megakernel.compilers import needs_compiler
 from tests.megakernel.cuda_models import compiled_model, generated_of, programs_of, without_signal
 from tests.megakernel.fake_cuda import FakeDriver, emulated
 from tests.megakernel.native_steps import BLOCK, Group, chain, int32, rows_of, vm_step
@@ -451,12 +451,6 @@ def test_weights_may_be_left_to_others(compiled, driver):
 
 # With kernels: as the emulator runs them, from the arguments that the runtime made.
 
-try:
-    find_compiler()
-    HAS_COMPILER = True
-except BuildError:
-    HAS_COMPILER = False
-needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")
 
 MODELS = {
     "qwen3": lambda: tiny_weights(1, "qwen3", hidden_size=64, num_heads=4, vocab_size=VOCAB),

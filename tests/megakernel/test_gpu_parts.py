@@ -25,8 +25,9 @@ from tests.hardware.__main__ import PARTS, in_process, part_named
 from tests.hardware.dequantize import tensors
 from tests.hardware.part import PartResult, Setting
 from tests.hardware.results import Results, parts_to_run, read_results, write_results
+from tests.megakernel.compilers import needs_compiler
 from tests.megakernel.fake_cuda import FakeDriver, emulated
-from tests.megakernel.test_gpu_reference import FAMILIES, FORMATS, compiled_for, needs_compiler
+from tests.megakernel.test_gpu_reference import FAMILIES, FORMATS, compiled_for
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -11,7 +11,6 @@ import torch
 from benchmarks.gpu_memory import BLOCK_TOKENS, host_view, opened
 from benchmarks.gpu_steps import NO_PARENT, Pool, chain, groups_of, key_slots, num_blocks_of, rows_of
 from megakernel.artifact import lay_out_weights, pack_weights, packed_formats
-from megakernel.build import BuildError, find_compiler
 from megakernel.codegen_cuda import generate_cuda
 from megakernel.cuda_compiled import CompiledCuda, compiled_of
 from megakernel.emulation import build_emulation
@@ -29,6 +28,7 @@ from tests.hardware import correctness
 from tests.hardware.correctness import Case, check_model, num_blocks_for
 from tests.hardware.dequantize import matrix, tensors
 from tests.hardware.reference import gap, reference_step
+from tests.megakernel.compilers import needs_compiler
 from tests.megakernel.emulated_model import toy_gpu
 from tests.megakernel.fake_cuda import FakeDriver, emulated
 from tests.megakernel.programs import Recipe, build_program
@@ -140,13 +140,6 @@ def test_nothing_rounded_is_the_slow_oracle():
 
 
 # With kernels, emulated: the hardware run's own checks, over memory that it fills itself.
-
-try:
-    find_compiler()
-    HAS_COMPILER = True
-except BuildError:
-    HAS_COMPILER = False
-needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")
 
 
 def compiled_for(shape, format: str, buckets) -> tuple[CompiledCuda, str]:

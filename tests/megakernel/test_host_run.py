@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megakernel.build import BuildError, find_compiler
 from megakernel.draft_automaton import ROOT, DraftAutomaton, build_automaton
 from megakernel.multi_step import (
     MAX_DRAFT_TOKENS,
@@ -18,6 +17,7 @@ from megakernel.multi_step import (
 )
 from megakernel.runtime import Runtime
 from megakernel.step import StepError, StepOutput
+from tests.megakernel.compilers import needs_compiler
 from tests.megakernel.native_steps import BLOCK, Group, chain, int32, rows_of
 from tests.megakernel.programs import Recipe, build_program
 from tests.tiny_model import tiny_weights
@@ -28,13 +28,6 @@ NUM_TOKENS = 24
 """Of each prompt's continuation."""
 PROMPTS = tuple(tuple(np.random.default_rng(i).integers(0, VOCAB, 1 + 8 * i).tolist()) for i in range(4))
 TABLES = tuple([3 * i + 2, 3 * i, 3 * i + 1] for i in range(4))
-
-try:
-    find_compiler()
-    HAS_COMPILER = True
-except BuildError:
-    HAS_COMPILER = False
-needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")
 
 
 class Truth(msgspec.Struct, frozen=True):
