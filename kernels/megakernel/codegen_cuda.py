@@ -123,6 +123,7 @@ class _Source:
         yield "  using namespace headrace;"
         yield "  Worker w(arguments);"
         yield "  begin_block(w);"
+        yield "  trace_clocks(w, false);"
         yield "  if (w.is_loader()) {"
         yield "    uint32_t begun = 0;"
         yield "    do {"
@@ -134,6 +135,7 @@ class _Source:
         yield f"      hand_out_results<{geometry.vocab_size}, {program.stats_span}>(w, {finished});"
         yield "    } while (begin_next_step(w));"
         yield "  }"
+        yield "  trace_clocks(w, true);"
         yield "}"
 
 

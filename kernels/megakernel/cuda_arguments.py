@@ -65,6 +65,8 @@ class StepArguments(ctypes.Structure):
         ("epoch", ctypes.c_uint32),
         ("timeout_ns", ctypes.c_uint64),
         ("run", MultiStepArguments),
+        ("trace", ctypes.c_void_p),
+        ("trace_instructions", ctypes.c_uint32),
     )
 
     def __init__(self, **fields: Any) -> None:

@@ -58,7 +58,7 @@ class CallSource:
         )
 
     def consume(self) -> list[str]:
-        lines = [*self.prefetch(), *self.waits()]
+        lines = ["trace(w, kBegun);", *self.prefetch(), *self.waits(), "trace(w, kWaited);"]
         lines += self.attention() if self.call.opcode is Opcode.ATTENTION else self.loop(self.consume_tile())
         lines += self.signal()
         return self.where_run(lines)
@@ -121,6 +121,7 @@ class CallSource:
         first = self.context.first_counter
         counter = self.literal(lambda run: first + run.signal if run.signal >= 0 else None)
         yield f"signal_counter(w, {counter});"
+        yield "trace(w, kSignalled, 1);"
 
     @property
     def first(self) -> str:

@@ -1,7 +1,7 @@
 // Waits, each bounded by a clock: who waits too long reports itself and ends the kernel.
 #pragma once
 
-#include "cuda/machine.h"
+#include "cuda/trace.h"
 
 namespace headrace {
 

@@ -93,9 +93,13 @@ struct StepArguments {
     uint64_t timeout_ns;
 
     MultiStepArguments run;
+
+    // Kernels built with HEADRACE_TRACE: [blocks][2 roles][trace_instructions + 1][kTraceEvents]; see trace.h.
+    uint32_t* trace;
+    uint32_t trace_instructions;
 };
 
 static_assert(sizeof(Failure) == 32);
-static_assert(sizeof(MultiStepArguments) == 144 && sizeof(StepArguments) == 224 + 144);
+static_assert(sizeof(MultiStepArguments) == 144 && sizeof(StepArguments) == 240 + 144);
 
 }  // namespace headrace

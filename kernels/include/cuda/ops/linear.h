@@ -249,8 +249,10 @@ __device__ __forceinline__ void linear_tile(const Worker w, const Source source,
             sync_consumers();  // what this SM's ops before wrote is there; the chunk before has been read
             stage_input<F, kRows, kIn>(w, source, r0, count, u0, u1, input);
         }
+        trace(w, kStaged);
         if (!has_landed) wait_landed(w);
         has_landed = true;
+        trace(w, kLanded);
         constexpr int kWhole = kGroups / kMostGroups;
 #pragma unroll 1
         for (int pass = 0; pass < kWhole; pass++)
@@ -258,6 +260,7 @@ __device__ __forceinline__ void linear_tile(const Worker w, const Source source,
         if constexpr (kWhole < kPasses)
             linear_pass<F, kRows, kGroups - kWhole * kMostGroups>(w, sink, r0, count, kWhole * kMostGroups, u0, u1, weights,
                                                                   input, w.loads + kWhole);
+        trace(w, kMultiplied);
         sink.end(w, r0, count);
         // The next tile's first call has the parity of an even number's last: those sums must have been read.
         if (kPasses % 2 == 0 && Sums<kRows>::kAlternates) sync_consumers();

@@ -11,6 +11,7 @@ template <Format F, int kIn>
 __device__ __forceinline__ void load_tile(const Worker w, int64_t offset, uint32_t group, uint32_t num_groups, uint32_t u0,
                                        uint32_t u1, SharedAddress to, uint32_t after) {
     wait_progress(w, after);
+    trace(w, kBegun);
     constexpr int64_t kGroupBytes = group_bytes(F, kIn);
     const uint32_t run = (u1 - u0) * unit_bytes(F);
     const uint8_t* from = w.step.weights + offset + group * kGroupBytes + static_cast<int64_t>(u0) * unit_bytes(F);
@@ -28,6 +29,7 @@ __device__ __forceinline__ void load_tile(const Worker w, int64_t offset, uint32
         }
         ptx::copy_async_arrive(w.landed());
     }
+    trace(w, kWaited);
 }
 
 // Whether any span of columns [n0, n1) of the head is wanted: the same answer for both roles.

@@ -11,6 +11,13 @@ __device__ __forceinline__ uint64_t nanoseconds() {
     return now;
 }
 
+// Of the SM, in its own cycles; wraps around.
+__device__ __forceinline__ uint32_t cycles() {
+    uint32_t now;
+    asm volatile("mov.u32 %0, %clock;" : "=r"(now)::"memory");
+    return now;
+}
+
 __device__ __forceinline__ void sleep_ns(uint32_t duration) { asm volatile("nanosleep.u32 %0;" ::"r"(duration)); }
 
 // Ends the kernel with an error.
