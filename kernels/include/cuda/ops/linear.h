@@ -10,18 +10,25 @@
 
 namespace headrace {
 
-constexpr int kMostGroups = 2;  // column groups whose sums a warp holds at once: sinks take pairs
+// Column groups whose sums a warp holds at once: the more, the more products are under way beside one another, as
+// far as registers go.
+constexpr int most_groups(Format f, int row_tiles) { return row_tiles == 1 ? 8 : is_float(f) ? 4 : 2; }
 
-// Where the warps' sums of `kGroupsAtOnce` column groups meet.
-template <int kRows>
+// Where the warps' sums of `kGroups` column groups meet: so many at once as there is room for. Sinks take pairs of
+// groups, a thread a row and column of each.
+template <int kRows, int kGroups>
 struct Sums {
     static constexpr int kRowsOfChunk = kRows < kRowChunk ? kRows : kRowChunk;
     static constexpr int kElements = kRowsOfChunk * kColumnGroup;  // of a column group
     static constexpr uint32_t kGroupBytes = kConsumerWarps * kElements * 4;
-    static constexpr int kGroupsAtOnce = kMostGroups * kGroupBytes <= kSumsBytes ? kMostGroups : 1;
+    static constexpr int kRoom = kSumsBytes / kGroupBytes;
+    static constexpr int kGroupsAtOnce = kGroups <= kRoom ? kGroups : kRoom;
+    static constexpr int kPairs = (kGroupsAtOnce + 1) / 2;
+    static constexpr uint32_t kThreadsOfPairs = kPairs * kElements;
+    static constexpr int kBatches = (kGroups + kGroupsAtOnce - 1) / kGroupsAtOnce;
     // Whether there is room for two passes: then they alternate, and one barrier a pass does.
-    static constexpr bool kAlternates = 2 * kMostGroups * kGroupBytes <= kSumsBytes;
-    static_assert(kGroupsAtOnce * kGroupBytes <= kSumsBytes);
+    static constexpr bool kAlternates = 2 * kGroups <= kRoom;
+    static_assert(kRoom >= 2 && kRoom % 2 == 0 && kThreadsOfPairs <= kConsumers);
 };
 
 // c += a b; b: of step `s` of the two that `pair` holds.
@@ -37,7 +44,7 @@ __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], 
 // 128 + q as bfloat16, exactly, for two nibbles of a word: the offset comes off with the sums of the input.
 __device__ __forceinline__ void unpack_nibbles(uint32_t word, uint32_t (&a)[4]) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) a[i] = (word >> 4 * i & 0x000f000fu) | 0x43004300u;
+    for (int i = 0; i < 4; i++) a[i] = ptx::and_or(word >> 4 * i, 0x000f000fu, 0x43004300u);
 }
 
 // q of four bytes q + 128, two bfloat16 a register: 2^23 + byte is a float that holds the byte exactly, and so
@@ -46,18 +53,17 @@ __device__ __forceinline__ void unpack_bytes(uint32_t word, uint32_t& first, uin
     uint32_t q[4];
 #pragma unroll
     for (int i = 0; i < 4; i++)
-        q[i] = float_bits(bits_float(0x4b000000u | (word >> 8 * i & 0xff)) - 8388736.0f);
-    first = q[0] >> 16 | (q[1] & 0xffff0000u);
-    second = q[2] >> 16 | (q[3] & 0xffff0000u);
+        q[i] = float_bits(bits_float(ptx::permute_bytes(word, 0x4b000000u, 0x7650u + i)) - 8388736.0f);
+    first = ptx::permute_bytes(q[0], q[1], 0x7632u);
+    second = ptx::permute_bytes(q[2], q[3], 0x7632u);
 }
+
+constexpr int unit_loads(Format f) { return unit_k(f) / 64 * (is_4bit(f) ? 1 : is_8bit(f) ? 2 : 4); }
 
 // A lane's numbers of a unit of 16 columns, by step, as the tensor cores take them.
 template <Format F>
-__device__ __forceinline__ void unpack_unit(const Worker& w, SharedAddress unit, uint32_t (&a)[unit_k(F) / 16][4]) {
-    constexpr int kSteps = unit_k(F) / 16, kLoads = kSteps * (is_4bit(F) ? 1 : is_8bit(F) ? 2 : 4) / 4;
-    uint4 words[kLoads];
-#pragma unroll
-    for (int i = 0; i < kLoads; i++) words[i] = ptx::load_shared<uint4>(unit + i * 512 + w.lane * 16);
+__device__ __forceinline__ void unpack_unit(const uint4 (&words)[unit_loads(F)], uint32_t (&a)[unit_k(F) / 16][4]) {
+    constexpr int kLoads = unit_loads(F);
     if constexpr (is_4bit(F)) {
 #pragma unroll
         for (int i = 0; i < kLoads; i++) {
@@ -84,16 +90,17 @@ __device__ __forceinline__ void unpack_unit(const Worker& w, SharedAddress unit,
 template <Format F>
 struct Scales {
     static constexpr int kGroups = scale_groups(F), kHalves = kGroups * scale_bytes(F);  // of two columns
-    uint32_t words[kHalves / 2];
+    uint32_t words[is_float(F) ? 1 : kHalves / 2];
 
     __device__ __forceinline__ explicit Scales(SharedAddress from) {
+        if constexpr (is_float(F)) return;
         if constexpr (kHalves == 8) {
             const uint4 all = ptx::load_shared<uint4>(from);
             words[0] = all.x, words[1] = all.y, words[2] = all.z, words[3] = all.w;
         } else if constexpr (kHalves == 4) {
             const uint2 all = ptx::load_shared<uint2>(from);
             words[0] = all.x, words[1] = all.y;
-        } else {
+        } else if constexpr (kHalves == 2) {
             words[0] = ptx::load_shared<uint32_t>(from);
         }
     }
@@ -105,6 +112,19 @@ struct Scales {
    private:
     static __device__ __forceinline__ float low(uint32_t word) { return ptx::half_to_float(word & 0xffff); }
     static __device__ __forceinline__ float high(uint32_t word) { return ptx::half_to_float(word >> 16); }
+};
+
+// What a lane reads of a unit of 16 columns.
+template <Format F>
+struct Unit {
+    uint4 words[unit_loads(F)];
+    Scales<F> scales;
+
+    __device__ __forceinline__ Unit(const Worker& w, SharedAddress at)
+        : scales(at + weight_bytes(F) + w.lane / 4 * (scale_groups(F) * 2 * scale_bytes(F))) {
+#pragma unroll
+        for (int i = 0; i < unit_loads(F); i++) words[i] = ptx::load_shared<uint4>(at + i * 512 + w.lane * 16);
+    }
 };
 
 // Adds a warp's share of units [u0, u1) to c[groups][tiles]: `weights` is the first group's first unit.
@@ -125,7 +145,7 @@ __device__ __forceinline__ void accumulate(const Worker& w, float (&c)[kGroups][
         low_at[n] = input + Layout::sums_at(units) + (low < most ? low : most) * 4;
         high_at[n] = input + Layout::sums_at(units) + (high < most ? high : most) * 4;
     }
-#pragma unroll 1
+#pragma unroll (kGroups == 1 ? 2 : 1)
     for (uint32_t at = (w.warp - u0) % kConsumerWarps; at < units; at += kConsumerWarps) {
         uint4 x[kSteps / 2][kTiles];  // two steps each
         float sums[kParts][kTiles][2];
@@ -141,18 +161,20 @@ __device__ __forceinline__ void accumulate(const Worker& w, float (&c)[kGroups][
                 sums[j][n][1] = ptx::load_shared<float>(high_at[n] + group);
             }
         }
+        const SharedAddress first = weights + at * unit_bytes(F);
+        Unit<F> next(w, first);
 #pragma unroll
         for (int group = 0; group < kGroups; group++) {
-            const SharedAddress unit = weights + group * run + at * unit_bytes(F);
+            const Unit<F> unit = next;  // the one after it is on its way meanwhile
+            if (group + 1 < kGroups) next = Unit<F>(w, first + (group + 1) * run);
             uint32_t a[kSteps][4];
-            unpack_unit<F>(w, unit, a);
+            unpack_unit<F>(unit.words, a);
             if constexpr (is_float(F)) {
 #pragma unroll
                 for (int s = 0; s < kSteps; s++)
 #pragma unroll
                     for (int n = 0; n < kTiles; n++) multiply<F>(c[group][n], a[s], x[s / 2][n], s);
             } else {
-                const Scales<F> scales(unit + weight_bytes(F) + g * (kParts * 2 * scale_bytes(F)));
 #pragma unroll
                 for (int j = 0; j < kParts; j++)
 #pragma unroll
@@ -168,8 +190,8 @@ __device__ __forceinline__ void accumulate(const Worker& w, float (&c)[kGroups][
 #pragma unroll
                         for (int i = 0; i < 4; i++) {
                             float& sum = c[group][n][i];
-                            sum = fma_f32(scales.d(j, i / 2), part[i], sum);
-                            if constexpr (has_minima(F)) sum = fma_f32(scales.m(j, i / 2), sums[j][n][i % 2], sum);
+                            sum = fma_f32(unit.scales.d(j, i / 2), part[i], sum);
+                            if constexpr (has_minima(F)) sum = fma_f32(unit.scales.m(j, i / 2), sums[j][n][i % 2], sum);
                         }
                     }
             }
@@ -177,60 +199,65 @@ __device__ __forceinline__ void accumulate(const Worker& w, float (&c)[kGroups][
     }
 }
 
-// Where a thread stands among the sums of two column groups; which threads have none.
-template <int kRows>
-__device__ __forceinline__ Place place_of(const Worker& w, int r0, int count, int group0) {
-    const int row = w.thread / kColumnGroup;  // those past the chunk's are no rows
-    return {r0, row, row < count, group0 * kColumnGroup + static_cast<int>(w.thread % kColumnGroup)};
+// Where a thread stands among the sums of the column groups from `group0` on; which threads have none.
+template <class Where>
+__device__ __forceinline__ Place place_of(const Worker& w, int r0, int count, int group0, int end_group) {
+    const int pair = w.thread / Where::kElements, of_pair = w.thread % Where::kElements;
+    const int row = of_pair / kColumnGroup, group = group0 + 2 * pair;
+    return {r0, row, pair < Where::kPairs && group < end_group && row < count,
+            group * kColumnGroup + static_cast<int>(w.thread % kColumnGroup)};
 }
 
-// Adds up the warps' sums of a pass, and hands them to the sink: of `at` and of the column 16 columns on.
-template <int kRows, int kTiles, int kGroups, class Sink>
-__device__ __forceinline__ void add_warps(const Worker& w, const float (&c)[kGroups][kTiles][4], const Place& at, const Sink& sink,
-                                          const typename Sink::Held& held, uint32_t parity) {
-    using Where = Sums<kRows>;
+// Column groups [group0, group0 + kGroups) of a tile: products, the warps' sums added up, and handed to the sink.
+template <Format F, int kRows, int kGroups, class Sink>
+__device__ __forceinline__ void linear_pass(const Worker& w, const Sink& sink, int r0, int count, int group0, uint32_t u0,
+                                            uint32_t u1, SharedAddress weights, SharedAddress input, uint32_t parity) {
+    using Where = Sums<kRows, kGroups>;
+    constexpr int kTiles = InputLayout<F, kRows>::kTiles;
+    constexpr int kAtOnce = Where::kGroupsAtOnce;
+    typename Sink::Held held[Where::kBatches];
+#pragma unroll
+    for (int batch = 0; batch < Where::kBatches; batch++)
+        held[batch] = sink.fetch(place_of<Where>(w, r0, count, group0 + batch * kAtOnce, group0 + kGroups));
+    float c[kGroups][kTiles][4] = {};
+    accumulate<F, kRows, kGroups>(w, c, weights + group0 * (u1 - u0) * unit_bytes(F), input, count, u0, u1);
+
     const uint32_t g = w.lane / 4, t = w.lane % 4;
-    const SharedAddress sums =
-        w.shared + kSumsAt + (Where::kAlternates ? parity % 2 * kMostGroups * Where::kGroupBytes : 0);
-    float total[2] = {0, 0};
+    const SharedAddress sums = w.shared + kSumsAt + (Where::kAlternates ? parity % 2 * (kSumsBytes / 2) : 0);
 #pragma unroll
-    for (int group0 = 0; group0 < kGroups; group0 += Where::kGroupsAtOnce) {
-        if (group0 > 0) sync_consumers();  // the sums before have been read
+    for (int batch = 0; batch < Where::kBatches; batch++) {
+        if (batch > 0) sync_consumers();  // the sums before have been read
 #pragma unroll
-        for (int group = group0; group < group0 + Where::kGroupsAtOnce && group < kGroups; group++)
+        for (int group = 0; group < kAtOnce && batch * kAtOnce + group < kGroups; group++)
 #pragma unroll
             for (int n = 0; n < kTiles; n++)
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     const uint32_t row = n * 8 + 2 * t + i % 2, element = row * kColumnGroup + g + 8 * (i / 2);
-                    const uint32_t line = (group - group0) * kConsumerWarps + w.warp;
-                    if (row < Where::kRowsOfChunk) ptx::store_shared(sums + (line * Where::kElements + element) * 4, c[group][n][i]);
+                    if (row < Where::kRowsOfChunk)
+                        ptx::store_shared(sums + ((group * kConsumerWarps + w.warp) * Where::kElements + element) * 4,
+                                          c[batch * kAtOnce + group][n][i]);
                 }
         sync_consumers();
-        if (w.thread < static_cast<uint32_t>(Where::kElements))
+        const Place at = place_of<Where>(w, r0, count, group0 + batch * kAtOnce, group0 + kGroups);
+        // Whole warps: sinks shuffle.
+        if (w.thread < (Where::kThreadsOfPairs + kLanes - 1) / kLanes * kLanes) {
+            float total[2] = {0, 0};
 #pragma unroll
-            for (int group = group0; group < group0 + Where::kGroupsAtOnce && group < kGroups; group++)
+            for (int half = 0; half < 2; half++) {
+                const int group = w.thread / Where::kElements * 2 + half;
+                if (group < kAtOnce && batch * kAtOnce + group < kGroups && w.thread < Where::kThreadsOfPairs) {
+                    const SharedAddress from =
+                        sums + (group * kConsumerWarps * Where::kElements + w.thread % Where::kElements) * 4;
 #pragma unroll
-                for (uint32_t i = 0; i < kConsumerWarps; i++) {
-                    const uint32_t line = (group - group0) * kConsumerWarps + i;
-                    total[group] += ptx::load_shared<float>(sums + (line * Where::kElements + w.thread) * 4);
+                    for (uint32_t i = 0; i < kConsumerWarps; i++)
+                        total[half] += ptx::load_shared<float>(from + i * Where::kElements * 4);
                 }
+            }
+            sink.put(w, at, total[0], total[1], held[batch]);
+        }
     }
-    // Whole warps: sinks shuffle.
-    if (w.thread < static_cast<uint32_t>(Where::kElements < 32 ? 32 : Where::kElements)) sink.put(w, at, total[0], total[1], held);
     if (!Where::kAlternates) sync_consumers();
-}
-
-// Two column groups, or the tile's last.
-template <Format F, int kRows, int kGroups, class Sink>
-__device__ __forceinline__ void linear_pass(const Worker& w, const Sink& sink, int r0, int count, int group0, uint32_t u0,
-                                            uint32_t u1, SharedAddress weights, SharedAddress input, uint32_t parity) {
-    constexpr int kTiles = InputLayout<F, kRows>::kTiles;
-    const Place at = place_of<kRows>(w, r0, count, group0);
-    const typename Sink::Held held = sink.fetch(at);
-    float c[kGroups][kTiles][4] = {};
-    accumulate<F, kRows, kGroups>(w, c, weights + group0 * (u1 - u0) * unit_bytes(F), input, count, u0, u1);
-    add_warps<kRows, kTiles, kGroups>(w, c, at, sink, held, parity);
 }
 
 // One tile: kColumns columns from the first group in `weights`, units [u0, u1) of K. `is_new_input`: whether their
@@ -240,7 +267,8 @@ __device__ __forceinline__ void linear_tile(const Worker w, const Source source,
                                             SharedAddress weights, SharedAddress input, bool is_new_input) {
     using Layout = InputLayout<F, kRows>;
     constexpr int kGroups = (kColumns + kColumnGroup - 1) / kColumnGroup;
-    constexpr int kPasses = (kGroups + kMostGroups - 1) / kMostGroups;
+    constexpr int kAtOnce = kGroups < most_groups(F, Layout::kTiles) ? kGroups : most_groups(F, Layout::kTiles);
+    constexpr int kPasses = (kGroups + kAtOnce - 1) / kAtOnce, kRest = kGroups % kAtOnce;
     const int rows = w.step.num_rows;
     bool has_landed = false;
     for (int r0 = 0; r0 < kRows && r0 < rows; r0 += kRowChunk) {
@@ -253,17 +281,15 @@ __device__ __forceinline__ void linear_tile(const Worker w, const Source source,
         if (!has_landed) wait_landed(w);
         has_landed = true;
         trace(w, kLanded);
-        constexpr int kWhole = kGroups / kMostGroups;
 #pragma unroll 1
-        for (int pass = 0; pass < kWhole; pass++)
-            linear_pass<F, kRows, kMostGroups>(w, sink, r0, count, pass * kMostGroups, u0, u1, weights, input, w.loads + pass);
-        if constexpr (kWhole < kPasses)
-            linear_pass<F, kRows, kGroups - kWhole * kMostGroups>(w, sink, r0, count, kWhole * kMostGroups, u0, u1, weights,
-                                                                  input, w.loads + kWhole);
+        for (int pass = 0; pass < kGroups / kAtOnce; pass++)
+            linear_pass<F, kRows, kAtOnce>(w, sink, r0, count, pass * kAtOnce, u0, u1, weights, input, w.loads + pass);
+        if constexpr (kRest > 0)
+            linear_pass<F, kRows, kRest>(w, sink, r0, count, kGroups - kRest, u0, u1, weights, input, w.loads + kPasses - 1);
         trace(w, kMultiplied);
         sink.end(w, r0, count);
-        // The next tile's first call has the parity of an even number's last: those sums must have been read.
-        if (kPasses % 2 == 0 && Sums<kRows>::kAlternates) sync_consumers();
+        // The next tile's first pass may have the parity of the last, or other bounds: those sums must have been read.
+        if (kPasses > 1) sync_consumers();
     }
     if (!has_landed) wait_landed(w);
     report_progress(w);

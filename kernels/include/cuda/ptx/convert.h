@@ -24,6 +24,18 @@ __device__ __forceinline__ uint32_t pack_f16x2(float low, float high) {
     return packed;
 }
 
+// (word & mask) | bits, as one instruction: from C++ it would be two, where neither number is in a register.
+__device__ __forceinline__ uint32_t and_or(uint32_t word, uint32_t mask, uint32_t bits) {
+    uint32_t result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(word), "r"(mask), "r"(bits));
+    return result;
+}
+
+// Four bytes of eight: byte i of the result is that which the i-th four bits of `selector` say, 0 to 3 of a, 4 to 7 of b.
+__device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+    return __byte_perm(a, b, selector);
+}
+
 __device__ __forceinline__ float half_to_float(uint16_t bits) {
     float value;
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));

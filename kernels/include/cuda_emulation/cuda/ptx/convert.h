@@ -14,6 +14,15 @@ __device__ HEADRACE_ALWAYS_INLINE uint32_t pack_f16x2(float low, float high) {
            static_cast<uint32_t>(emulation::float_to_half(emulation::clamp_to_half(high))) << 16;
 }
 
+__device__ HEADRACE_ALWAYS_INLINE uint32_t and_or(uint32_t word, uint32_t mask, uint32_t bits) { return (word & mask) | bits; }
+
+__device__ HEADRACE_ALWAYS_INLINE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+    const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+    uint32_t result = 0;
+    for (int i = 0; i < 4; i++) result |= static_cast<uint32_t>(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+    return result;
+}
+
 __device__ HEADRACE_ALWAYS_INLINE float half_to_float(uint16_t bits) { return emulation::half_to_float(bits); }
 
 __device__ HEADRACE_ALWAYS_INLINE float bf16_to_float(uint16_t bits) { return emulation::bf16_to_float(bits); }
