@@ -1,8 +1,8 @@
-"""Where a step's time goes on a GPU: when each SM came to an instruction, had what it waits for, and was done.
+"""Where a step's time goes on a GPU: when each SM came to an instruction, could go on, and was done.
 
-`python benchmarks/gpu_trace.py SHAPE FORMAT BATCH CONTEXT [--json FILE]`. Kernels are built with
-HEADRACE_TRACE, which costs a few percent. Shown by op, microseconds, averaged over layers: what the SMs that take part
-spend in each phase, and from when the first is let go to when the last has signalled.
+Kernels are built with HEADRACE_TRACE, which costs a few percent. Shown by op, microseconds, averaged over
+layers: what the SMs that take part spend in each phase, and from when the first is let go to when the last
+has signalled.
 """
 
 from collections import defaultdict
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megakernel.memory import role_of
-from megakernel.program import Opcode, Program
+from megakernel.program import Program
 
 EVENTS = 8
 """`kTraceEvents`"""
@@ -24,7 +24,7 @@ Clocks = npt.NDArray[np.float64]
 
 
 class Trace(msgspec.Struct, frozen=True, kw_only=True, eq=False):
-    """Of one step: microseconds since the first SM began, by SM, role, instruction and event; NaN: not told."""
+    """Of one step: microseconds since the first SM began, by SM, role, instruction, event; NaN: not told."""
 
     program: Program
     us: Clocks
@@ -63,16 +63,10 @@ def phases(trace: Trace, layers: Sequence[int]) -> dict[str, dict[str, float]]:
         while at < len(instructions):
             first = instructions[at]
             end = at + 1
-            while end < len(instructions) and (instructions[end].op, instructions[end].opcode) == (
-                first.op,
-                first.opcode,
-            ):
+            while end < len(instructions) and instructions[end].op == first.op:
                 end += 1
             op = program.ops[first.op]
-            name = role_of(op) + {Opcode.REDUCE: ".reduce", Opcode.LINEAR_PARTIAL: ".parts"}.get(
-                first.opcode, ""
-            )
-            groups[name, op.layer].append((sm, at, end))
+            groups[role_of(op), op.layer].append((sm, at, end))
             at = end
     found: dict[str, list[dict[str, float]]] = defaultdict(list)
     for (name, layer), runs in groups.items():

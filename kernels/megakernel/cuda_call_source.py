@@ -7,6 +7,7 @@ import msgspec
 
 from megakernel.artifact import WeightLayout, matrix_names
 from megakernel.cuda_calls import Call, Pattern, Run, WaitAt, pattern_of
+from megakernel.cuda_constants import ROW_CHUNK
 from megakernel.cuda_literals import Literals
 from megakernel.program import (
     Epilogue,
@@ -64,7 +65,7 @@ class CallSource:
         return self.where_run(lines)
 
     def load(self) -> list[str]:
-        if self.call.opcode not in (Opcode.LINEAR, Opcode.LINEAR_PARTIAL):
+        if self.call.opcode is not Opcode.LINEAR:
             return [f"w.instruction += {self.literal(lambda run: run.count, 0)};  // {self.op.name}"]
         return self.where_run(self.loop(self.load_tile()))
 
@@ -86,7 +87,7 @@ class CallSource:
 
     def prefetch(self) -> Iterator[str]:
         """What is read after the waits, and does not depend on what is waited for."""
-        if self.call.opcode in (Opcode.LINEAR, Opcode.LINEAR_PARTIAL) and self.op.norm:
+        if self.op.norm:
             yield f"prefetch_vector<{self.op.in_features}>(w, {self.vector('norm')});"
         if self.call.opcode is Opcode.ATTENTION:
             parts = parts_of(self.program)
@@ -145,73 +146,87 @@ class CallSource:
 
     def by_tile(self, of_run: Callable[[Run], Sequence[int]]) -> str:
         """An expression in j: of each SM's run its entry j."""
+        return self.by_index(of_run, "j", max(run.count for run in self.call.all_runs()))
+
+    def by_load(self, of_run: Callable[[Run], Sequence[int]]) -> str:
+        """An expression in `load` and, of several tiles, j: of each SM's run the entry of that load."""
+        loads, count = self.call.num_loads, max(run.count for run in self.call.all_runs())
+        index = "j" if loads == 1 else f"(j * {loads}u + load)" if count > 1 else "load"
+        return self.by_index(of_run, index, count * loads)
+
+    def by_index(self, of_run: Callable[[Run], Sequence[int]], index: str, longest: int) -> str:
         runs = list(self.call.all_runs())
-        if max(run.count for run in runs) == 1:
+        if longest == 1:
             return self.literal(lambda run: of_run(run)[0])
         patterns = [pattern_of(of_run(run)) for run in runs]
         pattern = Pattern(max(p.beginning for p in patterns), math.lcm(*(p.period for p in patterns)))
-        length = min(pattern.length, max(run.count for run in runs))
+        length = min(pattern.length, longest)
         rows: list[tuple[int, ...]] = []
 
         def row_of(run: Run) -> int:
             """The first of the rows that agrees with what the run has."""
             values = of_run(run)
             own = pattern_of(values)
-            row = tuple(values[own.index(j)] for j in range(length))
-            for index, held in enumerate(rows):
-                if held[: run.count] == row[: run.count]:
-                    return index
+            row = tuple(values[own.index(at)] for at in range(length))
+            for number, held in enumerate(rows):
+                if held[: len(values)] == row[: len(values)]:
+                    return number
             rows.append(row)
             return len(rows) - 1
 
         row = self.literal(row_of)
-        index = "j" if length < pattern.length else _index(pattern)
+        if length == pattern.length:
+            index = _index(pattern, index)
         if len(rows) == 1 and len(set(rows[0])) == 1:
             return f"{rows[0][0]}u"
         table = self.literals.table([value for row_values in rows for value in row_values])
         return f"{table}[{row} * {length}u + {index}]" if len(rows) > 1 else f"{table}[{index}]"
 
     def place(self) -> list[str]:
-        """A linear tile's first column and units of K."""
+        """A linear tile's first column, and where its rows begin and end."""
         call = self.call
-        if call.opcode is not Opcode.LINEAR_PARTIAL:
-            return [
-                f"const uint32_t n0 = tile * {call.tile_columns};",
-                f"constexpr uint32_t u0 = 0, u1 = num_units({self.format}, {self.op.in_features});",
-            ]
-        blocks = -(-self.op.in_features // call.block_k)
-        unit = f"unit_k({self.format})"
-        bound = f"{call.block_k}u * ({blocks}u * {{}} / {call.num_parts}u)"
+        if call.row_chunks == 1:
+            return [f"const uint32_t n0 = tile * {call.tile_columns};"]
         return [
-            f"const uint32_t part = tile % {call.num_parts};",
-            f"const uint32_t n0 = tile / {call.num_parts} * {call.tile_columns};",
-            f"const uint32_t u0 = {bound.format('part')} / {unit};",
-            f"const uint32_t last = ({bound.format('(part + 1)')} + {unit} - 1) / {unit};",
-            f"constexpr uint32_t num_of_k = num_units({self.format}, {self.op.in_features});",
-            "const uint32_t u1 = last < num_of_k ? last : num_of_k;",
+            f"const uint32_t n0 = tile / {call.row_chunks} * {call.tile_columns};",
+            f"const int r0 = tile % {call.row_chunks} * {ROW_CHUNK};",
         ]
 
     def load_tile(self) -> list[str]:
-        load = (
-            f"load_tile<{self.format}, {self.op.in_features}>(w, {self.number('weights')}, n0 / 16, "
-            f"{-(-self.call.columns // 16)}, u0, u1, {self.page(PageRole.WEIGHTS)}, "
-            f"w.instruction - {self.by_tile(lambda run: run.ahead)});"
+        after = self.by_load(lambda run: run.ahead)
+        statement = (
+            f"load_tile<{self.format}, {self.op.in_features}, {self.units(self.call.load_k)}>(w, "
+            f"{self.number('weights')}, n0 / 16, {-(-self.call.columns // 16)}, "
+            f"[&](uint32_t load) {{ return {self.page(PageRole.WEIGHTS)}; }}, "
+            f"[&](uint32_t load) {{ return w.instruction - {after}; }});"
         )
-        return [*self.place(), *self.where_needed([load, "w.next(true);"], ["w.next(false);"])]
+        return [*self.place(), *self.where_needed([statement], [])]
 
     def where_needed(self, statements: list[str], otherwise: list[str]) -> list[str]:
-        """A tile of the head that no row wants is left out."""
-        if self.op.epilogue is not Epilogue.LOGITS or self.call.opcode is not Opcode.LINEAR:
+        """A tile of the head that no row wants is left out, and one of rows that the step does not have."""
+        conditions = []
+        if self.op.epilogue is Epilogue.LOGITS:
+            conditions.append(f"is_needed<{self.program.stats_span}>(w, n0, n0 + {self.call.columns})")
+        if self.call.row_chunks > 1:
+            conditions.append("r0 < w.step.num_rows")
+        if not conditions:
             return statements
-        needed = f"is_needed<{self.program.stats_span}>(w, n0, n0 + {self.call.columns})"
-        return [f"if ({needed}) {{", *statements, "} else {", *otherwise, "}"]
+        skip = f"w.next(0, {self.call.num_loads});"
+        return [f"if ({' && '.join(conditions)}) {{", *statements, "} else {", *otherwise, skip, "}"]
+
+    def units(self, k: int) -> str:
+        """Of K, as many as are packed in units."""
+        if k >= self.op.in_features:
+            return f"num_units({self.format}, {self.op.in_features})"
+        return f"{k} / unit_k({self.format})"
 
     @property
     def format(self) -> str:
         return f"Format::k{self.layout.at(*matrix_names(self.op)).format}"
 
     def page_number(self, role: PageRole) -> str:
-        return self.by_tile(lambda run: run.pages[role])
+        by = self.by_load if role is PageRole.WEIGHTS else self.by_tile
+        return by(lambda run: run.pages[role])
 
     def page(self, role: PageRole) -> str:
         return f"w.page({self.page_number(role)}, {self.program.page_bytes})"
@@ -229,21 +244,13 @@ class CallSource:
         return self.buffer_named(ATTENDED)
 
     def consume_tile(self) -> list[str]:
-        op, call, program, geometry = self.op, self.call, self.program, self.program.geometry
+        op, call, geometry = self.op, self.call, self.program.geometry
         match call.opcode:
             case Opcode.EMBED:
                 return [
                     f"const uint32_t n0 = tile * {call.tile_columns};",
                     f"embed_tile<{self.format}, {geometry.hidden_size}>(w, {self.number('weights')}, n0, "
                     f"n0 + {call.columns}, {self.buffer(op.output)});",
-                    "w.next(false);",
-                ]
-            case Opcode.REDUCE:
-                parts = self.buffer(program.partial_buffers[op.index])
-                return [
-                    f"const uint32_t n0 = tile * {call.tile_columns};",
-                    f"reduce_tile<{program.bucket}, {call.columns}>(w, {parts}, {call.num_parts}, "
-                    f"{op.out_features}, n0, {self.sink(is_normed=False)});",
                     "w.next(false);",
                 ]
             case _:
@@ -267,23 +274,20 @@ class CallSource:
     def linear(self) -> list[str]:
         op, call, program = self.op, self.call, self.program
         is_normed = op.prologue is Prologue.RMS_NORM
-        input_page = self.page_number(PageRole.INPUT)
-        if call.opcode is Opcode.LINEAR_PARTIAL:
-            parts = self.buffer(program.partial_buffers[op.index])
-            sink = (
-                f"Store<{call.columns}, {_bool(is_normed)}>{{{{}}, {parts} + part * {op.out_features} + n0, "
-                f"{call.num_parts * op.out_features}}}"
-            )
-            number = f"{input_page} * {call.num_parts} + part + 1"
-        else:
-            sink, number = self.sink(is_normed=is_normed), f"{input_page} + 1"
+        # Of chunks of rows each has an input of its own.
+        takes = "true" if call.row_chunks > 1 else f"w.takes({self.page_number(PageRole.INPUT)} + 1)"
+        rows = f"r0, r0 + {ROW_CHUNK}" if call.row_chunks > 1 else f"0, {program.bucket}"
+        parity = "j" if max(run.count for run in call.all_runs()) > 1 else "0"
         statement = (
-            f"linear_tile<{self.format}, {program.bucket}, {op.in_features}, {call.columns}>(w, "
-            f"{self.input()}, {sink}, u0, u1, {self.page(PageRole.WEIGHTS)}, "
-            f"{self.page(PageRole.INPUT)}, w.takes({number}));"
+            f"linear_tile<{self.format}, {program.bucket}, {op.in_features}, {call.columns}, "
+            f"{self.units(call.load_k)}, {self.units(call.input_k)}>(w, {self.input()}, "
+            f"{self.sink(is_normed=is_normed)}, {rows}, "
+            f"[&](uint32_t load) {{ return {self.page(PageRole.WEIGHTS)}; }}, "
+            f"{self.page(PageRole.INPUT)}, {takes}, {parity});"
         )
-        skip = ["report_progress(w);", "w.next(false);"]
-        return [*self.place(), *self.where_needed([statement, "w.next(true);"], skip)]
+        loads = call.num_loads
+        skip = [f"report_progress(w, {loads});"]
+        return [*self.place(), *self.where_needed([statement, f"w.next({loads}, {loads});"], skip)]
 
     def input(self) -> str:
         op, program = self.op, self.program
@@ -323,10 +327,11 @@ class CallSource:
                 )
 
 
-def _index(pattern: Pattern) -> str:
+def _index(pattern: Pattern, index: str) -> str:
     beginning, period = pattern.beginning, pattern.period
-    rest = f"(j - {beginning}u) % {period}u" if beginning else f"j % {period}u"
-    return f"(j < {beginning}u ? j : {beginning}u + {rest})" if beginning else rest
+    if not beginning:
+        return f"{index} % {period}u"
+    return f"({index} < {beginning}u ? {index} : {beginning}u + ({index} - {beginning}u) % {period}u)"
 
 
 def _bool(value: bool) -> str:

@@ -11,13 +11,13 @@ from itertools import groupby
 import msgspec
 
 from megakernel.codegen_limits import CodegenError
+from megakernel.cuda_constants import ROW_CHUNK
 from megakernel.memory import role_of
 from megakernel.program import Instruction, Op, Opcode, PageRole, Program
 
-_LONGEST_PATTERN = 16
+_LONGEST_PATTERN = 32
 """Of a run's pages: entries before they repeat, and of what repeats."""
-_K_BLOCKS = (128, 64, 32, 1)
-_ORDER = (Opcode.EMBED, Opcode.LINEAR, Opcode.LINEAR_PARTIAL, Opcode.REDUCE, Opcode.ATTENTION)
+_ORDER = (Opcode.EMBED, Opcode.LINEAR, Opcode.ATTENTION)
 
 
 class Operands(msgspec.Struct, frozen=True):
@@ -46,9 +46,9 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     signal: int
     """-1: none."""
     pages: Mapping[PageRole, tuple[int, ...]]
-    """First page, one a tile."""
+    """First page, one a tile; of weights one a load."""
     ahead: tuple[int, ...]
-    """How many instructions before its own a tile's weights may be loaded, one a tile."""
+    """How many instructions before its own a load's weights may be loaded, one a load."""
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,9 +59,13 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     """Of each tile of the call."""
     tile_columns: int
     """Of the op's tiles but the last."""
-    num_parts: int
-    block_k: int
-    """K-tiles are cut at multiples of it."""
+    num_loads: int
+    """Instructions of a tile: blocks of K."""
+    load_k: int
+    input_k: int
+    """Of K, what a load of weights covers and what of the input is staged at once, but for the last ones."""
+    row_chunks: int
+    """Tiles with the same columns: rows are taken chunk by chunk, by each tile of several loads."""
     numbers: Mapping[str, int]
     strides: Mapping[str, int]
     """What a layer adds to each number, in a loop."""
@@ -114,7 +118,7 @@ def calls_of(program: Program, describe: Callable[[Op], Operands]) -> list[Call 
 def instructions_of(
     program: Program, parts: Iterable[Call | Loop], worker: int
 ) -> list[tuple[int, Opcode, int]]:
-    """(op, opcode, tile number) of every instruction of a worker, in order."""
+    """(op, opcode, tile number) of every tile of a worker, in order."""
     found = []
     ops_a_layer = sum(op.layer == 0 for op in program.ops)
     for part in parts:
@@ -140,151 +144,181 @@ class _Finder:
         self.operands = [describe(op) for op in program.ops]
         self.arrivals = [0] * program.num_counters
         self.widths: dict[tuple[int, Opcode], int] = {}
-        bounds: dict[int, set[tuple[int, int, int, int]]] = {}
         for instruction in (i for worker in program.workers for i in worker):
             if instruction.signal >= 0:
                 self.arrivals[instruction.signal] += 1
-            tile = instruction.op, instruction.opcode
+            tile = instruction.op, _kind(instruction)
             self.widths[tile] = max(self.widths.get(tile, 0), instruction.n1 - instruction.n0)
-            if instruction.opcode is Opcode.LINEAR_PARTIAL:
-                bound = instruction.part, instruction.num_parts, instruction.k0, instruction.k1
-                bounds.setdefault(instruction.op, set()).add(bound)
-        self.blocks = {op: _block_k(program.ops[op], found) for op, found in bounds.items()}
 
     def calls(self) -> Iterator[tuple[Call, _Key]]:
         """Op by op."""
         num_workers = len(self.program.workers)
-        found: dict[tuple[int, int], list[tuple[int, list[Run | None]]]] = {}
-        parts: dict[tuple[int, int], int] = {}
+        found: dict[tuple[int, int], list[tuple[_Tile, list[Run | None]]]] = {}
         for worker, instructions in enumerate(self.program.workers):
             place, slot = (-1, 0), 0
-            for run, first in self._runs(instructions):
-                at = first.op, _ORDER.index(first.opcode)
+            for run, tile in self._runs(instructions):
+                at = tile.first.op, _ORDER.index(_kind(tile.first))
                 if at < place:
-                    name = self.program.ops[first.op].name
+                    name = self.program.ops[tile.first.op].name
                     raise CodegenError(f"worker {worker} returns to {name} after a later op")
                 slot = slot if at == place else 0
                 place = at
-                parts[at] = first.num_parts
-                slots, columns = found.setdefault(at, []), first.n1 - first.n0
-                while slot < len(slots) and slots[slot][0] != columns:
+                slots = found.setdefault(at, [])
+                while slot < len(slots) and slots[slot][0].shape != tile.shape:
                     slot += 1
                 if slot == len(slots):
-                    slots.append((columns, [None] * num_workers))
+                    slots.append((tile, [None] * num_workers))
                 slots[slot][1][worker] = run
                 slot += 1
-        for (op, order), slots in sorted(found.items()):
-            for columns, runs in slots:
-                yield self._call(op, _ORDER[order], columns, parts[op, order], runs)
+        for (op, _), slots in sorted(found.items()):
+            for tile, runs in slots:
+                yield self._call(op, tile, runs)
 
-    def _call(
-        self, index: int, opcode: Opcode, columns: int, num_parts: int, runs: list[Run | None]
-    ) -> tuple[Call, _Key]:
-        op, operands = self.program.ops[index], self.operands[index]
+    def _call(self, index: int, tile: "_Tile", runs: list[Run | None]) -> tuple[Call, _Key]:
+        op, operands, first = self.program.ops[index], self.operands[index], tile.first
+        opcode = _kind(first)
         call = Call(
             op=index,
             opcode=opcode,
-            columns=columns,
+            columns=first.n1 - first.n0,
             tile_columns=self.widths[index, opcode],
-            num_parts=num_parts,
-            block_k=self.blocks.get(index, 0),
+            num_loads=len(tile.instructions),
+            load_k=first.k1 or op.in_features,
+            input_k=first.x1 or op.in_features,
+            row_chunks=self._row_chunks(first),
             numbers=operands.numbers,
             strides={},
             runs=(tuple(runs),),
         )
-        code = opcode, columns, call.tile_columns, num_parts, call.block_k
+        code = opcode, call.tile_columns, *tile.shape, call.row_chunks
         return call, _Key(op.layer, (role_of(op), op.input, op.output, *operands.key, *code))
 
-    def _runs(self, worker: Sequence[Instruction]) -> Iterator[tuple[Run, Instruction]]:
-        """With each its first instruction."""
+    def _runs(self, worker: Sequence[Instruction]) -> Iterator[tuple[Run, "_Tile"]]:
+        """With each its first tile."""
+        tiles = list(_tiles(worker))
         start = 0
-        while start < len(worker):
-            end = self._even_end(worker, start)
-            while not _pages_repeat(worker, start, end):
+        while start < len(tiles):
+            end = self._even_end(tiles, start)
+            while not _pages_repeat(tiles[start:end]):
                 end -= 1
-            yield self._run(worker, start, end), worker[start]
+            yield self._run(tiles[start:end]), tiles[start]
             start = end
 
-    def _even_end(self, worker: Sequence[Instruction], start: int) -> int:
+    def _even_end(self, tiles: Sequence["_Tile"], start: int) -> int:
         """Where the run from `start` ends at the latest."""
-        first, stride = worker[start], None
-        for end in range(start + 1, len(worker)):
-            before, next_one = worker[end - 1], worker[end]
-            step = self.tile_number(next_one) - self.tile_number(before)
+        first, stride = tiles[start], None
+        for end in range(start + 1, len(tiles)):
+            before, next_one = tiles[end - 1], tiles[end]
+            step = self.tile_number(next_one.first) - self.tile_number(before.first)
             is_alike = (
-                (next_one.op, next_one.opcode) == (first.op, first.opcode)
-                and next_one.n1 - next_one.n0 == first.n1 - first.n0
-                and not next_one.waits
-                and before.signal < 0
+                (next_one.first.op, _kind(next_one.first)) == (first.first.op, _kind(first.first))
+                and next_one.shape == first.shape
+                and not next_one.first.waits
+                and before.last.signal < 0
                 and step > 0
                 and (stride is None or step == stride)
             )
             if not is_alike:
                 return end
             stride = step
-        return len(worker)
+        return len(tiles)
 
     def tile_number(self, instruction: Instruction) -> int:
-        """Columns ascending, of each its K-tiles; of attention splits ascending, of each its KV heads."""
+        """Columns ascending, of each its chunks of rows; of attention splits ascending, of each its heads."""
         if instruction.opcode is Opcode.ATTENTION:
             if instruction.n1 - instruction.n0 != 1:
                 raise CodegenError("CUDA's attention takes one KV head a tile")
             return instruction.part * self.program.geometry.num_kv_heads + instruction.n0
-        column = instruction.n0 // self.widths[instruction.op, instruction.opcode]
-        if instruction.opcode is Opcode.LINEAR_PARTIAL:
-            return column * instruction.num_parts + instruction.part
-        return column
+        column = instruction.n0 // self.widths[instruction.op, _kind(instruction)]
+        return column * self._row_chunks(instruction) + instruction.r0 // ROW_CHUNK
 
-    def _run(self, worker: Sequence[Instruction], start: int, end: int) -> Run:
-        run, first = worker[start:end], worker[start]
+    def _row_chunks(self, instruction: Instruction) -> int:
+        is_whole = (instruction.r0, instruction.r1) == (0, self.program.bucket)
+        return 1 if is_whole else -(-self.program.bucket // ROW_CHUNK)
+
+    def _run(self, tiles: Sequence["_Tile"]) -> Run:
+        first, second = tiles[0].first, tiles[1].first if len(tiles) > 1 else None
         return Run(
             first=self.tile_number(first),
-            count=len(run),
-            stride=self.tile_number(run[1]) - self.tile_number(run[0]) if len(run) > 1 else 0,
+            count=len(tiles),
+            stride=self.tile_number(second) - self.tile_number(first) if second is not None else 0,
             waits=tuple(
                 WaitAt(wait.counter, wait.target, self.arrivals[wait.counter]) for wait in first.waits
             ),
-            signal=run[-1].signal,
-            pages={role: tuple(pages) for role in PageRole if (pages := _first_pages(run, role))},
-            ahead=tuple(_distances(run, start)),
+            signal=tiles[-1].last.signal,
+            pages={role: tuple(pages) for role in PageRole if (pages := _first_pages(tiles, role))},
+            ahead=tuple(_distances(tiles)),
         )
 
 
-def _block_k(op: Op, bounds: set[tuple[int, int, int, int]]) -> int:
-    """The block that cuts K as its K-tiles are cut."""
-    for block in _K_BLOCKS:
-        count = -(-op.in_features // block)
-        if all(
-            (k0, k1)
-            == (
-                block * (count * part // parts),
-                min(op.in_features, block * (count * (part + 1) // parts)),
-            )
-            for part, parts, k0, k1 in bounds
-        ):
-            return block
-    raise CodegenError(f"{op.name}: its K-tiles are not cut evenly")
+class _Tile(msgspec.Struct, frozen=True):
+    """One instruction, or the blocks of K of a linear tile."""
+
+    index: int
+    """Of the first, on its worker."""
+    instructions: tuple[Instruction, ...]
+
+    @property
+    def first(self) -> Instruction:
+        return self.instructions[0]
+
+    @property
+    def last(self) -> Instruction:
+        return self.instructions[-1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Equal where one loop can take both."""
+        first = self.first
+        sizes = first.n1 - first.n0, first.k1, first.x1, len(self.instructions)
+        return sizes if first.opcode in _LINEAR else sizes[:1]
 
 
-def _first_pages(run: Sequence[Instruction], role: PageRole) -> list[int]:
-    """One a tile, or none at all."""
-    return [use.first for instruction in run for use in instruction.pages if use.role is role]
+_LINEAR = (Opcode.LINEAR, Opcode.LINEAR_ACCUMULATE)
 
 
-def _distances(run: Sequence[Instruction], start: int) -> list[int]:
+def _kind(instruction: Instruction) -> Opcode:
+    """Of the whole tile. Raises CodegenError for what no kernel does."""
+    kind = Opcode.LINEAR if instruction.opcode is Opcode.LINEAR_ACCUMULATE else instruction.opcode
+    if kind not in _ORDER:
+        raise CodegenError("CUDA kernels take K whole, in blocks that one worker sums")
+    return kind
+
+
+def _tiles(worker: Sequence[Instruction]) -> Iterator[_Tile]:
+    start = 0
+    for index, instruction in enumerate(worker):
+        if instruction.opcode is not Opcode.LINEAR_ACCUMULATE:
+            yield _Tile(start, tuple(worker[start : index + 1]))
+            start = index + 1
+
+
+def _first_pages(tiles: Sequence[_Tile], role: PageRole) -> list[int]:
+    """One a tile, of weights one a load, or none at all."""
+    holders = [
+        instruction
+        for tile in tiles
+        for instruction in (tile.instructions if role is PageRole.WEIGHTS else (tile.first,))
+    ]
+    return [use.first for instruction in holders for use in instruction.pages if use.role is role]
+
+
+def _distances(tiles: Sequence[_Tile]) -> list[int]:
     return [
         index - use.live_from
-        for index, instruction in enumerate(run, start)
+        for tile in tiles
+        for index, instruction in enumerate(tile.instructions, tile.index)
         for use in instruction.pages
         if use.role is PageRole.WEIGHTS
     ]
 
 
-def _pages_repeat(worker: Sequence[Instruction], start: int, end: int) -> bool:
-    run = worker[start:end]
-    lists = [_first_pages(run, role) for role in PageRole] + [_distances(run, start)]
+def _pages_repeat(tiles: Sequence[_Tile]) -> bool:
+    lists = [_first_pages(tiles, role) for role in PageRole] + [_distances(tiles)]
+    num_loads = sum(len(tile.instructions) for tile in tiles)
     return all(
-        len(values) in (0, len(run)) and pattern_of(values).length <= _LONGEST_PATTERN for values in lists
+        len(values) in (0, len(tiles), num_loads) and pattern_of(values).length <= _LONGEST_PATTERN
+        for values in lists
     )
 
 

@@ -4,12 +4,16 @@ NUM_CONSUMER_WARPS = 8
 """`kConsumerWarps` of machine.h: they compute and store; one more warp loads weights."""
 THREADS_A_BLOCK = 32 * (NUM_CONSUMER_WARPS + 1)
 """`kThreads`"""
-RESERVED_BYTES = 17_408
+RESERVED_BYTES = 19_456
 """`kReservedBytes`: of a block's shared memory, before the first page."""
 ROW_CHUNK = 16
 """`kRowChunk`: rows whose input is in shared memory at once; larger buckets take a tile chunk by chunk."""
+ROW_TILE = 8
+"""Rows of one matrix instruction."""
 MAX_LOADS_AHEAD = 7
 """One less than `kLoadsInFlight`."""
+STAGED_BLOCK = 256
+"""`kStagedBlock`: elements of a row's input that a warp stages at once."""
 STATS_SPAN = 32
 """Columns of the head that share statistics: the pair of column groups that an epilogue has in hand."""
 K_BLOCK = 128
@@ -18,7 +22,8 @@ K_BLOCK = 128
 ASSERTION = (
     f"static_assert(headrace::kConsumerWarps == {NUM_CONSUMER_WARPS} && "
     f"headrace::kThreads == {THREADS_A_BLOCK} && headrace::kReservedBytes == {RESERVED_BYTES} && "
-    f"headrace::kRowChunk == {ROW_CHUNK} && headrace::kLoadsInFlight == {MAX_LOADS_AHEAD + 1}, "
+    f"headrace::kRowChunk == {ROW_CHUNK} && headrace::kLoadsInFlight == {MAX_LOADS_AHEAD + 1} && "
+    f"headrace::kStagedBlock == {STAGED_BLOCK}, "
     f'"compiled for other headers");'
 )
 """C++, after the headers."""

@@ -95,11 +95,14 @@ def _attention_chunk(kv_heads: int, geometry: Geometry, chunk: int) -> Footprint
     )
 
 
-def cuda_linear_footprint(*, columns: int, k: int, rows: int, stored: tuple[str, ...]) -> Footprint:
-    """Of a linear tile on an SM, of an op whose matrices are stored in these formats."""
+def cuda_linear_footprint(
+    *, columns: int, k: int, input_k: int, rows: int, stored: tuple[str, ...]
+) -> Footprint:
+    """Of a load of `k` elements of a tile on an SM, beside `input_k` of its input, of an op whose matrices
+    are stored in these formats."""
     return Footprint(
         weight_stage_bytes=weight_tile_bytes(stored, columns, k),
-        input_bytes=input_tile_bytes(k, rows),
+        input_bytes=input_tile_bytes(input_k, rows),
         output_bytes=output_tile_bytes(columns, rows),
     )
 
@@ -127,7 +130,11 @@ def _cuda_footprint(
             return Footprint(weight_stage_bytes=0, input_bytes=0, output_bytes=sums)
         case _:
             return cuda_linear_footprint(
-                columns=columns, k=num_k(op, instruction), rows=rows, stored=op_formats(op, formats)
+                columns=columns,
+                k=num_k(op, instruction),
+                input_k=instruction.x1 - instruction.x0 or op.in_features,
+                rows=rows,
+                stored=op_formats(op, formats),
             )
 
 
@@ -172,9 +179,7 @@ def footprint(
 
 def num_k(op: Op, instruction: Instruction) -> int:
     """Elements of K that a linear instruction multiplies."""
-    if instruction.opcode is Opcode.LINEAR_PARTIAL:
-        return instruction.k1 - instruction.k0
-    return op.in_features
+    return (instruction.k1 or op.in_features) - instruction.k0
 
 
 def page_needs(needed: Footprint, page_bytes: int) -> PageNeeds:

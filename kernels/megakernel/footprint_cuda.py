@@ -1,13 +1,12 @@
 """What a tile needs of an SM's shared memory: as `kernels/include/cuda/ops` lays it out."""
 
-from megakernel.cuda_constants import K_BLOCK, NUM_CONSUMER_WARPS, ROW_CHUNK
+from megakernel.cuda_constants import K_BLOCK, NUM_CONSUMER_WARPS, ROW_CHUNK, ROW_TILE
 from megakernel.pack_cuda import common_format, unit_bytes, unit_k
 from megakernel.packing import GROUP
 
 _ROW_PADDING = 64
 _FLOAT_BYTES = 4
 _SUM_GROUP = 32
-_ROW_TILE = 8
 
 
 def weight_tile_bytes(stored: tuple[str, ...], columns: int, k: int) -> int:
@@ -22,7 +21,7 @@ def input_tile_bytes(k: int, rows: int) -> int:
     """Rows as 16-bit numbers, and behind them sums of groups, for formats that have them."""
     chunk = min(rows, ROW_CHUNK)
     padded = -(-k // K_BLOCK) * K_BLOCK
-    sums = -(-chunk // _ROW_TILE) * _ROW_TILE * (padded // _SUM_GROUP) * _FLOAT_BYTES
+    sums = -(-chunk // ROW_TILE) * ROW_TILE * (padded // _SUM_GROUP) * _FLOAT_BYTES
     return chunk * (padded * 2 + _ROW_PADDING) + sums
 
 

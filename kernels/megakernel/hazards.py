@@ -8,7 +8,7 @@ any interleaving can reach.
 import numpy as np
 import numpy.typing as npt
 
-from megakernel.program import Access, Instruction, Opcode, Program, Space, reads_of, writes_of
+from megakernel.program import Access, Instruction, Opcode, OpKind, Program, Space, reads_of, writes_of
 
 BoolMatrix = npt.NDArray[np.bool_]
 
@@ -160,12 +160,12 @@ def _output_hazard(program: Program, instructions: list[Instruction]) -> str | N
 def _k_hazard(program: Program, instructions: list[Instruction]) -> str | None:
     """Every element of K goes into every sum exactly once."""
     for op in program.ops:
-        if program.partial_buffers[op.index] < 0:
+        if op.kind is not OpKind.LINEAR:
             continue
         count = np.zeros((program.bucket, op.out_features, op.in_features), dtype=np.int32)
         for i in instructions:
-            if i.op == op.index and i.opcode is Opcode.LINEAR_PARTIAL:
-                count[i.r0 : i.r1, i.n0 : i.n1, i.k0 : i.k1] += 1
+            if i.op == op.index and i.opcode is not Opcode.REDUCE:
+                count[i.r0 : i.r1, i.n0 : i.n1, i.k0 : i.k1 or op.in_features] += 1
         if (count != 1).any():
             return f"{op.name} does not sum each product once"
     return None

@@ -6,7 +6,9 @@ from itertools import pairwise, product
 import msgspec
 
 from megakernel.footprint import ROW_CHUNK, cuda_linear_footprint, linear_footprint, max_stages
+from megakernel.footprint_cuda import weight_tile_bytes
 from megakernel.graph import STATS_SPANS
+from megakernel.k_blocks import k_blocks
 from megakernel.machine import Machine
 from megakernel.model.shape import ModelShape
 from megakernel.program import Epilogue
@@ -103,8 +105,13 @@ def candidate(role: LinearRole, machine: Machine, width: int, parts: int) -> Can
         weight_bits=role.weight_bits,
         input_bits=activation_bits(role.formats),
     )
+    tile_bytes = needed.weight_stage_bytes
     if machine.kind == "cuda":
-        needed = cuda_linear_footprint(columns=width, k=k, rows=ROW_CHUNK, stored=role.formats)
+        tile_bytes = weight_tile_bytes(role.formats, width, k)
+        blocks = k_blocks(columns=width, k=k, rows=ROW_CHUNK, stored=role.formats, machine=machine)
+        needed = cuda_linear_footprint(
+            columns=width, k=blocks.load_k, input_k=blocks.input_k, rows=ROW_CHUNK, stored=role.formats
+        )
     stages = min(max_stages(needed, machine), MAX_STAGES)
     if stages == 0:
         return None
@@ -112,7 +119,7 @@ def candidate(role: LinearRole, machine: Machine, width: int, parts: int) -> Can
     run = -(-num_tiles // machine.num_workers)
     loaders = min(num_tiles, machine.num_workers)
     rate_gb_s = min(machine.worker_bandwidth_gb_s, machine.bandwidth_gb_s / loaders)
-    cost_us = run * (needed.weight_stage_bytes / (rate_gb_s * 1e3) + machine.instruction_us)
+    cost_us = run * (tile_bytes / (rate_gb_s * 1e3) + machine.instruction_us)
     if stages == 1 and not machine.computes_while_loading:  # nothing is loaded ahead
         cost_us += run * machine.load_latency_us
     if parts > 1:

@@ -11,9 +11,10 @@ from operator import or_
 import msgspec
 
 from megakernel.footprint import PageNeeds, footprint, page_needs
+from megakernel.k_blocks import split_loads
 from megakernel.machine import Machine
 from megakernel.plan import OpPlan, Plan
-from megakernel.program import Instruction, Op, PageRole, PageUse, Program
+from megakernel.program import Instruction, Op, Opcode, PageRole, PageUse, Program
 from megakernel.weight_formats import op_formats
 
 
@@ -31,14 +32,16 @@ def plan_pages(
     and nothing but pages limits them: a loader streams past ops that have none. Raises ScratchError.
     """
     paged = msgspec.structs.replace(program, num_pages=machine.num_pages, page_bytes=machine.page_bytes)
-    needs = _NeedsByTile(paged, machine, formats)
     if machine.kind == "cuda":
+        paged = split_loads(paged, machine, plan, formats)
+        needs = _NeedsByTile(paged, machine, formats)
         depth = plan.prefetch_instructions if plan is not None else 1
         workers = tuple(
             _allocate(worker, needs, _AheadOfLoads(depth), machine.num_pages, _alike_in_layers(program))
-            for worker in program.workers
+            for worker in paged.workers
         )
         return msgspec.structs.replace(paged, workers=workers)
+    needs = _NeedsByTile(paged, machine, formats)
     depths = _AheadOfInstructions([_prefetch_depth(op, plan) for op in program.ops])
     workers = tuple(_allocate(worker, needs, depths, machine.num_pages) for worker in program.workers)
     return msgspec.structs.replace(paged, workers=workers)
@@ -58,7 +61,7 @@ def _prefetch_depth(op: Op, plan: Plan | None) -> int:
 
 def _alike_in_layers(program: Program) -> Callable[[Instruction], Hashable]:
     roles = [role_of(op) for op in program.ops]
-    return lambda one: (roles[one.op], one.opcode, one.n0, one.part)
+    return lambda one: (roles[one.op], one.opcode, one.n0, one.part, one.k0, one.r0)
 
 
 class _AheadOfInstructions:
@@ -103,6 +106,7 @@ class _NeedsByTile:
             instruction.n0,
             instruction.n1,
             instruction.k1 - instruction.k0,
+            instruction.x1 - instruction.x0,
             instruction.r1 - instruction.r0,
         )
         needs = self._known.get(key)
@@ -145,6 +149,10 @@ def _allocate(
     known: dict[Hashable, tuple[int, int]] = {}  # by key, how far ahead and where the last weights were
     for index, instruction in enumerate(worker):
         needs = needs_of(instruction)
+        kept = _kept(worker[index - 1], placed[-1]) if index else ()
+        reserved = reduce(or_, (_mask(use.first, use.count) for use in kept), 0)
+        if kept:
+            needs = PageNeeds(needs.weights, 0, 0)
         earliest = first_of(index, instruction) if needs.weights else index
         key = key_of(instruction) if key_of is not None else index
         ahead, before = known.get(key, (0, -1))
@@ -152,11 +160,11 @@ def _allocate(
         if before >= 0 and index - ahead >= earliest:
             live_from = index - ahead
             wanted = _mask(before, needs.weights)
-            if not _taken(held, live_from, index) & wanted:
-                firsts = _place(every, every & ~wanted, needs, num_pages)
+            if not (_taken(held, live_from, index) | reserved) & wanted:
+                firsts = _place(every & ~reserved, every & ~reserved & ~wanted, needs, num_pages)
         if firsts is None:
             for live_from in range(earliest, index + 1):
-                firsts = _place(every, _taken(held, live_from, index), needs, num_pages)
+                firsts = _place(every & ~reserved, _taken(held, live_from, index), needs, num_pages)
                 if firsts is not None:
                     break
         assert firsts is not None, "what fits in all pages has a place when nothing else is held"
@@ -166,15 +174,23 @@ def _allocate(
         early = _mask(weights, needs.weights)
         for time in range(live_from, index):
             held[time] |= early
-        held.append(early | _mask(source, needs.input) | _mask(result, needs.output))
+        held.append(early | reserved | _mask(source, needs.input) | _mask(result, needs.output))
         uses = (
             PageUse(PageRole.WEIGHTS, weights, needs.weights, live_from),
             PageUse(PageRole.INPUT, source, needs.input, index),
             PageUse(PageRole.OUTPUT, result, needs.output, index),
+            *(msgspec.structs.replace(use, live_from=index) for use in kept),
         )
         pages = tuple(use for use in uses if use.count)
         placed.append(msgspec.structs.replace(instruction, pages=pages))
     return tuple(placed)
+
+
+def _kept(before: Instruction, placed: Instruction) -> tuple[PageUse, ...]:
+    """Of a tile that goes on after an instruction, what stays where it is: input and output."""
+    if before.opcode is not Opcode.LINEAR_ACCUMULATE:
+        return ()
+    return tuple(use for use in placed.pages if use.role is not PageRole.WEIGHTS)
 
 
 def _taken(held: list[int], start: int, end: int) -> int:

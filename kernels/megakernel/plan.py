@@ -11,6 +11,10 @@ class OpPlan(msgspec.Struct, frozen=True, kw_only=True):
     """Output columns of one instruction, a multiple of what the epilogue needs; for ATTENTION, KV heads."""
     num_k_tiles: int = 1
     """Above 1: K is split, and REDUCE instructions sum the parts."""
+    load_k: int = 0
+    """On a GPU, how much of K a load of a tile's weights covers, in 128s; 0: as `k_blocks.py` says."""
+    input_k: int = 0
+    """And how much of K is staged of the input at once, whole loads; 0 beside a `load_k`: all."""
     stages: int = 2
     """Weight tiles of this op in flight in a worker's scratch pages."""
     tile_workers: tuple[int, ...] | None = None

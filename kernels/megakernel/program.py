@@ -106,13 +106,17 @@ class Opcode(IntEnum):
 
     EMBED = 0
     LINEAR = 1
-    """Columns [n0, n1) over the whole of K, through the epilogue."""
+    """Columns [n0, n1) over the whole of K, through the epilogue; where a tile's weights come in blocks of K,
+    over the last, [k0, k1), after a LINEAR_ACCUMULATE for each other one."""
     LINEAR_PARTIAL = 2
     """Columns [n0, n1) over [k0, k1): the sum goes to K-tile `part` of the op's partial buffer."""
     REDUCE = 3
     """Sum the parts of columns [n0, n1) ascending, through the epilogue."""
     ATTENTION = 4
     """KV heads [n0, n1), those splits whose block (`split_block`) is `part` modulo `num_parts`."""
+    LINEAR_ACCUMULATE = 5
+    """Columns [n0, n1) over [k0, k1): added to sums that the worker keeps for its next instruction, which
+    goes on with the same tile."""
 
 
 class PageRole(StrEnum):
@@ -149,6 +153,9 @@ class Instruction(msgspec.Struct, frozen=True, kw_only=True):
     k1: int = 0
     part: int = 0
     num_parts: int = 1
+    x0: int = 0
+    x1: int = 0
+    """Of a linear tile's input, what of K is in its pages; 0, 0: all."""
     r0: int = 0
     r1: int
     """Rows of the bucket."""
@@ -270,6 +277,8 @@ def writes_of(program: Program, instruction: Instruction) -> tuple[Access, ...]:
             return _attention_writes(program, instruction, op)
         case Opcode.LINEAR_PARTIAL:
             return _parts(program, op, instruction, (instruction.part,))
+        case Opcode.LINEAR_ACCUMULATE:
+            return ()
         case _:
             return _epilogue_writes(program, instruction, op)
 

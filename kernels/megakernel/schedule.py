@@ -21,6 +21,7 @@ from megakernel.footprint import (
     max_stages,
 )
 from megakernel.graph import STATS_SPANS
+from megakernel.k_blocks import KBlocks, k_blocks, most_columns
 from megakernel.k_tiles import shared_k_tiles
 from megakernel.machine import Machine
 from megakernel.memory import ScratchError
@@ -178,7 +179,12 @@ def tile_footprint(
     columns = min(op_plan.tile_columns, role.columns)
     k = largest_k_tile(role, op_plan.num_k_tiles)
     if machine.kind == "cuda":
-        return cuda_linear_footprint(columns=columns, k=k, rows=bucket, stored=role.formats)
+        blocks = KBlocks(op_plan.load_k, op_plan.input_k or k)
+        if not op_plan.load_k:
+            blocks = k_blocks(columns=columns, k=k, rows=bucket, stored=role.formats, machine=machine)
+        return cuda_linear_footprint(
+            columns=columns, k=blocks.load_k, input_k=blocks.input_k, rows=bucket, stored=role.formats
+        )
     return linear_footprint(
         columns=columns, k=k, rows=bucket, weight_bits=role.weight_bits, input_bits=role.input_bits
     )
@@ -252,12 +258,15 @@ def most_prefetched(machine: Machine) -> int:
 
 
 def _plan_role(role: RoleShape, geometry: Geometry, machine: Machine, bucket: int, k_tiles: int) -> OpPlan:
+    if role.role == "embed" and machine.kind == "cuda":
+        tiles = -(-role.columns // (role.granule * machine.num_workers))
+        return with_workers(role, OpPlan(tile_columns=tiles * role.granule), machine)
     if role.role == "embed":
         return OpPlan(tile_columns=role.columns)
     if role.role == "attention":
         return with_workers(role, OpPlan(tile_columns=1), machine)
     for stages in (2, 1):
-        for columns in _tile_widths(role, machine, k_tiles):
+        for columns in _tile_widths(role, machine, bucket, k_tiles):
             op_plan = OpPlan(tile_columns=columns, num_k_tiles=k_tiles, stages=stages)
             if max_stages(tile_footprint(role, geometry, op_plan, bucket, machine), machine) >= stages:
                 return with_workers(role, op_plan, machine)
@@ -269,9 +278,20 @@ def _plan_role(role: RoleShape, geometry: Geometry, machine: Machine, bucket: in
     )
 
 
-def _tile_widths(role: RoleShape, machine: Machine, k_tiles: int) -> tuple[int, ...]:
-    """Widest first: that which gives each worker one K-tile of it, halves of it, and a single granule."""
+def _tile_widths(role: RoleShape, machine: Machine, bucket: int, k_tiles: int) -> tuple[int, ...]:
+    """Widest first: that which gives each worker one K-tile of it, halves of it, and a single granule. On a GPU
+    those first with which the SM that has most columns has the fewest."""
     granules = -(-role.columns // role.granule)
+    if machine.kind == "cuda":
+        most = max(
+            1, min(granules, most_columns(bucket, role.formats, role.in_features, machine) // role.granule)
+        )
+
+        def columns_of_one(width: int) -> int:
+            return -(-granules // (width * machine.num_workers)) * width
+
+        ordered = sorted(range(1, most + 1), key=lambda width: (columns_of_one(width), -width))
+        return tuple(width * role.granule for width in ordered)
     widest = max(1, granules * k_tiles // machine.num_workers)
     widths = {max(1, widest >> halvings) for halvings in range(widest.bit_length() + 1)} | {1}
     return tuple(width * role.granule for width in sorted(widths, reverse=True))

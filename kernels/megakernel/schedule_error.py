@@ -35,6 +35,10 @@ def instruction_name(program: Program, worker: int, index: int) -> str:
     parts = ""
     if instruction.opcode in (Opcode.LINEAR_PARTIAL, Opcode.ATTENTION):
         parts = f" part {instruction.part}"
+    if instruction.opcode is Opcode.LINEAR_ACCUMULATE or (
+        instruction.opcode is Opcode.LINEAR and instruction.k0
+    ):
+        parts = f" K [{instruction.k0}, {instruction.k1})"
     return (
         f"{op} {instruction.opcode.name} {columns} [{instruction.n0}, {instruction.n1})"
         f" rows [{instruction.r0}, {instruction.r1}){parts} (worker {worker}, instruction {index})"

@@ -10,6 +10,7 @@ from megakernel.program import (
     Op,
     Opcode,
     OpKind,
+    PageRole,
     Program,
     Prologue,
     Space,
@@ -46,6 +47,7 @@ def check_structure(program: Program) -> None:
                 name = instruction_name(program, worker, index)
                 raise ScheduleError(Hazard.STRUCTURE, f"{name}: {problem}")
     _check_k_tiles(program)
+    _check_k_blocks(program)
 
 
 def check_machine(program: Program, machine: Machine) -> None:
@@ -151,9 +153,21 @@ def _part_problem(program: Program, op: Op, instruction: Instruction) -> str:
     if program.partial_buffers[op.index] >= 0:
         num_tiles = program.buffers[program.partial_buffers[op.index]].columns // op.out_features
     match instruction.opcode:
+        case Opcode.LINEAR_ACCUMULATE:
+            if not 0 <= instruction.k0 < instruction.k1 < op.in_features:
+                return (
+                    f"K range [{instruction.k0}, {instruction.k1}), which is to end within {op.in_features}"
+                )
+            if instruction.waits and instruction.k0:
+                return "waits in the middle of a tile"
+            if instruction.signal >= 0:
+                return "signals in the middle of a tile"
         case Opcode.LINEAR | Opcode.REDUCE:
-            if instruction.k0 or instruction.k1 not in (0, op.in_features):
+            is_whole = instruction.k0 == 0 or instruction.opcode is Opcode.LINEAR
+            if not is_whole or instruction.k1 not in (0, op.in_features):
                 return f"K range [{instruction.k0}, {instruction.k1}), which is to be the whole of K"
+            if instruction.waits and instruction.k0:
+                return "waits in the middle of a tile"
             if instruction.part or instruction.num_parts != num_tiles:
                 return f"part {instruction.part} of {instruction.num_parts}, where there are {num_tiles}"
         case Opcode.LINEAR_PARTIAL:
@@ -180,7 +194,9 @@ def _opcodes(program: Program, op: Op) -> tuple[Opcode, ...]:
             return (Opcode.ATTENTION,)
         case OpKind.LINEAR:
             is_split = program.partial_buffers[op.index] >= 0
-            return (Opcode.LINEAR_PARTIAL, Opcode.REDUCE) if is_split else (Opcode.LINEAR,)
+            if is_split:
+                return (Opcode.LINEAR_PARTIAL, Opcode.REDUCE)
+            return (Opcode.LINEAR, Opcode.LINEAR_ACCUMULATE) if program.kind == "cuda" else (Opcode.LINEAR,)
 
 
 def _width(program: Program, op: Op) -> int:
@@ -229,3 +245,37 @@ def _check_k_tiles(program: Program) -> None:
             raise ScheduleError(
                 Hazard.COVERAGE, f"{op.name}: K-tiles {shown} do not make up [0, {op.in_features})"
             )
+
+
+def _check_k_blocks(program: Program) -> None:
+    """Blocks of K follow each other on their worker, from the first to the last of K, with the tile's input
+    and output where they were; what of the input is in its pages covers each block."""
+    for worker, sequence in enumerate(program.workers):
+        held: Instruction | None = None
+        for index, instruction in enumerate(sequence):
+            is_linear = instruction.opcode in (Opcode.LINEAR, Opcode.LINEAR_ACCUMULATE)
+            problem = ""
+            if held is not None and not _goes_on(held, instruction):
+                problem = f"is not the next block after K [{held.k0}, {held.k1})"
+            elif is_linear and held is None and instruction.k0:
+                problem = f"begins at {instruction.k0} of K"
+            elif is_linear and instruction.x1:
+                k1 = instruction.k1 or program.ops[instruction.op].in_features
+                if not instruction.x0 <= instruction.k0 < k1 <= instruction.x1:
+                    problem = f"has input [{instruction.x0}, {instruction.x1}) for K [{instruction.k0}, {k1})"
+            if problem:
+                name = instruction_name(program, worker, index)
+                raise ScheduleError(Hazard.STRUCTURE, f"{name}: {problem}")
+            held = instruction if instruction.opcode is Opcode.LINEAR_ACCUMULATE else None
+        if held is not None:
+            name = instruction_name(program, worker, len(sequence) - 1)
+            raise ScheduleError(Hazard.STRUCTURE, f"{name}: is no tile's last")
+
+
+def _goes_on(one: Instruction, next_one: Instruction) -> bool:
+    def tile(i: Instruction) -> tuple[object, ...]:
+        places = [(use.role, use.first) for use in i.pages if use.role is not PageRole.WEIGHTS]
+        return i.op, i.n0, i.n1, i.r0, i.r1, places
+
+    is_next = next_one.opcode in (Opcode.LINEAR, Opcode.LINEAR_ACCUMULATE) and next_one.k0 == one.k1
+    return is_next and tile(one) == tile(next_one)

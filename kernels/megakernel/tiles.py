@@ -93,6 +93,9 @@ def k_bounds(in_features: int, num_k_tiles: int, kind: str = "cpu") -> tuple[int
 
 
 def max_k_tiles(in_features: int, kind: str = "cpu") -> int:
+    """A GPU takes K whole: what does not fit is loaded in blocks (`k_blocks.py`)."""
+    if kind == "cuda":
+        return 1
     return -(-in_features // k_block(in_features, kind))
 
 

@@ -21,6 +21,8 @@ def execute(state: VmState, instruction: Instruction) -> None:
                 _embed(state, op, instruction, row)
             case Opcode.ATTENTION:
                 _attend(state, op, instruction, row)
+            case Opcode.LINEAR_ACCUMULATE:
+                pass  # a tile's last instruction sums all of K
             case Opcode.LINEAR:
                 _finish(state, op, instruction, row, _product(state, op, instruction, row, 0, op.in_features))
             case Opcode.LINEAR_PARTIAL:

@@ -6,7 +6,7 @@ import random
 import msgspec
 import numpy as np
 
-from megakernel.cuda_constants import K_BLOCK, RESERVED_BYTES
+from megakernel.cuda_constants import K_BLOCK, RESERVED_BYTES, STAGED_BLOCK
 from megakernel.footprint import footprint, page_needs
 from megakernel.graph import STATS_SPANS
 from megakernel.group_formats import GROUP_FORMATS, GroupQuantizedWeights
@@ -58,7 +58,8 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     def __str__(self) -> str:
         shape, rows = self.shape, self.rows
         tiles = [
-            f"{role} {op.num_k_tiles}x{op.tile_columns}/{op.stages}" for role, op in self.plan.ops.items()
+            f"{role} {op.tile_columns}x{op.load_k}({op.input_k})/{op.stages}"
+            for role, op in self.plan.ops.items()
         ]
         formats = sorted({f"{name.rpartition('.')[2]} {format}" for name, format in self.formats.items()})
         head = "tied" if shape.has_tied_head else "own"
@@ -105,7 +106,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         for opcode, index in {(i.opcode, i.op) for worker in self.program.workers for i in worker}:
             op = self.program.ops[index]
             found |= {(opcode,), (opcode, op.epilogue)}
-            if opcode in (Opcode.ATTENTION, Opcode.REDUCE):
+            if opcode is Opcode.ATTENTION:
                 continue
             names = ("embed",) if op.kind is OpKind.EMBED else op.weights
             in_features = expected_shapes(self.shape)[names[0]][1]
@@ -118,11 +119,11 @@ def draw_case(seed: int) -> Case:
     """Buckets and families go round with the seed; everything else is drawn."""
     rng = random.Random(seed)
     bucket, family = BUCKETS[seed % len(BUCKETS)], FAMILIES[seed // len(BUCKETS) % len(FAMILIES)]
-    is_k_split = rng.random() < 0.45
-    shape = _shape(rng, family, is_k_split=is_k_split, is_small=bucket > MANY_ROWS)
+    is_in_blocks = rng.random() < 0.45
+    shape = _shape(rng, family, is_in_blocks=is_in_blocks, is_small=bucket > MANY_ROWS)
     formats = _formats(rng, shape)
     num_workers = rng.choice(NUM_WORKERS)
-    plan = _plan(rng, shape, num_workers, is_k_split=is_k_split)
+    plan = _plan(rng, shape, num_workers, is_in_blocks=is_in_blocks)
     machine, program = _compiled(rng, shape, formats, num_workers, bucket, plan)
     ask = rng.choice(ASKS)
     rows, num_blocks = draw_rows(rng, shape, bucket, ask)
@@ -140,13 +141,13 @@ def draw_case(seed: int) -> Case:
     )
 
 
-def _shape(rng: random.Random, family: str, *, is_k_split: bool, is_small: bool) -> ModelShape:
+def _shape(rng: random.Random, family: str, *, is_in_blocks: bool, is_small: bool) -> ModelShape:
     """Sizes are multiples of 16, of which few are multiples of 64; where K is split, past 128."""
     head_dim = rng.choice((16, 16, 32, 64))
     num_kv_heads = rng.choice((1, 1, 2, 2, 3)) if head_dim < 64 else 1
-    least_group = math.ceil(144 / (num_kv_heads * head_dim)) if is_k_split else 1
+    least_group = math.ceil(144 / (num_kv_heads * head_dim)) if is_in_blocks else 1
     group = rng.choice([size for size in (1, 2, 3, 4, 6, 8, 9) if size >= least_group][:4])
-    sizes = [*range(144, 273 if is_small else 337, 16)] if is_k_split else [*range(32, 177, 16)]
+    sizes = [*range(144, 273 if is_small else 337, 16)] if is_in_blocks else [*range(32, 177, 16)]
     return tiny_weights(
         0,
         family,
@@ -181,21 +182,26 @@ def _formats(rng: random.Random, shape: ModelShape) -> dict[str, str]:
     return {name: format for name, format in formats.items() if format != "F32"}
 
 
-def _plan(rng: random.Random, shape: ModelShape, num_workers: int, *, is_k_split: bool) -> Plan:
+def _plan(rng: random.Random, shape: ModelShape, num_workers: int, *, is_in_blocks: bool) -> Plan:
     columns = shape.num_heads * shape.head_dim
     qkv, head_dim = columns + 2 * shape.num_kv_heads * shape.head_dim, shape.head_dim
     splits_all = rng.random() < 0.4
 
     def op_plan(width: int, grain: int, in_features: int = 0) -> OpPlan:
         most = -(-in_features // K_BLOCK)
-        is_split = is_k_split and most > 1 and (splits_all or rng.random() < 0.5)
-        num_k_tiles = rng.randint(2, most) if is_split else 1
+        has_blocks = is_in_blocks and most > 1 and (splits_all or rng.random() < 0.5)
+        load_k = K_BLOCK * rng.randint(1, most - 1) if has_blocks else 0
+        input_k = math.lcm(load_k, STAGED_BLOCK) if has_blocks and rng.random() < 0.5 else 0
         tile = grain * rng.randint(1, max(1, min(6, -(-width // grain))))
         workers = None
         if rng.random() < 0.3:
-            workers = tuple(rng.randrange(num_workers) for _ in range(-(-width // tile) * num_k_tiles))
+            workers = tuple(rng.randrange(num_workers) for _ in range(-(-width // tile)))
         return OpPlan(
-            tile_columns=tile, num_k_tiles=num_k_tiles, stages=rng.randint(1, 4), tile_workers=workers
+            tile_columns=tile,
+            load_k=load_k,
+            input_k=input_k,
+            stages=rng.randint(1, 4),
+            tile_workers=workers,
         )
 
     hidden, inner = shape.hidden_size, shape.intermediate_size

@@ -81,7 +81,11 @@ class OpByOp:
     def phases(self) -> Iterator[tuple[Op, Opcode, list[Instruction]]]:
         every = [instruction for worker in self.program.workers for instruction in worker]
         for op in self.program.ops:
-            own = [instruction for instruction in every if instruction.op == op.index]
+            own = [
+                instruction
+                for instruction in every
+                if instruction.op == op.index and instruction.opcode is not Opcode.LINEAR_ACCUMULATE
+            ]
             for opcode in Opcode:
                 if instructions := [instruction for instruction in own if instruction.opcode is opcode]:
                     yield op, opcode, instructions

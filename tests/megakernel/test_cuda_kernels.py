@@ -89,7 +89,7 @@ def test_many_cases_in_many_interleavings(first):
     check_cases(range(first, first + CASES_A_GROUP), NUM_INTERLEAVINGS)
 
 
-LINEAR = (Opcode.LINEAR, Opcode.LINEAR_PARTIAL)
+LINEAR = (Opcode.LINEAR, Opcode.LINEAR_ACCUMULATE)
 OPCODES_OF = {"embed": (Opcode.EMBED,)} | dict.fromkeys(("qkv", "o", "gate_up", "down", "head"), LINEAR)
 EPILOGUES = (Epilogue.ROPE_APPEND, Epilogue.RESIDUAL, Epilogue.SWIGLU, Epilogue.LOGITS)
 
@@ -97,9 +97,9 @@ EPILOGUES = (Epilogue.ROPE_APPEND, Epilogue.RESIDUAL, Epilogue.SWIGLU, Epilogue.
 ALWAYS_WANTED = (
     {("bucket", bucket) for bucket in BUCKETS}
     | {("family", family) for family in FAMILIES}
-    | {(opcode,) for opcode in Opcode}
+    | {(opcode,) for opcode in (Opcode.EMBED, Opcode.ATTENTION)}
     | {(opcode, format) for opcode in (Opcode.EMBED, *LINEAR) for format in PACKED_FORMATS}
-    | {(Opcode.REDUCE, epilogue) for epilogue in EPILOGUES}
+    | {(Opcode.LINEAR_ACCUMULATE, epilogue) for epilogue in EPILOGUES}
     | {("ask", ask) for ask in ("best", "mixed", "restricted", "nothing")}
     | {("head_dim", size) for size in (16, 32, 64)}
     | {("splits", number) for number in (1, 2, 3)}
@@ -136,7 +136,7 @@ def test_ops_of_one_sm_follow_each_other_without_counters(seed):
         role_of(program.ops[one.op])
         for worker in program.workers
         for one in worker
-        if program.ops[one.op].layer <= 0 and one.opcode is not Opcode.REDUCE
+        if program.ops[one.op].layer <= 0 and one.opcode is not Opcode.LINEAR_ACCUMULATE
     )
     counts["attention"] = case.shape.num_kv_heads * 2
     ops = {

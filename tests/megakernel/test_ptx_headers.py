@@ -49,6 +49,7 @@ extern "C" __global__ void __launch_bounds__(288, 1) everything(const __grid_con
     a.words[1] = ptx::load_system(a.words + 2) + ptx::load_settled(reinterpret_cast<int32_t*>(a.words) + 3);
     ptx::prefetch(a.bytes);
     ptx::copy_async_16(s + 16, a.bytes), ptx::copy_async_arrive(s), ptx::fence_async_shared();
+    ptx::copy_async_commit(), ptx::copy_async_wait<3>();
     ptx::mbarrier_arrive(s), ptx::mbarrier_arrive_expect(s, 64), ptx::copy_bulk(s + 64, a.bytes, 64, s);
     while (!ptx::mbarrier_try_wait(s, 0)) ptx::sleep_ns(20);
     uint32_t r[4];

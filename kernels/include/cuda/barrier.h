@@ -39,7 +39,7 @@ __device__ __forceinline__ void fail(const Worker& w, uint32_t instruction, uint
 
 // Consumers do not count instructions, which would take a register: their progress tells.
 __device__ __forceinline__ uint32_t own_instruction(const Worker& w) {
-    return ptx::load_shared_acquire(w.shared + kProgressAt) / kConsumerWarps;
+    return ptx::load_shared_acquire(w.shared + kProgressAt + w.warp % kConsumerWarps * 4);
 }
 
 __device__ __forceinline__ void sync_consumers() { ptx::sync_threads(kConsumerBarrier, kConsumers); }
@@ -83,17 +83,19 @@ __device__ __forceinline__ void wait_landed(const Worker& w) {
 __device__ __forceinline__ void report_progress(const Worker& w, uint32_t instructions = 1) {
     if (kIsBulkCopy) ptx::fence_async_shared();  // pages written here may be the target of a bulk copy next
     ptx::sync_warp();
-    if (w.lane == 0) ptx::add_shared_release(w.shared + kProgressAt, instructions);
+    if (w.lane == 0) ptx::add_shared_release(w.shared + kProgressAt + w.warp * 4, instructions);
 }
 
-// Loader: until the consumers have ended the worker's first `instructions`. It gives up later than the wait that holds
-// the consumers up, which says more.
+// Loader: until all consumer warps have ended the worker's first `instructions`; they may be apart by several. It gives up
+// later than the wait that holds the consumers up, which says more.
 __device__ __forceinline__ void wait_progress(const Worker& w, uint32_t instructions) {
-    const uint32_t expected = instructions * kConsumerWarps;
+    const SharedAddress of_warp = w.shared + kProgressAt + w.lane % kConsumerWarps * 4;
     const uint64_t start = ptx::nanoseconds();
     uint32_t actual;
-    while ((actual = ptx::load_shared_acquire(w.shared + kProgressAt)) < expected)
-        if (ptx::nanoseconds() - start > 2 * w.step.timeout_ns) fail(w, w.instruction, kProgressWait, kNoIndex, expected, actual);
+    while ((actual = ptx::load_shared_acquire(of_warp)) < instructions)
+        if (ptx::nanoseconds() - start > 2 * w.step.timeout_ns)
+            fail(w, w.instruction, kProgressWait, kNoIndex, instructions, actual);
+    ptx::sync_warp();  // what a lane has seen is seen by all
 }
 
 // Before either role begins.
@@ -102,7 +104,7 @@ __device__ __forceinline__ void begin_block(const Worker& w) {
         for (uint32_t i = 0; i < kLoadsInFlight; i++)
             ptx::mbarrier_init(w.shared + kLandedAt + 8 * i, kIsBulkCopy ? 1 : kLanes);
         ptx::fence_mbarrier_init();
-        ptx::store_shared<uint32_t>(w.shared + kProgressAt, 0);
+        for (uint32_t i = 0; i < kConsumerWarps; i++) ptx::store_shared<uint32_t>(w.shared + kProgressAt + 4 * i, 0);
         ptx::store_shared(w.shared + kSmAt, uint2{w.sm, 0});
         ptx::store_shared(w.shared + kEpochAt, uint2{w.step.epoch, 0});
     }

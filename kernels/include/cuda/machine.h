@@ -32,14 +32,14 @@ constexpr uint32_t kLoadsInFlight = 8;
 
 // Shared memory before the program's pages, in bytes.
 constexpr uint32_t kLandedAt = 0;       // [kLoadsInFlight] mbarriers: a load's weights are there
-constexpr uint32_t kProgressAt = 64;    // consumer warps that ended an instruction, summed over instructions
-constexpr uint32_t kSmAt = 72;          // the block's own number, and 0: see Worker::begin_call
-constexpr uint32_t kEpochAt = 80;       // the step's: see StepArguments
-constexpr uint32_t kBegunAt = 84;       // steps begun after the first, and kLastStep
+constexpr uint32_t kProgressAt = 64;    // [kConsumerWarps] instructions that a warp has ended
+constexpr uint32_t kSmAt = 96;          // the block's own number, and 0: see Worker::begin_call
+constexpr uint32_t kEpochAt = 104;      // the step's: see StepArguments
+constexpr uint32_t kBegunAt = 108;      // steps begun after the first, and kLastStep
 constexpr uint32_t kScalesAt = 128;     // [kRowChunk] floats: what RMS norm multiplies a row's sums by
-constexpr uint32_t kSquaresAt = 192;    // [kRowChunk][kConsumerWarps] floats
-constexpr uint32_t kSelectionAt = 704;  // [kConsumerWarps] of 8 bytes and of 4: a step's results; attention's rows to merge
-constexpr uint32_t kSumsAt = 1024;      // of a linear op's warps: [column groups][kConsumerWarps][rows][kColumnGroup] floats
+constexpr uint32_t kSelectionAt = 192;  // [kConsumerWarps] of 8 bytes and of 4: a step's results; attention's rows to merge
+constexpr uint32_t kSquaresAt = 1024;   // [kRowChunk][blocks of kStagedBlock elements of K, at most 32] floats
+constexpr uint32_t kSumsAt = 3072;      // of a linear op's warps: [column groups][kConsumerWarps][rows][kColumnGroup] floats
 constexpr uint32_t kSumsBytes = 16384;
 constexpr uint32_t kReservedBytes = kSumsAt + kSumsBytes;
 
@@ -74,9 +74,9 @@ struct Worker {
     // A zero that the compiler does not know. What is computed from it is computed where it is used.
     __device__ __forceinline__ uint32_t zero() const { return ptx::load_shared<uint32_t>(shared + kSmAt + 4); }
     // After an instruction, or in its place where a step has no use for it.
-    __device__ __forceinline__ void next(bool has_loaded) {
-        instruction++;
-        loads += has_loaded;
+    __device__ __forceinline__ void next(uint32_t num_loads, uint32_t instructions = 1) {
+        instruction += instructions;
+        loads += num_loads;
     }
     // Whether input `number` is yet to be brought to shared memory; from now on it is there.
     __device__ __forceinline__ bool takes(uint32_t number) {

@@ -2,6 +2,7 @@
 
 from xdsl.dialects.builtin import ModuleOp
 
+from megakernel.cuda_constants import K_BLOCK, STAGED_BLOCK
 from megakernel.dialect.tiled_ops import AttentionOp, FusedLinearOp, TiledOp
 from megakernel.passes.context import PassContext, PlanError
 from megakernel.tiles import grain_of, max_k_tiles, width_of
@@ -17,6 +18,7 @@ def tile_op(op: TiledOp, context: PassContext) -> None:
     plan = context.op_plan(op.role)
     check_columns(op, plan.tile_columns, context)
     check_k_tiles(op, plan.num_k_tiles, context.machine.kind)
+    check_k_blocks(op, plan.load_k, plan.input_k)
     op.decide(tile_columns=min(plan.tile_columns, width_of(op)), num_k_tiles=plan.num_k_tiles)
 
 
@@ -35,3 +37,13 @@ def check_k_tiles(op: TiledOp, num_k_tiles: int, kind: str) -> None:
     most = max_k_tiles(op.in_features, kind) if isinstance(op, FusedLinearOp) else 1
     if not 1 <= num_k_tiles <= most:
         raise PlanError(f"{op.label.data}: num_k_tiles must be 1 to {most}, got {num_k_tiles}")
+
+
+def check_k_blocks(op: TiledOp, load_k: int, input_k: int) -> None:
+    if load_k < 0 or load_k % K_BLOCK:
+        raise PlanError(f"{op.label.data}: load_k must be a multiple of {K_BLOCK}, got {load_k}")
+    if input_k and (not load_k or input_k % load_k or input_k % STAGED_BLOCK):
+        raise PlanError(
+            f"{op.label.data}: input_k must be a multiple of load_k, {load_k}, and of {STAGED_BLOCK}, "
+            f"got {input_k}"
+        )

@@ -22,6 +22,8 @@ struct InputLayout {
     static __device__ __forceinline__ uint32_t sums_at(uint32_t units) { return kChunk * row_bytes(units); }
 };
 
+constexpr uint32_t kStagedBlock = 256;  // elements that a warp stages at once
+
 struct Eight {
     float x[8];
 };
@@ -79,86 +81,70 @@ __device__ __forceinline__ float sum_of_pair(uint32_t pair) {
                              : ptx::bf16_to_float(low) + ptx::bf16_to_float(high);
 }
 
-// Rows [r0, r0 + count) over units [u0, u1) into `to`; all consumers. Ends with all of it visible to them, but for
-// the scales, which are after the next barrier. Elements past kIn are zeros.
-template <Format F, int kRows, int kIn, class Source>
-__device__ __forceinline__ void stage_input(const Worker& w, const Source source, int r0, int count, uint32_t u0, uint32_t u1,
-                                            SharedAddress to) {
+// Rows [r0, r0 + count) over units [u0, u0 + kUnits) into `to`; all consumers. Ends with all of it visible to them, but for
+// the scales, which are there after the barrier that follows the last of K. Elements past kIn are zeros.
+//
+// A warp takes blocks of 256 elements, and leaves the sum of squares of each: what a row's scale is depends on neither how
+// much of K is staged at once nor the rows beside it.
+template <Format F, int kRows, int kIn, uint32_t kUnits, class Source>
+__device__ __forceinline__ void stage_input(const Worker& w, const Source source, int r0, int count, uint32_t u0, SharedAddress to) {
     using Layout = InputLayout<F, kRows>;
-    constexpr uint32_t kPadded = num_units(F, kIn) * unit_k(F);
-    constexpr uint32_t kStep = kConsumers * 8;
-    constexpr int kTimes = (kPadded + kStep - 1) / kStep;
-    // Loads that are on their way at once: of some rows, or of a row's parts.
-    constexpr int kRowsAtOnce = Layout::kChunk < 4 ? Layout::kChunk : 4;
-    constexpr int kTimesAtOnce = kRowsAtOnce >= 4 ? 1 : kTimes < 4 / kRowsAtOnce ? kTimes : 4 / kRowsAtOnce;
-    const uint32_t first = u0 * unit_k(F), end = u1 * unit_k(F), units = u1 - u0;
-    const uint32_t from = Source::kIsNormed ? 0 : first, until = Source::kIsNormed ? kPadded : end;
+    constexpr uint32_t kBlocks = (kUnits * unit_k(F) + kStagedBlock - 1) / kStagedBlock;  // of a row
+    constexpr uint32_t kAllBlocks = (kIn + kStagedBlock - 1) / kStagedBlock;
+    constexpr uint32_t kMost = kBlocks * Layout::kChunk, kTimes = (kMost + kConsumerWarps - 1) / kConsumerWarps;
+    constexpr uint32_t kAtOnce = kTimes < 4 ? kTimes : 4;  // loads that are on their way at once
+    const uint32_t first = u0 * unit_k(F), num_blocks = kBlocks * count;
 #pragma unroll 1
-    for (int row0 = 0; row0 < count; row0 += kRowsAtOnce) {
-        float squares[kRowsAtOnce] = {};
-        // Every lane goes round as often: sums of a scale group are shuffled.
-#pragma unroll 1
-        for (uint32_t base = from; base < until; base += kTimesAtOnce * kStep) {
-            Eight x[kTimesAtOnce][kRowsAtOnce];
+    for (uint32_t base = w.warp; base < num_blocks; base += kAtOnce * kConsumerWarps) {
+        Eight x[kAtOnce];
 #pragma unroll
-            for (int i = 0; i < kTimesAtOnce; i++) {
-                const uint32_t k = base + i * kStep + w.thread * 8;
+        for (uint32_t i = 0; i < kAtOnce; i++) {
+            const uint32_t number = base + i * kConsumerWarps;
+            const uint32_t k = first + number % kBlocks * kStagedBlock + w.lane * 8;
+            x[i] = {};
+            if (number < num_blocks && k < kIn) x[i] = source.load(w, r0 + number / kBlocks, k);
+        }
 #pragma unroll
-                for (int r = 0; r < kRowsAtOnce; r++) {
-                    x[i][r] = {};
-                    if (k < until && k < kIn && row0 + r < count) x[i][r] = source.load(w, r0 + row0 + r, k);
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < kTimesAtOnce; i++) {
-                const uint32_t k = base + i * kStep + w.thread * 8;
-                const bool is_staged = k >= first && k < end;
+        for (uint32_t i = 0; i < kAtOnce; i++) {
+            const uint32_t number = base + i * kConsumerWarps, row = number / kBlocks;
+            const uint32_t in_row = number % kBlocks * kStagedBlock + w.lane * 8, k = first + in_row;
+            if (number >= num_blocks) break;
+            const bool is_staged = in_row < kUnits * unit_k(F) && k < num_units(F, kIn) * unit_k(F);
+            Eight& own = x[i];
+            if constexpr (Source::kIsNormed) {
                 Eight weight{};
-                if constexpr (Source::kIsNormed)
-                    if (k < kIn) weight = source.weights(k);
+                if (k < kIn) weight = source.weights(k);
+                float squares = 0;
 #pragma unroll
-                for (int r = 0; r < kRowsAtOnce; r++) {
-                    const int row = row0 + r;
-                    if (row >= count) break;
-                    Eight& own = x[i][r];
-                    if constexpr (Source::kIsNormed)
-#pragma unroll
-                        for (int e = 0; e < 8; e++) {
-                            squares[r] = fma_f32(own.x[e], own.x[e], squares[r]);
-                            own.x[e] *= weight.x[e];
-                        }
-                    const uint4 rounded = {pack_pair<F>(own.x[0], own.x[1]), pack_pair<F>(own.x[2], own.x[3]),
-                                           pack_pair<F>(own.x[4], own.x[5]), pack_pair<F>(own.x[6], own.x[7])};
-                    if (is_staged) ptx::store_shared(to + row * Layout::row_bytes(units) + (k - first) * 2, rounded);
-                    if constexpr (is_4bit(F)) {
-                        float sum = (sum_of_pair<F>(rounded.x) + sum_of_pair<F>(rounded.y)) +
-                                    (sum_of_pair<F>(rounded.z) + sum_of_pair<F>(rounded.w));
-#pragma unroll
-                        for (uint32_t mask = 1; mask < scale_group(F) / 8; mask *= 2) sum += ptx::shuffle_xor(sum, mask);
-                        if (is_staged && k % scale_group(F) == 0)
-                            ptx::store_shared(
-                                to + Layout::sums_at(units) + ((k - first) / scale_group(F) * Layout::kSumsARow + row) * 4, sum);
-                    }
+                for (int e = 0; e < 8; e++) {
+                    squares = fma_f32(own.x[e], own.x[e], squares);
+                    own.x[e] *= weight.x[e];
                 }
+#pragma unroll
+                for (uint32_t mask = kLanes / 2; mask; mask /= 2) squares += ptx::shuffle_xor(squares, mask);
+                if (w.lane == 0)
+                    ptx::store_shared(w.shared + kSquaresAt + (row * kAllBlocks + k / kStagedBlock) * 4, squares);
+            }
+            const uint4 rounded = {pack_pair<F>(own.x[0], own.x[1]), pack_pair<F>(own.x[2], own.x[3]),
+                                   pack_pair<F>(own.x[4], own.x[5]), pack_pair<F>(own.x[6], own.x[7])};
+            if (is_staged) ptx::store_shared(to + row * Layout::row_bytes(kUnits) + in_row * 2, rounded);
+            if constexpr (is_4bit(F)) {
+                float sum = (sum_of_pair<F>(rounded.x) + sum_of_pair<F>(rounded.y)) +
+                            (sum_of_pair<F>(rounded.z) + sum_of_pair<F>(rounded.w));
+#pragma unroll
+                for (uint32_t mask = 1; mask < scale_group(F) / 8; mask *= 2) sum += ptx::shuffle_xor(sum, mask);
+                if (is_staged && k % scale_group(F) == 0)
+                    ptx::store_shared(to + Layout::sums_at(kUnits) + (in_row / scale_group(F) * Layout::kSumsARow + row) * 4, sum);
             }
         }
-        if constexpr (Source::kIsNormed)
-#pragma unroll
-            for (int r = 0; r < kRowsAtOnce; r++) {
-                if (row0 + r >= count) break;
-#pragma unroll
-                for (uint32_t mask = kLanes / 2; mask; mask /= 2) squares[r] += ptx::shuffle_xor(squares[r], mask);
-                if (w.lane == 0)
-                    ptx::store_shared(w.shared + kSquaresAt + ((row0 + r) * kConsumerWarps + w.warp) * 4, squares[r]);
-            }
     }
     sync_consumers();
     if constexpr (Source::kIsNormed) {
-        if (w.thread < static_cast<uint32_t>(count)) {
+        if (u0 + kUnits >= num_units(F, kIn) && w.thread < static_cast<uint32_t>(count)) {
             float total = 0;
 #pragma unroll
-            for (uint32_t i = 0; i < kConsumerWarps; i++)
-                total += ptx::load_shared<float>(w.shared + kSquaresAt + (w.thread * kConsumerWarps + i) * 4);
+            for (uint32_t i = 0; i < kAllBlocks; i++)
+                total += ptx::load_shared<float>(w.shared + kSquaresAt + (w.thread * kAllBlocks + i) * 4);
             const float scale = ptx::reciprocal_sqrt(total / kIn + source.eps);
             ptx::store_shared(w.shared + kScalesAt + w.thread * 4, scale);
         }

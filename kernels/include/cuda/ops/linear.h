@@ -127,26 +127,29 @@ struct Unit {
     }
 };
 
-// Adds a warp's share of units [u0, u1) to c[groups][tiles]: `weights` is the first group's first unit.
-template <Format F, int kRows, int kGroups>
+// Adds a warp's share of units [u0, u1) to c[groups][tiles]: `weights` is the first group's first of these units, `input`
+// where unit `x0` is, of `kInputUnits`.
+template <Format F, int kRows, int kGroups, uint32_t kInputUnits>
 __device__ __forceinline__ void accumulate(const Worker& w, float (&c)[kGroups][InputLayout<F, kRows>::kTiles][4],
-                                           SharedAddress weights, SharedAddress input, int count, uint32_t u0, uint32_t u1) {
+                                           SharedAddress weights, SharedAddress input, int count, uint32_t u0, uint32_t u1,
+                                           uint32_t x0) {
     using Layout = InputLayout<F, kRows>;
     constexpr int kTiles = Layout::kTiles;
     constexpr int kSteps = unit_k(F) / 16;        // matrix instructions a unit
     constexpr int kParts = is_float(F) ? 1 : scale_groups(F);  // of which each have scales of their own
     const uint32_t g = w.lane / 4, t = w.lane % 4, most = count - 1;
-    const uint32_t units = u1 - u0, run = units * unit_bytes(F);
+    const uint32_t run = (u1 - u0) * unit_bytes(F);
     uint32_t row_at[kTiles], low_at[kTiles], high_at[kTiles];
 #pragma unroll
     for (int n = 0; n < kTiles; n++) {  // rows past the last read the last: their sums are not stored
         const uint32_t row = n * 8 + g, low = n * 8 + 2 * t, high = low + 1;
-        row_at[n] = input + (row < most ? row : most) * Layout::row_bytes(units) + t * 16;
-        low_at[n] = input + Layout::sums_at(units) + (low < most ? low : most) * 4;
-        high_at[n] = input + Layout::sums_at(units) + (high < most ? high : most) * 4;
+        row_at[n] = input + (row < most ? row : most) * Layout::row_bytes(kInputUnits) + t * 16;
+        low_at[n] = input + Layout::sums_at(kInputUnits) + (low < most ? low : most) * 4;
+        high_at[n] = input + Layout::sums_at(kInputUnits) + (high < most ? high : most) * 4;
     }
 #pragma unroll (kGroups == 1 ? 2 : 1)
-    for (uint32_t at = (w.warp - u0) % kConsumerWarps; at < units; at += kConsumerWarps) {
+    for (uint32_t u = u0 + (w.warp - u0) % kConsumerWarps; u < u1; u += kConsumerWarps) {
+        const uint32_t at = u - x0;  // of the input
         uint4 x[kSteps / 2][kTiles];  // two steps each
         float sums[kParts][kTiles][2];
 #pragma unroll
@@ -161,7 +164,7 @@ __device__ __forceinline__ void accumulate(const Worker& w, float (&c)[kGroups][
                 sums[j][n][1] = ptx::load_shared<float>(high_at[n] + group);
             }
         }
-        const SharedAddress first = weights + at * unit_bytes(F);
+        const SharedAddress first = weights + (u - u0) * unit_bytes(F);
         Unit<F> next(w, first);
 #pragma unroll
         for (int group = 0; group < kGroups; group++) {
@@ -209,9 +212,9 @@ __device__ __forceinline__ Place place_of(const Worker& w, int r0, int count, in
 }
 
 // Column groups [group0, group0 + kGroups) of a tile: products, the warps' sums added up, and handed to the sink.
-template <Format F, int kRows, int kGroups, class Sink>
-__device__ __forceinline__ void linear_pass(const Worker& w, const Sink& sink, int r0, int count, int group0, uint32_t u0,
-                                            uint32_t u1, SharedAddress weights, SharedAddress input, uint32_t parity) {
+template <Format F, int kRows, int kGroups, class Sink, class Products>
+__device__ __forceinline__ void linear_pass(const Worker& w, const Sink& sink, int r0, int count, int group0, uint32_t parity,
+                                            const Products& add_products) {
     using Where = Sums<kRows, kGroups>;
     constexpr int kTiles = InputLayout<F, kRows>::kTiles;
     constexpr int kAtOnce = Where::kGroupsAtOnce;
@@ -220,7 +223,7 @@ __device__ __forceinline__ void linear_pass(const Worker& w, const Sink& sink, i
     for (int batch = 0; batch < Where::kBatches; batch++)
         held[batch] = sink.fetch(place_of<Where>(w, r0, count, group0 + batch * kAtOnce, group0 + kGroups));
     float c[kGroups][kTiles][4] = {};
-    accumulate<F, kRows, kGroups>(w, c, weights + group0 * (u1 - u0) * unit_bytes(F), input, count, u0, u1);
+    add_products(c);
 
     const uint32_t g = w.lane / 4, t = w.lane % 4;
     const SharedAddress sums = w.shared + kSumsAt + (Where::kAlternates ? parity % 2 * (kSumsBytes / 2) : 0);
@@ -260,38 +263,73 @@ __device__ __forceinline__ void linear_pass(const Worker& w, const Sink& sink, i
     if (!Where::kAlternates) sync_consumers();
 }
 
-// One tile: kColumns columns from the first group in `weights`, units [u0, u1) of K. `is_new_input`: whether their
-// input is yet to be brought to shared memory.
-template <Format F, int kRows, int kIn, int kColumns, class Source, class Sink>
-__device__ __forceinline__ void linear_tile(const Worker w, const Source source, const Sink sink, uint32_t u0, uint32_t u1,
-                                            SharedAddress weights, SharedAddress input, bool is_new_input) {
+// One tile: kColumns columns, the whole of K, rows [r_begin, r_end) of the step. Its weights come in loads of kLoadUnits
+// units, load i to page_of(i), its input is staged in blocks of kInputUnits, whole loads. `is_new_input`: whether it is yet
+// to be. Where there are several loads, rows are at most kRowChunk and all column groups go in one pass.
+template <Format F, int kRows, int kIn, int kColumns, uint32_t kLoadUnits, uint32_t kInputUnits, class Source, class Sink, class PageOf>
+__device__ __forceinline__ void linear_tile(Worker w, const Source source, const Sink sink, int r_begin, int r_end,
+                                            const PageOf& page_of, SharedAddress input, bool is_new_input, uint32_t parity) {
     using Layout = InputLayout<F, kRows>;
+    constexpr uint32_t kUnits = num_units(F, kIn), kLoads = (kUnits + kLoadUnits - 1) / kLoadUnits;
     constexpr int kGroups = (kColumns + kColumnGroup - 1) / kColumnGroup;
-    constexpr int kAtOnce = kGroups < most_groups(F, Layout::kTiles) ? kGroups : most_groups(F, Layout::kTiles);
-    constexpr int kPasses = (kGroups + kAtOnce - 1) / kAtOnce, kRest = kGroups % kAtOnce;
-    const int rows = w.step.num_rows;
-    bool has_landed = false;
-    for (int r0 = 0; r0 < kRows && r0 < rows; r0 += kRowChunk) {
-        const int count = rows - r0 < Layout::kChunk ? rows - r0 : Layout::kChunk;
-        if (kRows > kRowChunk || is_new_input) {
-            sync_consumers();  // what this SM's ops before wrote is there; the chunk before has been read
-            stage_input<F, kRows, kIn>(w, source, r0, count, u0, u1, input);
-        }
-        trace(w, kStaged);
-        if (!has_landed) wait_landed(w);
-        has_landed = true;
-        trace(w, kLanded);
+    constexpr int kMost = kLoads > 1 ? kGroups : most_groups(F, Layout::kTiles);
+    constexpr int kAtOnce = kGroups < kMost ? kGroups : kMost, kRest = kGroups % kAtOnce;
+    constexpr int kPasses = (kGroups + kAtOnce - 1) / kAtOnce;
+    const int rows = w.step.num_rows < r_end ? w.step.num_rows : r_end;
+    if constexpr (kLoads > 1) {
+        const int count = rows - r_begin;
+        linear_pass<F, kRows, kGroups>(w, sink, r_begin, count, 0, parity, [&](auto& c) {
 #pragma unroll 1
-        for (int pass = 0; pass < kGroups / kAtOnce; pass++)
-            linear_pass<F, kRows, kAtOnce>(w, sink, r0, count, pass * kAtOnce, u0, u1, weights, input, w.loads + pass);
-        if constexpr (kRest > 0)
-            linear_pass<F, kRows, kRest>(w, sink, r0, count, kGroups - kRest, u0, u1, weights, input, w.loads + kPasses - 1);
+            for (uint32_t load = 0; load < kLoads; load++) {
+                const uint32_t u0 = load * kLoadUnits, u1 = u0 + kLoadUnits < kUnits ? u0 + kLoadUnits : kUnits;
+                const uint32_t x0 = u0 / kInputUnits * kInputUnits;
+                if (u0 == x0 && (kInputUnits < kUnits || is_new_input)) {
+                    sync_consumers();  // what this SM's ops before wrote is there; the input before has been read
+                    stage_input<F, kRows, kIn, kInputUnits>(w, source, r_begin, count, x0, input);
+                }
+                if (load == 0) trace(w, kStaged);
+                wait_landed(w);
+                if (load == 0) trace(w, kLanded);
+                accumulate<F, kRows, kGroups, kInputUnits>(w, c, page_of(load), input, count, u0, u1, x0);
+                if (load + 1 == kLoads) continue;  // the tile's output keeps the last one's pages
+                report_progress(w);
+                w.next(1);
+            }
+        });
         trace(w, kMultiplied);
-        sink.end(w, r0, count);
-        // The next tile's first pass may have the parity of the last, or other bounds: those sums must have been read.
-        if (kPasses > 1) sync_consumers();
+        sink.end(w, r_begin, count);
+    } else {
+        static_assert(kInputUnits >= kUnits);
+        bool has_landed = false;
+        for (int r0 = r_begin; r0 < rows; r0 += kRowChunk) {
+            const int count = rows - r0 < Layout::kChunk ? rows - r0 : Layout::kChunk;
+            if (kRows > kRowChunk || is_new_input) {
+                sync_consumers();  // what this SM's ops before wrote is there; the chunk before has been read
+                stage_input<F, kRows, kIn, kUnits>(w, source, r0, count, 0, input);
+            }
+            trace(w, kStaged);
+            if (!has_landed) wait_landed(w);
+            has_landed = true;
+            trace(w, kLanded);
+            const SharedAddress weights = page_of(0);
+#pragma unroll 1
+            for (int pass = 0; pass < kGroups / kAtOnce; pass++)
+                linear_pass<F, kRows, kAtOnce>(w, sink, r0, count, pass * kAtOnce, parity + pass, [&](auto& c) {
+                    accumulate<F, kRows, kAtOnce, kUnits>(w, c, weights + pass * kAtOnce * kUnits * unit_bytes(F), input, count,
+                                                          0, kUnits, 0);
+                });
+            if constexpr (kRest > 0)
+                linear_pass<F, kRows, kRest>(w, sink, r0, count, kGroups - kRest, parity + kPasses - 1, [&](auto& c) {
+                    accumulate<F, kRows, kRest, kUnits>(w, c, weights + (kGroups - kRest) * kUnits * unit_bytes(F), input, count,
+                                                        0, kUnits, 0);
+                });
+            trace(w, kMultiplied);
+            sink.end(w, r0, count);
+            // The next tile's first pass may have the parity of the last: those sums must have been read.
+            if (kPasses > 1) sync_consumers();
+        }
+        if (!has_landed) wait_landed(w);
     }
-    if (!has_landed) wait_landed(w);
     report_progress(w);
 }
 

@@ -4,12 +4,22 @@
 #include "cuda/barrier.h"
 #include "cuda/packed.h"
 
+#ifndef HEADRACE_BYTES_IN_FLIGHT
+#define HEADRACE_BYTES_IN_FLIGHT 32768
+#endif
+
 namespace headrace {
 
-// Units [u0, u1) of `num_groups` column groups from `group` on, group after group without gaps.
+// What a loader lets be under way at once: enough for the memory's bandwidth. Where all SMs ask for all that they have
+// room for, counters and activations queue behind it for microseconds.
+constexpr uint32_t kBytesInFlight = HEADRACE_BYTES_IN_FLIGHT;
+constexpr uint32_t kCopyGroupBytes = 2048;
+
+// Units [u0, u1) of `num_groups` column groups from `group` on, group after group without gaps, once the consumers have ended
+// the worker's first `after` instructions.
 template <Format F, int kIn>
-__device__ __forceinline__ void load_tile(const Worker w, int64_t offset, uint32_t group, uint32_t num_groups, uint32_t u0,
-                                       uint32_t u1, SharedAddress to, uint32_t after) {
+__device__ __forceinline__ void load_units(const Worker& w, int64_t offset, uint32_t group, uint32_t num_groups, uint32_t u0,
+                                           uint32_t u1, SharedAddress to, uint32_t after) {
     wait_progress(w, after);
     trace(w, kBegun);
     constexpr int64_t kGroupBytes = group_bytes(F, kIn);
@@ -23,13 +33,31 @@ __device__ __forceinline__ void load_tile(const Worker w, int64_t offset, uint32
         ptx::sync_warp();
     } else {
         for (uint32_t i = 0; i < num_groups; i++) {
-#pragma unroll 4
-            for (uint32_t at = w.lane * 16; at < run; at += kLanes * 16)
-                ptx::copy_async_16(to + i * run + at, from + i * kGroupBytes + at);
+#pragma unroll 1
+            for (uint32_t base = w.lane * 16; base < run; base += kCopyGroupBytes) {
+#pragma unroll
+                for (uint32_t j = 0; j < kCopyGroupBytes; j += kLanes * 16)
+                    if (base + j < run) ptx::copy_async_16(to + i * run + base + j, from + i * kGroupBytes + base + j);
+                ptx::copy_async_commit();
+                ptx::copy_async_wait<kBytesInFlight / kCopyGroupBytes - 1>();
+            }
         }
         ptx::copy_async_arrive(w.landed());
     }
     trace(w, kWaited);
+}
+
+// A tile's weights in loads of kLoadUnits units: load i to page_of(i), as soon as after_of(i) instructions have ended.
+template <Format F, int kIn, uint32_t kLoadUnits, class PageOf, class AfterOf>
+__device__ __forceinline__ void load_tile(Worker& w, int64_t offset, uint32_t group, uint32_t num_groups, const PageOf& page_of,
+                                          const AfterOf& after_of) {
+    constexpr uint32_t kUnits = num_units(F, kIn), kLoads = (kUnits + kLoadUnits - 1) / kLoadUnits;
+#pragma unroll 1
+    for (uint32_t load = 0; load < kLoads; load++) {
+        const uint32_t u0 = load * kLoadUnits, u1 = u0 + kLoadUnits < kUnits ? u0 + kLoadUnits : kUnits;
+        load_units<F, kIn>(w, offset, group, num_groups, u0, u1, page_of(load), after_of(load));
+        w.next(1);
+    }
 }
 
 // Whether any span of columns [n0, n1) of the head is wanted: the same answer for both roles.

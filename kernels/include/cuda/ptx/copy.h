@@ -16,6 +16,15 @@ __device__ __forceinline__ void copy_async_arrive(SharedAddress mbarrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(mbarrier) : "memory");
 }
 
+// Ends a group of this thread's copy_async_16.
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until at most `kGroups` of the thread's groups, the last ones, are under way.
+template <int kGroups>
+__device__ __forceinline__ void copy_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
 // Hopper: counts `bytes` towards what mbarrier_arrive_expect announced. Shared memory that was written otherwise
 // needs a fence_async_shared first.
 __device__ __forceinline__ void copy_bulk(SharedAddress to, const void* from, uint32_t bytes, SharedAddress mbarrier) {
