@@ -14,6 +14,8 @@ from megakernel.program import (
     Prologue,
     Space,
     attention_columns,
+    fits_heads,
+    has_shared_heads,
     max_splits,
     parts_of,
     split_blocks,
@@ -138,6 +140,8 @@ def _instruction_problem(program: Program, instruction: Instruction) -> str:
     grain = _grain(program, op)
     if instruction.n0 % grain or (instruction.n1 % grain and instruction.n1 != width):
         return f"the range does not start and end at multiples of {grain}"
+    if has_shared_heads(program, op) and not _is_within_heads(instruction, program.geometry.head_dim):
+        return f"the range is neither whole heads of {program.geometry.head_dim} nor an even part of one"
     if not -1 <= instruction.signal < program.num_counters:
         return f"signals counter {instruction.signal}, of {program.num_counters}"
     for wait in instruction.waits:
@@ -197,13 +201,18 @@ def _grain(program: Program, op: Op) -> int:
     """What an instruction's range starts and ends at multiples of, for the epilogue's sake."""
     match op.epilogue:
         case Epilogue.ROPE_APPEND:
-            return program.geometry.head_dim
+            return 1 if has_shared_heads(program, op) else program.geometry.head_dim
         case Epilogue.SWIGLU:
             return 2 * program.swiglu_group
         case Epilogue.LOGITS:
             return program.stats_span
         case _:
             return 1
+
+
+def _is_within_heads(instruction: Instruction, head_dim: int) -> bool:
+    columns = instruction.n1 - instruction.n0
+    return fits_heads(columns, head_dim) and instruction.n0 % min(columns, head_dim) == 0
 
 
 def _check_k_tiles(program: Program) -> None:
