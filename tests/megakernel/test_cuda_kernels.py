@@ -32,8 +32,8 @@ AT_ONCE = 2
 BULK = ("-DHEADRACE_BULK_COPY=1",)
 
 
-def model_of(case: Case, weights, edit=None) -> EmulatedModel:
-    return EmulatedModel([case.program], weights, flags=BULK * case.is_bulk, edit=edit)
+def model_of(case: Case, weights, edit=None, flags=()) -> EmulatedModel:
+    return EmulatedModel([case.program], weights, flags=BULK * case.is_bulk + flags, edit=edit)
 
 
 def check(case: Case, num_interleavings: int) -> None:
