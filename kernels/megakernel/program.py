@@ -251,6 +251,11 @@ def fits_heads(columns: int, head_dim: int) -> bool:
     return head_dim == 0 or columns % head_dim == 0 or head_dim % columns == 0
 
 
+def is_within_heads(n0: int, n1: int, head_dim: int) -> bool:
+    """Whether columns [n0, n1) are whole heads, or one of a head's equal parts."""
+    return fits_heads(n1 - n0, head_dim) and n0 % min(n1 - n0, head_dim) == 0
+
+
 def has_shared_heads(program: Program, op: Op) -> bool:
     """Whether a head of the op may be of several instructions."""
     return program.kind == "cuda" and op.epilogue is Epilogue.ROPE_APPEND

@@ -14,8 +14,8 @@ from megakernel.program import (
     Prologue,
     Space,
     attention_columns,
-    fits_heads,
     has_shared_heads,
+    is_within_heads,
     max_splits,
     parts_of,
     split_blocks,
@@ -140,8 +140,9 @@ def _instruction_problem(program: Program, instruction: Instruction) -> str:
     grain = _grain(program, op)
     if instruction.n0 % grain or (instruction.n1 % grain and instruction.n1 != width):
         return f"the range does not start and end at multiples of {grain}"
-    if has_shared_heads(program, op) and not _is_within_heads(instruction, program.geometry.head_dim):
-        return f"the range is neither whole heads of {program.geometry.head_dim} nor an even part of one"
+    dim = program.geometry.head_dim
+    if has_shared_heads(program, op) and not is_within_heads(instruction.n0, instruction.n1, dim):
+        return f"the range is neither whole heads of {dim} nor an equal part of one"
     if not -1 <= instruction.signal < program.num_counters:
         return f"signals counter {instruction.signal}, of {program.num_counters}"
     for wait in instruction.waits:
@@ -208,11 +209,6 @@ def _grain(program: Program, op: Op) -> int:
             return program.stats_span
         case _:
             return 1
-
-
-def _is_within_heads(instruction: Instruction, head_dim: int) -> bool:
-    columns = instruction.n1 - instruction.n0
-    return fits_heads(columns, head_dim) and instruction.n0 % min(columns, head_dim) == 0
 
 
 def _check_k_tiles(program: Program) -> None:

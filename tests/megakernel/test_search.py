@@ -121,7 +121,7 @@ def test_list_schedule_fits_the_scratch_memory(name, machine, bucket):
 @pytest.mark.parametrize("machine", ["l20", "h100"])
 @pytest.mark.parametrize("bucket", [1, 64])
 def test_on_a_gpu_a_head_may_be_of_several_tiles(name, machine, bucket):
-    """QKV tiles that are planned or tried are whole heads or even parts of one; on an H100 K stays whole."""
+    """QKV tiles that are planned or tried are whole heads or equal parts of one; on an H100 K stays whole."""
     shape, target = SHAPES[name], load_machine(machine)
     plans = [list_schedule(shape, target, bucket), default_plan(shape, target, bucket)]
     tilings = Tilings(shape, target, bucket, known=plans)

@@ -384,12 +384,12 @@ def test_a_column_is_there_once_all_tiles_of_its_head_are_done():
 
 
 @pytest.mark.parametrize(("n0", "n1"), [(8, 24), (0, 12), (4, 12), (0, 24)])
-def test_a_tile_is_whole_heads_or_an_even_part_of_one(n0, n1):
+def test_a_tile_is_whole_heads_or_an_equal_part_of_one(n0, n1):
     recipe = Recipe(workers=2, attention_parts=2, tile_columns={"qkv": 8})
     program = msgspec.structs.replace(build_program(SHAPE, recipe), kind="cuda")
     worker, index = place(program, "layers.0.qkv", lambda one: one.n0 == 0)
     message = refused(change(program, worker, index, n0=n0, n1=n1), Hazard.STRUCTURE)
-    assert "neither whole heads of 16 nor an even part of one" in message
+    assert "neither whole heads of 16 nor an equal part of one" in message
 
 
 NUMBERS = st.sampled_from([-2, -1, 0, 1, 2, 3, 5, 16, 48, 96, 1000])

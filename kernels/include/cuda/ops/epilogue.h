@@ -155,11 +155,10 @@ struct WholeHeads {
     __device__ __forceinline__ float load(int, int row, int head, int column) const {
         return ptx::load_shared<float>(tile + ((row * kTileHeads + head) * kDim + column) * 4);
     }
-    // After all sums of a chunk: whether its heads are to be finished here.
-    __device__ __forceinline__ bool complete(const Worker&, int) const {
-        sync_consumers();
-        return true;
-    }
+    // After all sums of a chunk of rows.
+    __device__ __forceinline__ void arrive(const Worker&, int) const { sync_consumers(); }
+    // Whether its heads are to be finished here.
+    __device__ __forceinline__ bool is_last(const Worker&) const { return true; }
 };
 
 // Where a tile of a part of a head does: in global memory, for whoever brings the last of the head's sums. That is
@@ -182,7 +181,7 @@ struct PartOfHead {
     __device__ __forceinline__ float load(int r0, int row, int, int column) const {
         return ptx::load_global(sums - first + (r0 + row) * row_columns + column);
     }
-    __device__ __forceinline__ bool complete(const Worker& w, int r0) const {
+    __device__ __forceinline__ void arrive(const Worker& w, int r0) const {
         sync_consumers();
         if (w.thread == 0) {
             uint32_t* arrived = arrivals + r0 / kRowChunk;
@@ -190,6 +189,8 @@ struct PartOfHead {
             if (is_last) ptx::add_release(arrived, -kDim);
             ptx::store_shared<uint32_t>(w.shared + kSelectionAt, is_last);
         }
+    }
+    __device__ __forceinline__ bool is_last(const Worker& w) const {
         sync_consumers();
         return ptx::load_shared<uint32_t>(w.shared + kSelectionAt);
     }
@@ -215,14 +216,18 @@ struct RotateAppend : SimpleSink {
     // Ends with a barrier where it finishes heads: pages may be used again, and what was written be read.
     __device__ __forceinline__ void end(const Worker& w, int r0, int count) const {
         const int num_items = count * kTileHeads;
-        bool is_complete = false;
+        bool has_arrived = false;
 #pragma unroll 1
-        for (int item = w.warp; item < num_items || !is_complete; item += kConsumerWarps) {
-            // Warps without an item load another's: all must see whether the sums are complete.
+        for (int item = w.warp; item < num_items || !has_arrived; item += kConsumerWarps) {
+            // Warps without an item load another's: all arrive.
             const int row = (item < num_items ? item : 0) / kTileHeads, tile_head = item % kTileHeads;
-            const Head head(*this, w, r0 + row, first_head + tile_head);
-            if (!is_complete && !sums.complete(w, r0)) return;
-            is_complete = true;
+            // Nothing needs these before the barrier, nor what follows from them before the arrival is known.
+            const int position = ptx::load_settled(w.step.positions + r0 + row);
+            const int slot = ptx::load_settled(w.step.slots + r0 + row);
+            if (!has_arrived) sums.arrive(w, r0);
+            const Head head(*this, w, r0 + row, first_head + tile_head, position, slot);
+            if (!has_arrived && !sums.is_last(w)) return;
+            has_arrived = true;
             if (item < num_items) finish(w, head, r0, row, tile_head);
         }
         sync_consumers();
@@ -242,10 +247,9 @@ struct RotateAppend : SimpleSink {
         float biases[kPairs][2] = {};
         float norms[kPairs][2] = {};
 
-        __device__ __forceinline__ Head(const RotateAppend& sink, const Worker& w, int row, uint32_t head)
+        __device__ __forceinline__ Head(const RotateAppend& sink, const Worker& w, int row, uint32_t head, int position,
+                                        int64_t slot)
             : is_query(head < kHeads), is_value(head >= kHeads + kKvHeads) {
-            const int position = ptx::load_settled(w.step.positions + row);
-            const int64_t slot = ptx::load_settled(w.step.slots + row);
 #pragma unroll
             for (int p = 0; p < kPairs; p++) {
                 const uint32_t i = p * 32 + w.lane;
@@ -317,11 +321,11 @@ struct RotateAppend : SimpleSink {
     }
 };
 
-// Before a wait: where the step's rows turn to is sent for.
+// Before a wait: what the step's rows turn by is sent for, by the last warps first: the first one polls.
 template <int kDim>
 __device__ __forceinline__ void prefetch_turns(const Worker& w) {
     constexpr int kHalf = kDim / 2;
-    for (int row = w.warp; row < w.step.num_rows; row += kConsumerWarps) {
+    for (int row = kConsumerWarps - 1 - w.warp; row < w.step.num_rows; row += kConsumerWarps) {
         const int64_t position = ptx::load_settled(w.step.positions + row);
         if (w.lane * 16 < kHalf) ptx::prefetch(w.step.turns + position * kHalf + w.lane * 16);
     }
