@@ -186,7 +186,7 @@ struct PartOfHead {
         if (w.thread == 0) {
             uint32_t* arrived = arrivals + r0 / kRowChunk;
             const bool is_last = ptx::add_acquire_release(arrived, kColumns) == kDim - kColumns;
-            if (is_last) ptx::add_release(arrived, -kDim);
+            if (is_last) ptx::store_global(arrived, 0u);  // what it signals later releases that, too
             ptx::store_shared<uint32_t>(w.shared + kSelectionAt, is_last);
         }
     }
@@ -325,6 +325,7 @@ struct RotateAppend : SimpleSink {
 template <int kDim>
 __device__ __forceinline__ void prefetch_turns(const Worker& w) {
     constexpr int kHalf = kDim / 2;
+#pragma unroll 1
     for (int row = kConsumerWarps - 1 - w.warp; row < w.step.num_rows; row += kConsumerWarps) {
         const int64_t position = ptx::load_settled(w.step.positions + row);
         if (w.lane * 16 < kHalf) ptx::prefetch(w.step.turns + position * kHalf + w.lane * 16);
