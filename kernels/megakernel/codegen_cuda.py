@@ -14,9 +14,10 @@ import msgspec
 from megakernel.artifact import WeightLayout, lay_out_weights, matrix_names
 from megakernel.buffer_layout import lay_out_buffers
 from megakernel.codegen_limits import CodegenError
-from megakernel.cuda_call_source import ATTENDED, CallContext, CallSource
+from megakernel.cuda_call_source import ATTENDED, HEAD_SUMS, CallContext, CallSource
 from megakernel.cuda_calls import Call, Loop, Operands, calls_of
 from megakernel.cuda_constants import ASSERTION, RESERVED_BYTES, THREADS_A_BLOCK
+from megakernel.cuda_counters import counters_of
 from megakernel.cuda_limits import check_cuda_programs
 from megakernel.cuda_literals import Literals
 from megakernel.program import (
@@ -53,7 +54,10 @@ def generate_cuda(programs: Sequence[Program], formats: Mapping[str, str]) -> Ge
     # Attention's output of heads, merged: the instruction that brings a row's last split writes it, before it
     # signals; who may read the splits may read it.
     offsets[ATTENDED] = end
-    activation_bytes = end + 4 * programs[-1].bucket * q_columns(programs[0].geometry)
+    most_rows, geometry = programs[-1].bucket, programs[0].geometry
+    offsets[HEAD_SUMS] = end + 4 * most_rows * q_columns(geometry)
+    # Sums of heads that several QKV tiles make up: see PartOfHead of ops/epilogue.h.
+    activation_bytes = offsets[HEAD_SUMS] + 4 * most_rows * qkv_columns(geometry)
     first_counters, num_counters = [], 0
     for program in programs:
         first_counters.append(num_counters)
@@ -72,13 +76,12 @@ def generate_cuda(programs: Sequence[Program], formats: Mapping[str, str]) -> Ge
     )
 
 
-def counters_of(program: Program) -> int:
-    """Its own, the one that ends a step, and attention's arrivals: one a KV head and row."""
-    return program.num_counters + 1 + program.geometry.num_kv_heads * program.bucket
-
-
 def q_columns(geometry: Geometry) -> int:
     return geometry.num_heads * geometry.head_dim
+
+
+def qkv_columns(geometry: Geometry) -> int:
+    return q_columns(geometry) + 2 * geometry.num_kv_heads * geometry.head_dim
 
 
 class _Source:

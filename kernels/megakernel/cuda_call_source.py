@@ -8,6 +8,7 @@ import msgspec
 from megakernel.artifact import WeightLayout, matrix_names
 from megakernel.cuda_calls import Call, Pattern, Run, WaitAt, pattern_of
 from megakernel.cuda_constants import ROW_CHUNK
+from megakernel.cuda_counters import head_arrivals_at, row_chunks, split_arrivals_at
 from megakernel.cuda_literals import Literals
 from megakernel.program import (
     Epilogue,
@@ -23,6 +24,8 @@ from megakernel.program import (
 
 ATTENDED = "attended"
 """Of the activations: attention's output of heads, splits merged."""
+HEAD_SUMS = "head_sums"
+"""Of the activations: QKV's sums, of heads that several tiles make up."""
 
 
 class CallContext(msgspec.Struct, frozen=True, kw_only=True, eq=False):
@@ -31,7 +34,7 @@ class CallContext(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     program: Program
     layout: WeightLayout
     offsets: Mapping[str, int]
-    """Bytes from the start of the activations, by buffer name and of ATTENDED."""
+    """Bytes from the start of the activations, by buffer name, of ATTENDED and of HEAD_SUMS."""
     literals: Literals
     first_counter: int
 
@@ -89,6 +92,8 @@ class CallSource:
         """What is read after the waits, and does not depend on what is waited for."""
         if self.op.norm:
             yield f"prefetch_vector<{self.op.in_features}>(w, {self.vector('norm')});"
+        if self.op.epilogue is Epilogue.ROPE_APPEND and self.call.opcode is not Opcode.LINEAR_PARTIAL:
+            yield f"prefetch_turns<{self.program.geometry.head_dim}>(w);"
         if self.call.opcode is Opcode.ATTENTION:
             parts = parts_of(self.program)
             blocks = split_blocks("cuda", max_splits(self.program), parts)
@@ -260,7 +265,7 @@ class CallSource:
         """All of an SM's tiles in one call, in which they share a page."""
         op, program = self.op, self.program
         page = self.literal(lambda run: run.pages[PageRole.INPUT][0])
-        arrivals = self.context.first_counter + program.num_counters + 1
+        arrivals = self.context.first_counter + split_arrivals_at(program)
         attended = (
             f"{self.buffer(op.output)}, {program.buffers[op.output].columns}, {self.attended()}, "
             f"w.step.counters + {arrivals}, {program.bucket}"
@@ -317,14 +322,28 @@ class CallSource:
             case Epilogue.ROPE_APPEND:
                 bias = self.vector("bias") if op.biases else "nullptr"
                 norms = [self.vector(f"head_norm{i}") for i in range(len(op.head_norms))] or ["nullptr"] * 2
-                heads = f"{geometry.num_heads}, {geometry.num_kv_heads}, {geometry.head_dim}"
+                sums = self.head_sums()
+                kept = sums.partition("{")[0]
+                heads = f"{geometry.num_heads}, {geometry.num_kv_heads}"
                 has = f"{_bool(bool(op.biases))}, {_bool(bool(op.head_norms))}"
                 return (
-                    f"RotateAppend<{template}, {heads}, {has}>"
-                    f"{{n0, {self.page(PageRole.OUTPUT)}, {self.buffer(op.output)}, "
+                    f"RotateAppend<{kept}, {_bool(is_normed)}, {heads}, {has}>"
+                    f"{{{{}}, {sums}, n0 / {geometry.head_dim}, {self.buffer(op.output)}, "
                     f"static_cast<int>({self.number('layer')}), {bias}, {', '.join(norms)}, "
                     f"{_f32(geometry.rms_norm_eps)}}}"
                 )
+
+    def head_sums(self) -> str:
+        """Where a tile of QKV keeps sums until heads are complete."""
+        op, program, dim = self.op, self.program, self.program.geometry.head_dim
+        if self.call.columns % dim == 0:
+            return f"WholeHeads<{self.call.columns}, {dim}>{{{self.page(PageRole.OUTPUT)}}}"
+        arrivals = self.context.first_counter + head_arrivals_at(program)
+        return (
+            f"PartOfHead<{self.call.columns}, {dim}>"
+            f"{{{self.buffer_named(HEAD_SUMS)} + n0, {op.out_features}, n0 % {dim}, "
+            f"w.step.counters + {arrivals} + n0 / {dim} * {row_chunks(program)}}}"
+        )
 
 
 def _index(pattern: Pattern, index: str) -> str:

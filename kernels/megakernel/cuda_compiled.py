@@ -8,10 +8,11 @@ import msgspec
 
 from megakernel.artifact import Progress, WeightLayout, pack_weights
 from megakernel.build import Compiler
-from megakernel.codegen_cuda import GeneratedCuda, counters_of, generate_cuda
+from megakernel.codegen_cuda import GeneratedCuda, generate_cuda
 from megakernel.codegen_limits import KvFormat
 from megakernel.cuda_build import build_cubin, check_resources
 from megakernel.cuda_constants import THREADS_A_BLOCK
+from megakernel.cuda_counters import counters_of
 from megakernel.cuda_device import Grid
 from megakernel.model.shape import ModelShape
 from megakernel.model.weights import Weights

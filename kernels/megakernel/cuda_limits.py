@@ -7,7 +7,7 @@ from megakernel.codegen_limits import CodegenError, KvFormat, check_same_artifac
 from megakernel.cuda_constants import K_BLOCK, MAX_LOADS_AHEAD, RESERVED_BYTES, STATS_SPAN
 from megakernel.machine import Machine
 from megakernel.packing import GROUP
-from megakernel.program import Instruction, Opcode, PageRole, Program
+from megakernel.program import Epilogue, Instruction, Opcode, PageRole, Program, is_within_heads
 
 MAX_ROWS = 64
 MAX_GROUP = 16
@@ -49,8 +49,8 @@ def _check_sizes(program: Program) -> None:
 
 
 def _check_tiles(program: Program) -> None:
-    """That linear tiles are whole column groups and whole units of K, as weights are packed, and that their
-    weights are not loaded further ahead than loads are counted."""
+    """That linear tiles are whole column groups and whole units of K, as weights are packed, that QKV's
+    fit heads, and that weights are not loaded further ahead than loads are counted."""
     for instruction, loads_ahead in _instructions(program):
         op, name = program.ops[instruction.op], _tile_name(program, instruction)
         if loads_ahead > MAX_LOADS_AHEAD:
@@ -61,6 +61,10 @@ def _check_tiles(program: Program) -> None:
             continue
         if not _is_whole(instruction.n0, instruction.n1, GROUP, op.out_features):
             raise CodegenError(f"{name}: not whole groups of {GROUP} columns")
+        dim = program.geometry.head_dim
+        has_heads = op.epilogue is Epilogue.ROPE_APPEND
+        if has_heads and not is_within_heads(instruction.n0, instruction.n1, dim):
+            raise CodegenError(f"{name}: neither whole heads of {dim} nor an equal part of one")
         if not _is_whole(instruction.k0, instruction.k1, K_BLOCK, op.in_features):
             raise CodegenError(f"{name}: K is not divided in {K_BLOCK}s")
 

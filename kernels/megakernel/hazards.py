@@ -5,10 +5,21 @@ though x never does; outputs are counted element by element; and `explore_states
 any interleaving can reach.
 """
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from megakernel.program import Access, Instruction, Opcode, OpKind, Program, Space, reads_of, writes_of
+from megakernel.program import (
+    Access,
+    Instruction,
+    Opcode,
+    OpKind,
+    Program,
+    Space,
+    has_shared_heads,
+    reads_of,
+    writes_of,
+)
 
 BoolMatrix = npt.NDArray[np.bool_]
 
@@ -22,12 +33,11 @@ def find_hazard(program: Program) -> str | None:
     order = greedy_order(program)
     if len(order) < len(instructions):
         return f"stuck after {len(order)} of {len(instructions)} instructions"
-    return (
-        _page_hazard(program)
-        or _output_hazard(program, instructions)
-        or _k_hazard(program, instructions)
-        or _race(program, instructions, runnable_without(program, order))
-    )
+    found = _page_hazard(program) or _output_hazard(program, instructions) or _k_hazard(program, instructions)
+    if found:
+        return found
+    can = runnable_without(program, order)
+    return _race(program, instructions, can) or _race_of_heads(program, instructions, can)
 
 
 def greedy_order(program: Program) -> list[int]:
@@ -192,6 +202,31 @@ def _race(program: Program, instructions: list[Instruction], can: BoolMatrix) ->
         before, after = _rank(instructions[x]), _rank(instructions[y])
         if before == after or (before < after and can[y, x]):
             return f"nothing orders {instructions[x]} before {instructions[y]}"
+    return None
+
+
+def _race_of_heads(program: Program, instructions: list[Instruction], can: BoolMatrix) -> str | None:
+    """Any of a head's instructions may write all of it, from sums in memory that all such ops share."""
+    dim = program.geometry.head_dim
+    finishing = [
+        (number, one)
+        for number, one in enumerate(instructions)
+        if has_shared_heads(program, program.ops[one.op]) and one.opcode is not Opcode.LINEAR_PARTIAL
+    ]
+    for x, first in finishing:
+        heads = set(range(first.n0 // dim, -(-first.n1 // dim)))
+        written = tuple(
+            msgspec.structs.replace(a, c0=a.c0 // dim * dim, c1=-(-a.c1 // dim) * dim)
+            for a in writes_of(program, first)
+        )
+        for y, second in enumerate(instructions):
+            if _rank(first) >= _rank(second) or not can[y, x]:
+                continue
+            shares_sums = any(other is second for _, other in finishing) and not heads.isdisjoint(
+                range(second.n0 // dim, -(-second.n1 // dim))
+            )
+            if shares_sums or _do_conflict(((), written), _touched(program, second)):
+                return f"nothing orders a head of {first} before {second}"
     return None
 
 

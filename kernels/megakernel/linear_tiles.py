@@ -7,11 +7,10 @@ import msgspec
 
 from megakernel.footprint import ROW_CHUNK, cuda_linear_footprint, linear_footprint, max_stages
 from megakernel.footprint_cuda import weight_tile_bytes
-from megakernel.graph import STATS_SPANS
 from megakernel.k_blocks import k_blocks
 from megakernel.machine import Machine
 from megakernel.model.shape import ModelShape
-from megakernel.program import Epilogue
+from megakernel.program import Epilogue, fits_heads
 from megakernel.tiles import epilogue_grain, k_bounds, max_k_tiles, packed_grain
 from megakernel.weight_formats import WEIGHT_BITS, activation_bits
 
@@ -33,6 +32,8 @@ class LinearRole(msgspec.Struct, frozen=True, kw_only=True):
     out_features: int
     grain: int
     formats: tuple[str, ...]
+    head_dim: int = 0
+    """Of QKV: what its tiles must fit, see `program.fits_heads`."""
 
     @property
     def weight_bits(self) -> float:
@@ -63,8 +64,9 @@ def linear_roles(shape: ModelShape, formats: Mapping[str, str], machine: Machine
             name=name,
             in_features=k,
             out_features=columns,
-            grain=epilogue_grain(epilogue, shape.head_dim, STATS_SPANS[machine.kind]),
+            grain=epilogue_grain(epilogue, shape.head_dim, machine.kind),
             formats=tuple(sorted(stored)),
+            head_dim=shape.head_dim if epilogue is Epilogue.ROPE_APPEND else 0,
         )
 
     head = formats["embed" if shape.has_tied_head else "head"]
@@ -77,7 +79,7 @@ def linear_roles(shape: ModelShape, formats: Mapping[str, str], machine: Machine
             name="head",
             in_features=hidden,
             out_features=shape.vocab_size,
-            grain=epilogue_grain(Epilogue.LOGITS, shape.head_dim, STATS_SPANS[machine.kind]),
+            grain=epilogue_grain(Epilogue.LOGITS, shape.head_dim, machine.kind),
             formats=(head,),
         ),
     ]
@@ -86,7 +88,7 @@ def linear_roles(shape: ModelShape, formats: Mapping[str, str], machine: Machine
 def candidates(role: LinearRole, machine: Machine) -> list[Candidate]:
     grain = packed_grain(role.grain)
     widths = {
-        even_columns(role.out_features, grain, machine.num_workers * run)
+        even_columns(role.out_features, grain, machine.num_workers * run, role.head_dim)
         for run in range(1, MAX_RUN_TILES + 1)
     }
     splits = range(1, min(MAX_K_TILES, max_k_tiles(role.in_features, machine.kind)) + 1)
@@ -128,6 +130,9 @@ def candidate(role: LinearRole, machine: Machine, width: int, parts: int) -> Can
     return Candidate(tile_columns=width, num_k_tiles=parts, stages=stages, run=run, cost_us=cost_us)
 
 
-def even_columns(columns: int, grain: int, num_tiles: int) -> int:
-    """The narrowest whole grains of which `num_tiles` cover the columns."""
-    return grain * -(-columns // (grain * num_tiles))
+def even_columns(columns: int, grain: int, num_tiles: int, head_dim: int = 0) -> int:
+    """The narrowest whole grains of which `num_tiles` cover the columns, and which fit heads."""
+    width = grain * -(-columns // (grain * num_tiles))
+    while not fits_heads(width, head_dim):
+        width += grain
+    return width

@@ -42,7 +42,12 @@ class Epilogue(StrEnum):
     STORE = "store"
     ROPE_APPEND = "rope_append"
     """Columns are Q heads, then K heads, then V heads: add bias, norm Q and K heads (QK norm), rotate Q and
-    K, scale Q by head_dim ** -0.5; Q goes to the output buffer, K and V to the row's slot of the KV pool."""
+    K, scale Q by head_dim ** -0.5; Q goes to the output buffer, K and V to the row's slot of the KV pool.
+
+    On CUDA several tiles may make up a head (`fits_heads`): the instruction that brings the last of its sums
+    finishes it. Each counts as writing its own columns all the same; but a column is there, and stays as it
+    is, only once all tiles of its head are done. So who touches one of a head's columns next must come after
+    all of them: the validator sees to that."""
     RESIDUAL = "residual"
     """Add to the output buffer (the hidden state) in place."""
     SWIGLU = "swiglu"
@@ -245,6 +250,22 @@ def split_block(program: Program, row: int, split: int) -> int:
 def attention_columns(geometry: Geometry, num_blocks: int) -> int:
     """Columns of an attention output buffer: for each block and head, maximum, sum, and head_dim values."""
     return num_blocks * geometry.num_heads * (geometry.head_dim + 2)
+
+
+def fits_heads(columns: int, head_dim: int) -> bool:
+    """Whether tiles of so many columns are whole heads, or several of them exactly one; always, where there
+    are no heads (0)."""
+    return head_dim == 0 or columns % head_dim == 0 or head_dim % columns == 0
+
+
+def is_within_heads(n0: int, n1: int, head_dim: int) -> bool:
+    """Whether columns [n0, n1) are whole heads, or one of a head's equal parts."""
+    return fits_heads(n1 - n0, head_dim) and n0 % min(n1 - n0, head_dim) == 0
+
+
+def has_shared_heads(program: Program, op: Op) -> bool:
+    """Whether a head of the op may be of several instructions."""
+    return program.kind == "cuda" and op.epilogue is Epilogue.ROPE_APPEND
 
 
 def reads_of(program: Program, instruction: Instruction) -> tuple[Access, ...]:

@@ -3,6 +3,10 @@
 A buffer is cut at every edge of an access into cells. A cell remembers, by worker, the last instruction that
 wrote its present content and the last that read it; since a vector clock counts a worker's instructions, one
 comparison says whether all of them precede the next access. Older accesses precede by transitivity.
+
+Where several instructions make up a head (`program.has_shared_heads`), whoever comes last writes all of it:
+each of its cells counts as written by all of them. The sums that they leave to the last one are in memory
+that all such ops share: who brings sums of a head must come after all that made up that head before.
 """
 
 from collections.abc import Iterable
@@ -12,7 +16,17 @@ import numpy as np
 import numpy.typing as npt
 
 from megakernel.happens_before import Clocks, Stream
-from megakernel.program import Access, Op, Opcode, OpKind, Program, Space, reads_of, writes_of
+from megakernel.program import (
+    Access,
+    Op,
+    Opcode,
+    OpKind,
+    Program,
+    Space,
+    has_shared_heads,
+    reads_of,
+    writes_of,
+)
 from megakernel.schedule_error import Hazard, ScheduleError
 
 Frontier = npt.NDArray[np.int32]
@@ -69,6 +83,10 @@ class RaceCheck:
             buffer.index: _Cells(self._program, buffer.index, by_buffer.get(buffer.index, []), workers)
             for buffer in self._program.buffers
         }
+        geometry = self._program.geometry
+        num_heads = geometry.num_heads + 2 * geometry.num_kv_heads
+        self._sums: Frontier = np.zeros((num_heads, workers), dtype=np.int32)
+        """By head, who last brought sums of it."""
         self.num_ordered = 0
         """Accesses found to follow all that they conflict with."""
 
@@ -79,6 +97,8 @@ class RaceCheck:
                 self._check_reads(phase.reads)
                 self._check_coverage(op, outputs, phase.writes)
                 self._check_writes(phase.writes)
+                if has_shared_heads(self._program, op) and op.output in outputs:
+                    self._share_heads(op, phase.writes)
 
     def _check_reads(self, reads: list[tuple[int, Access]]) -> None:
         needed: dict[Access, Frontier] = {}
@@ -119,6 +139,21 @@ class RaceCheck:
             cells.written = written
             cells.read = np.zeros_like(cells.read)
             cells.has_content[:] = True
+
+    def _share_heads(self, op: Op, writes: list[tuple[int, Access]]) -> None:
+        dim, num_queries = self._program.geometry.head_dim, self._program.geometry.num_heads
+        brought = np.zeros_like(self._sums)
+        for number, access in writes:
+            first = 0 if access.buffer == op.output else num_queries
+            heads = slice(first + access.c0 // dim, first + -(-access.c1 // dim))
+            self._require(number, self._sums[heads].max(axis=0), access, Hazard.WAR, "shares", "finished by")
+            worker = int(self._stream.workers[number])
+            brought[heads, worker] = np.maximum(brought[heads, worker], self._stream.positions[number] + 1)
+        self._sums = brought
+        for buffer, first in ((op.output, 0), (op.kv, num_queries)):
+            cells = self._cells[buffer]
+            of_cells = [first + column // dim for column in cells.column_edges[:-1]]
+            np.maximum(cells.written, brought[of_cells][:, None], out=cells.written)
 
     def _require(
         self, number: int, needed: Frontier, access: Access, hazard: Hazard, verb: str, earlier_verb: str

@@ -6,7 +6,6 @@ K-tiles are those that all programs of an artifact share (`k_tiles.py`).
 """
 
 import heapq
-import math
 from collections.abc import Mapping, Sequence
 
 import msgspec
@@ -20,15 +19,14 @@ from megakernel.footprint import (
     linear_footprint,
     max_stages,
 )
-from megakernel.graph import STATS_SPANS
 from megakernel.k_blocks import KBlocks, k_blocks, most_columns
 from megakernel.k_tiles import shared_k_tiles
 from megakernel.machine import Machine
 from megakernel.memory import ScratchError
 from megakernel.model.shape import ModelShape
 from megakernel.plan import ROLES, OpPlan, Plan
-from megakernel.program import Geometry
-from megakernel.tiles import k_block
+from megakernel.program import Epilogue, Geometry, fits_heads
+from megakernel.tiles import epilogue_grain, k_block, packed_grain
 from megakernel.weight_formats import (
     FLOAT_ACTIVATION_BITS,
     QUANTIZED,
@@ -38,7 +36,6 @@ from megakernel.weight_formats import (
 )
 
 SPLIT_TOKENS = 128
-SWIGLU_GROUP = 16
 COLUMN_GRANULE = 16
 K_GRANULE = 32
 """A quantization block: K-tiles are whole blocks."""
@@ -66,6 +63,8 @@ class RoleShape(msgspec.Struct, frozen=True, kw_only=True):
     k_block: int = 1
     """K-tiles are whole multiples of it."""
     formats: tuple[str, ...] = ()
+    head_dim: int = 0
+    """Of QKV: what its tiles must fit, see `program.fits_heads`."""
 
 
 def geometry_of(shape: ModelShape) -> Geometry:
@@ -93,22 +92,27 @@ def role_shapes(
     q_columns = shape.num_heads * shape.head_dim
     kv_columns = shape.num_kv_heads * shape.head_dim
     hidden, inner, layers = shape.hidden_size, shape.intermediate_size, shape.num_layers
+
+    def grain(epilogue: Epilogue) -> int:
+        return epilogue_grain(epilogue, shape.head_dim, kind)
+
     head = "embed" if shape.has_tied_head else "head"
     linear = {
         "qkv": (
             hidden,
             {"q": q_columns, "k": kv_columns, "v": kv_columns},
-            math.lcm(shape.head_dim, COLUMN_GRANULE),
+            packed_grain(grain(Epilogue.ROPE_APPEND)),
         ),
         "o": (q_columns, {"o": hidden}, COLUMN_GRANULE),
-        "gate_up": (hidden, {"gate": inner, "up": inner}, 2 * SWIGLU_GROUP),
+        "gate_up": (hidden, {"gate": inner, "up": inner}, grain(Epilogue.SWIGLU)),
         "down": (inner, {"down": hidden}, COLUMN_GRANULE),
-        "head": (hidden, {head: shape.vocab_size}, STATS_SPANS[kind]),
+        "head": (hidden, {head: shape.vocab_size}, grain(Epilogue.LOGITS)),
     }
     shapes = {
         role: _linear_role(role, *linear[role], 1 if role == "head" else layers, formats, kind)
         for role in linear
     }
+    shapes["qkv"] = msgspec.structs.replace(shapes["qkv"], head_dim=shape.head_dim)
     bits = WEIGHT_BITS[format_of("embed", formats)]
     shapes["embed"] = _plain_role("embed", hidden, COLUMN_GRANULE, bits, 1)
     num_splits = -(-shape.max_context_tokens // split_tokens)
@@ -279,22 +283,27 @@ def _plan_role(role: RoleShape, geometry: Geometry, machine: Machine, bucket: in
 
 
 def _tile_widths(role: RoleShape, machine: Machine, bucket: int, k_tiles: int) -> tuple[int, ...]:
-    """Widest first: that which gives each worker one K-tile of it, halves of it, and a single granule. On a GPU
-    those first with which the SM that has most columns has the fewest."""
+    """Widest first: that which gives each worker one K-tile of it, halves of it, and a single granule.
+
+    On a GPU those first that give the busiest SM the fewest columns.
+    """
     granules = -(-role.columns // role.granule)
     if machine.kind == "cuda":
-        most = max(
-            1, min(granules, most_columns(bucket, role.formats, role.in_features, machine) // role.granule)
-        )
-
-        def columns_of_one(width: int) -> int:
-            return -(-granules // (width * machine.num_workers)) * width
-
-        ordered = sorted(range(1, most + 1), key=lambda width: (columns_of_one(width), -width))
-        return tuple(width * role.granule for width in ordered)
+        most = most_columns(bucket, role.formats, role.in_features, machine) // role.granule
+        widths = [
+            width * role.granule
+            for width in range(1, max(1, min(granules, most)) + 1)
+            if role.role != "qkv" or fits_heads(width * role.granule, role.head_dim)
+        ]
+        return tuple(sorted(widths, key=lambda width: (_most_columns(role, width, machine), -width)))
     widest = max(1, granules * k_tiles // machine.num_workers)
-    widths = {max(1, widest >> halvings) for halvings in range(widest.bit_length() + 1)} | {1}
-    return tuple(width * role.granule for width in sorted(widths, reverse=True))
+    halves = {max(1, widest >> halvings) for halvings in range(widest.bit_length() + 1)} | {1}
+    return tuple(width * role.granule for width in sorted(halves, reverse=True))
+
+
+def _most_columns(role: RoleShape, tile_columns: int, machine: Machine) -> int:
+    """Of the busiest worker."""
+    return tile_columns * -(-num_tiles(role, tile_columns) // machine.num_workers)
 
 
 def with_workers(role: RoleShape, op_plan: OpPlan, machine: Machine) -> OpPlan:

@@ -15,6 +15,8 @@ from megakernel.program import (
     Prologue,
     Space,
     attention_columns,
+    has_shared_heads,
+    is_within_heads,
     max_splits,
     parts_of,
     split_blocks,
@@ -140,6 +142,9 @@ def _instruction_problem(program: Program, instruction: Instruction) -> str:
     grain = _grain(program, op)
     if instruction.n0 % grain or (instruction.n1 % grain and instruction.n1 != width):
         return f"the range does not start and end at multiples of {grain}"
+    dim = program.geometry.head_dim
+    if has_shared_heads(program, op) and not is_within_heads(instruction.n0, instruction.n1, dim):
+        return f"the range is neither whole heads of {dim} nor an equal part of one"
     if not -1 <= instruction.signal < program.num_counters:
         return f"signals counter {instruction.signal}, of {program.num_counters}"
     for wait in instruction.waits:
@@ -213,7 +218,7 @@ def _grain(program: Program, op: Op) -> int:
     """What an instruction's range starts and ends at multiples of, for the epilogue's sake."""
     match op.epilogue:
         case Epilogue.ROPE_APPEND:
-            return program.geometry.head_dim
+            return 1 if has_shared_heads(program, op) else program.geometry.head_dim
         case Epilogue.SWIGLU:
             return 2 * program.swiglu_group
         case Epilogue.LOGITS:

@@ -55,18 +55,19 @@ def grain_of(op: TiledOp, head_dim: int, kind: str) -> int:
     """Columns that must stay in one tile: for the epilogue's sake, and on CUDA as weights are packed."""
     grain = 1
     if isinstance(op, LinearTail):
-        grain = epilogue_grain(op.epilogue.data, head_dim, STATS_SPANS[kind])
+        grain = epilogue_grain(op.epilogue.data, head_dim, kind)
     return packed_grain(grain) if kind == "cuda" and not isinstance(op, AttentionOp) else grain
 
 
-def epilogue_grain(epilogue: str, head_dim: int, stats_span: int) -> int:
+def epilogue_grain(epilogue: str, head_dim: int, kind: str) -> int:
+    """Of heads, which on CUDA several tiles may make up, not the only rule: see `program.fits_heads`."""
     match epilogue:
         case Epilogue.ROPE_APPEND:
-            return head_dim
+            return COLUMN_GROUP if kind == "cuda" and head_dim % COLUMN_GROUP == 0 else head_dim
         case Epilogue.SWIGLU:
             return 2 * SWIGLU_GROUP
         case Epilogue.LOGITS:
-            return stats_span
+            return STATS_SPANS[kind]
         case _:
             return 1
 

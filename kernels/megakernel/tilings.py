@@ -11,6 +11,7 @@ from megakernel.memory import ScratchError
 from megakernel.model.shape import ModelShape
 from megakernel.passes.context import PlanError
 from megakernel.plan import OpPlan, Plan
+from megakernel.program import fits_heads
 from megakernel.schedule import (
     MAX_STAGES,
     SPLIT_TOKENS,
@@ -106,7 +107,9 @@ class Tilings:
         if role.role == "attention" and self._machine.kind == "cuda":
             granules = 1  # its kernel takes one KV head
         widths = [width for width in _WIDTHS if width <= granules] or [1]
-        sizes = {width * role.granule for width in widths} | {columns for columns, _ in known}
+        tried = (width * role.granule for width in widths)
+        sizes = {columns for columns in tried if fits_heads(columns, role.head_dim)}
+        sizes |= {columns for columns, _ in known}
         return [
             self._staged(role, OpPlan(tile_columns=columns, num_k_tiles=k_tiles)) for columns in sorted(sizes)
         ]

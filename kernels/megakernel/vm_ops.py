@@ -167,24 +167,37 @@ def _finish(state: VmState, op: Op, instruction: Instruction, row: int, sums: Fl
 
 
 def _rope_append(state: VmState, op: Op, instruction: Instruction, row: int, sums: Float32Array) -> None:
+    """Heads that the instruction completes; of one that it does not, the sums are kept."""
+    n0, dim = instruction.n0, state.program.geometry.head_dim
+    if len(sums) >= dim:
+        for start in range(0, len(sums), dim):
+            _finish_head(state, op, row, (n0 + start) // dim, sums[start : start + dim])
+        return
+    key = op.index, row, n0 // dim
+    parts = state.head_sums.setdefault(key, {})
+    parts[n0] = sums
+    if sum(map(len, parts.values())) == dim:
+        _finish_head(state, op, row, n0 // dim, np.concatenate([parts[start] for start in sorted(parts)]))
+        del state.head_sums[key]
+
+
+def _finish_head(state: VmState, op: Op, row: int, head: int, sums: Float32Array) -> None:
     geometry, dim = state.program.geometry, state.program.geometry.head_dim
-    q_columns = geometry.num_heads * dim
-    slot, pool = int(state.step.slots[row]), state.kv.layers[op.layer]
+    columns = slice(head * dim, (head + 1) * dim)
     if op.biases:
-        sums = sums + state.weights.bias(op)[instruction.n0 : instruction.n1]
-    for column in range(instruction.n0, instruction.n1, dim):
-        head = column // dim
-        x = sums[column - instruction.n0 : column - instruction.n0 + dim].astype(np.float64)
-        is_query, is_value = head < geometry.num_heads, head >= geometry.num_heads + geometry.num_kv_heads
-        if not is_value:
-            if op.head_norms:
-                weight = state.weights.vector(op.head_norms[0 if is_query else 1])
-                x = _rms_norm(x, weight, geometry.rms_norm_eps)
-            x = _rotate(x, int(state.step.positions[row]) * state.weights.frequencies)
-        if is_query:
-            state.buffers[op.output][row, column : column + dim] = x * dim**-0.5
-        else:
-            pool[slot, column - q_columns : column - q_columns + dim] = x.astype(np.float32)
+        sums = sums + state.weights.bias(op)[columns]
+    x = sums.astype(np.float64)
+    is_query, is_value = head < geometry.num_heads, head >= geometry.num_heads + geometry.num_kv_heads
+    if not is_value:
+        if op.head_norms:
+            weight = state.weights.vector(op.head_norms[0 if is_query else 1])
+            x = _rms_norm(x, weight, geometry.rms_norm_eps)
+        x = _rotate(x, int(state.step.positions[row]) * state.weights.frequencies)
+    if is_query:
+        state.buffers[op.output][row, columns] = x * dim**-0.5
+    else:
+        slot, first = int(state.step.slots[row]), geometry.num_heads * dim
+        state.kv.layers[op.layer][slot, columns.start - first : columns.stop - first] = x.astype(np.float32)
 
 
 def _rotate(x: Float64Array, angles: Float64Array) -> Float64Array:

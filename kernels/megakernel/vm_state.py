@@ -204,6 +204,9 @@ class VmState:
         self.key_slots = [_key_slots(kv, step, row) for row in range(rows)]
         for layer in kv.layers:
             layer[step.slots] = np.nan
+        self.head_sums: dict[tuple[int, int, int], dict[int, Float32Array]] = {}
+        """By op, row and head, of heads that several instructions make up: sums by their first column, until
+        all are there."""
 
     def named_buffers(self) -> dict[str, Float32Array]:
         """[rows, columns] of each by name; of a KV buffer, what the rows' slots hold."""

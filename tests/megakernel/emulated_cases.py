@@ -16,9 +16,9 @@ from megakernel.model.shape import ModelShape
 from megakernel.pack_cuda import PACKED_FORMATS, common_format
 from megakernel.pipeline import compile_program
 from megakernel.plan import OpPlan, Plan
-from megakernel.program import Opcode, OpKind, Program
+from megakernel.program import Epilogue, Opcode, OpKind, Program, fits_heads
 from megakernel.step import Rows
-from megakernel.tiles import epilogue_grain, packed_grain
+from megakernel.tiles import COLUMN_GROUP, packed_grain
 from megakernel.validate import validate
 from megakernel.vm_state import VmKv
 from tests.megakernel.emulated_model import toy_gpu
@@ -94,6 +94,10 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, eq=False):
             layer[...] = rng.standard_normal(layer.shape)
         return kv
 
+    @property
+    def tiles_a_head(self) -> int:
+        return max(1, self.shape.head_dim // self.plan.ops["qkv"].tile_columns)
+
     def covers(self) -> set[tuple[object, ...]]:
         """(opcode, format) and (role, opcode, format) of its instructions, bucket, family and the like."""
         found: set[tuple[object, ...]] = {
@@ -106,6 +110,9 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         for opcode, index in {(i.opcode, i.op) for worker in self.program.workers for i in worker}:
             op = self.program.ops[index]
             found |= {(opcode,), (opcode, op.epilogue)}
+            if op.epilogue is Epilogue.ROPE_APPEND and self.tiles_a_head > 1:
+                found |= {("part of a head", opcode), ("part of a head", self.shape.architecture)}
+                found |= {("part of a head", self.program.bucket), ("tiles a head", self.tiles_a_head)}
             if opcode is Opcode.ATTENTION:
                 continue
             names = ("embed",) if op.kind is OpKind.EMBED else op.weights
@@ -124,6 +131,7 @@ def draw_case(seed: int) -> Case:
     formats = _formats(rng, shape)
     num_workers = rng.choice(NUM_WORKERS)
     plan = _plan(rng, shape, num_workers, is_in_blocks=is_in_blocks)
+    plan = _with_parts_of_heads(random.Random(seed + 1_000_000), plan, shape, num_workers)
     machine, program = _compiled(rng, shape, formats, num_workers, bucket, plan)
     ask = rng.choice(ASKS)
     rows, num_blocks = draw_rows(rng, shape, bucket, ask)
@@ -209,7 +217,7 @@ def _plan(rng: random.Random, shape: ModelShape, num_workers: int, *, is_in_bloc
         ops={
             "embed": op_plan(hidden, 16),
             "attention": OpPlan(tile_columns=1),
-            "qkv": op_plan(qkv, packed_grain(epilogue_grain("rope_append", head_dim, 0)), hidden),
+            "qkv": op_plan(qkv, packed_grain(head_dim), hidden),
             "o": op_plan(hidden, 16, columns),
             "gate_up": op_plan(2 * inner, 32, hidden),
             "down": op_plan(hidden, 16, inner),
@@ -217,6 +225,19 @@ def _plan(rng: random.Random, shape: ModelShape, num_workers: int, *, is_in_bloc
         },
         prefetch_instructions=rng.randint(0, 5),
     )
+
+
+def _with_parts_of_heads(rng: random.Random, plan: Plan, shape: ModelShape, num_workers: int) -> Plan:
+    """QKV tiles narrower than a head, in most plans of a model that may have them."""
+    widths = range(COLUMN_GROUP, shape.head_dim, COLUMN_GROUP)
+    if not widths or rng.random() < 0.3:
+        return plan
+    qkv = plan.ops["qkv"]
+    tile = rng.choice([width for width in widths if fits_heads(width, shape.head_dim)])
+    num_tiles = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim // tile * qkv.num_k_tiles
+    workers = qkv.tile_workers and tuple(rng.randrange(num_workers) for _ in range(num_tiles))
+    changed = msgspec.structs.replace(qkv, tile_columns=tile, tile_workers=workers)
+    return msgspec.structs.replace(plan, ops=plan.ops | {"qkv": changed})
 
 
 def _compiled(

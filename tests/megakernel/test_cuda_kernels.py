@@ -25,15 +25,15 @@ from tests.tiny_model import tiny_weights
 NUM_CASES = 210
 NUM_INTERLEAVINGS = 50
 CASES_A_GROUP = 10
-FEW_CASES = (2, 4, 12, 13, 19, 21, 24, 29, 30, 31, 33, 38)
+FEW_CASES = (2, 4, 12, 13, 16, 19, 21, 24, 27, 29, 30, 31, 33, 38)
 FEW_INTERLEAVINGS = 4
 AT_ONCE = 2
 """Cases that are compiled and run side by side."""
 BULK = ("-DHEADRACE_BULK_COPY=1",)
 
 
-def model_of(case: Case, weights, edit=None) -> EmulatedModel:
-    return EmulatedModel([case.program], weights, flags=BULK * case.is_bulk, edit=edit)
+def model_of(case: Case, weights, edit=None, flags=()) -> EmulatedModel:
+    return EmulatedModel([case.program], weights, flags=BULK * case.is_bulk + flags, edit=edit)
 
 
 def check(case: Case, num_interleavings: int) -> None:
@@ -104,6 +104,8 @@ ALWAYS_WANTED = (
     | {("head_dim", size) for size in (16, 32, 64)}
     | {("splits", number) for number in (1, 2, 3)}
     | {(name, value) for name in ("is_tied", "is_bulk") for value in (True, False)}
+    | {("part of a head", value) for value in (*FAMILIES, Opcode.LINEAR, Opcode.REDUCE, 1, 32, 64)}
+    | {("tiles a head", number) for number in (2, 4)}
 )
 
 
@@ -124,6 +126,7 @@ def test_many_cases_cover_every_opcode_in_every_format_of_every_role():
         for format in PACKED_FORMATS
     }
     wanted |= ALWAYS_WANTED | {("SMs", number) for number in NUM_WORKERS} | {("ask", "logits")}
+    wanted |= {("part of a head", bucket) for bucket in BUCKETS}
     assert not wanted - covered_by(range(NUM_CASES))
 
 
@@ -177,3 +180,33 @@ def test_a_row_has_the_same_bits_alone_in_company_and_in_any_bucket():
     )
     assert (together[4] == alone[0]).all()
     assert (together[:4] == of_tree).all()
+
+
+@pytest.mark.parametrize(("family", "bucket"), [("qwen2", 4), ("qwen3", 32)])
+def test_a_head_is_the_same_bits_of_however_many_tiles(family, bucket):
+    weights = tiny_weights(
+        5, family, num_layers=2, hidden_size=64, num_heads=2, num_kv_heads=1, head_dim=128, vocab_size=70
+    )
+    machine, op_weights = toy_gpu(5), OpWeights(weights, Arithmetic.CUDA)
+    kv = VmKv(2, 12 * BLOCK, 2 * 128, block_size=BLOCK, dtype=np.float16)
+    for layer in kv.layers:
+        layer[...] = np.random.default_rng(8).standard_normal(layer.shape)
+    groups = [
+        Group(tokens=[5, 6, 7], parents=[NO_PARENT, 0, 0], context=21, table=[3, 8]),
+        Group(tokens=list(range(1, bucket // 2)), parents=chain(bucket // 2 - 1), context=0, table=[0, 1]),
+    ]
+    rows = rows_of(*groups)
+    found = {}
+    for columns in (16, 32, 64, 128, 256):
+        plan = list_schedule(weights.shape, machine, bucket, weights.formats)
+        ops = plan.ops | {"qkv": OpPlan(tile_columns=columns)}
+        plan = msgspec.structs.replace(plan, ops=ops)
+        program = compile_program(weights.shape, "toy", machine, bucket, plan, formats=weights.formats)
+        model = EmulatedModel([program], weights)
+        step = model.run(bucket, kv, rows, has_journal=True)
+        check_ops(program, op_weights, kv, step, rows)
+        again = model.run(bucket, kv, rows, seed=columns)
+        names = ("hidden", "queries", "logits")
+        assert all((again.buffers[name] == step.buffers[name]).all() for name in names)
+        found[columns] = b"".join(step.buffers[name].tobytes() for name in names)
+    assert len(set(found.values())) == 1

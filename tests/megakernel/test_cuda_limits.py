@@ -42,6 +42,7 @@ def with_instruction(opcode: Opcode, **fields: object) -> list:
         lambda: programs(1, 8, 64),
         lambda: programs(1, num_heads=16, num_kv_heads=1),
         lambda: programs(1, head_dim=256, num_heads=1, num_kv_heads=1),
+        lambda: programs(1, head_dim=64, recipe=changed(tile_columns={"qkv": 32})),
     ],
 )
 def test_what_kernels_take_passes(make):
@@ -66,6 +67,7 @@ def test_what_kernels_take_passes(make):
         (lambda: programs(1, recipe=changed(swiglu_group=32)), "swiglu_group is 32"),
         (lambda: with_instruction(Opcode.LINEAR, n0=8), r"o, columns \[8, .*whole groups of 16"),
         (lambda: with_instruction(Opcode.REDUCE, n1=24), "whole groups of 16"),
+        (lambda: programs(1, head_dim=64, recipe=changed(tile_columns={"qkv": 48})), "heads of 64 nor"),
         (lambda: with_instruction(Opcode.LINEAR_PARTIAL, k0=64), r"of K \[64, .*divided in 128s"),
     ],
 )

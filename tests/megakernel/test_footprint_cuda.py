@@ -140,7 +140,11 @@ def test_what_does_not_fit_is_named_with_all_three_parts():
     ("changes", "message"),
     [
         ({"embed": OpPlan(tile_columns=24)}, "embed: .* multiple of 16, got 24"),
-        ({"qkv": OpPlan(tile_columns=16)}, r"layers\.0\.qkv: .* multiple of 32, got 16"),
+        ({"qkv": OpPlan(tile_columns=24)}, r"layers\.0\.qkv: .* multiple of 16, got 24"),
+        (
+            {"qkv": OpPlan(tile_columns=48)},
+            r"layers\.0\.qkv: tile_columns must divide a head's 32 or be a multiple of them, got 48",
+        ),
         ({"o": OpPlan(tile_columns=8)}, r"layers\.0\.o: .* multiple of 16, got 8"),
         ({"gate_up": OpPlan(tile_columns=16)}, "multiple of 32, got 16"),
         ({"head": OpPlan(tile_columns=48)}, "head: .* multiple of 32, got 48"),

@@ -31,7 +31,8 @@ class Base(msgspec.Struct, frozen=True, eq=False):
     expected: dict[str, np.ndarray]
 
 
-def _base(number: int) -> Base:
+def _base(number: int, *, has_shared_heads: bool = False) -> Base:
+    """Those with shared heads are a GPU's: several instructions make up a head."""
     weights = tiny_weights(
         number,
         ("llama", "qwen2", "qwen3")[number % 3],
@@ -45,20 +46,23 @@ def _base(number: int) -> Base:
         max_context_tokens=32,
     )
     bucket = (1, 2, 4)[number % 3]
+    workers = 2 + 2 * (number % 2) if has_shared_heads else 2 + number % 3
     recipe = Recipe(
-        workers=2 + number % 3,
+        workers=workers,
         bucket=bucket,
         barriers=("op", "running", "pairs")[(number // 2) % 3],
         seed=number,
         k_tiles=K_SPLITS[(number // 3) % 3],
-        tile_columns={"qkv": 16},
-        row_tiles=1 + (number // 5) % 2,
+        tile_columns={"qkv": 4 if has_shared_heads else 16},
+        row_tiles=1 if has_shared_heads else 1 + (number // 5) % 2,
         split_tokens=8,
         swiglu_group=8,
         stats_span=24,
-        attention_parts=1 + (number // 4) % 2,
+        attention_parts=workers if has_shared_heads else 1 + (number // 4) % 2,
     )
     program = build_program(weights.shape, recipe)
+    if has_shared_heads:
+        program = msgspec.structs.replace(program, kind="cuda")
     kv = kv_for(program, 40, block_size=BLOCK_SIZE)
     sequence = Sequence([7, 2, 5, 0, 3])
     shared = OpWeights(weights)
@@ -70,7 +74,9 @@ def _base(number: int) -> Base:
 
 @pytest.fixture(scope="module")
 def bases() -> list[Base]:
-    return [_base(number) for number in range(18)]
+    return [_base(number) for number in range(18)] + [
+        _base(number, has_shared_heads=True) for number in range(6)
+    ]
 
 
 def _vm_hazard(program: Program, base: Base, num_orders: int) -> str | None:

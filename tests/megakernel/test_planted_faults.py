@@ -3,10 +3,12 @@
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from zlib import crc32
 
 import msgspec
 import pytest
 
+from megakernel.build import INCLUDE_FOLDER
 from megakernel.cuda_constants import MAX_LOADS_AHEAD
 from megakernel.emulation_errors import (
     DeadlockError,
@@ -25,6 +27,7 @@ from tests.megakernel.op_by_op import check_ops
 from tests.megakernel.test_cuda_kernels import AT_ONCE, check_whole_step, model_of
 
 CASES = {"K-tiles": 31, "bucket 32": 33}
+CASES_WITH_PARTS_OF_HEADS = {"K-tiles": 16, "K whole": 30}
 NUM_INTERLEAVINGS = 30
 NUM_CASES = 48
 CASES_A_GROUP = 8
@@ -124,10 +127,10 @@ FAULTS = {
 """How a program is broken, and how that shows."""
 
 
-def check_interleavings(case: Case, edit=None) -> None:
+def check_interleavings(case: Case, edit=None, flags=()) -> None:
     """Until one is found wrong."""
     weights, kv = case.weights(), case.kv()
-    op_weights, model = OpWeights(weights, Arithmetic.CUDA), model_of(case, weights, edit)
+    op_weights, model = OpWeights(weights, Arithmetic.CUDA), model_of(case, weights, edit, flags)
     for seed in range(NUM_INTERLEAVINGS):
         found = model.run(case.program.bucket, kv, case.rows, seed=seed, has_journal=True)
         check_ops(case.program, op_weights, kv, found, case.rows)
@@ -182,6 +185,44 @@ def test_k_tiles_that_overlap_are_caught():
 
     with pytest.raises((EmulationError, AssertionError)):
         check_interleavings(draw_case(CASES["K-tiles"]), edit)
+
+
+LAST = "const bool is_last = ptx::add_acquire_release(arrived, kColumns) == kDim - kColumns;"
+HEAD_FAULTS = {
+    "finished by the first": (LAST, LAST.replace("kDim - kColumns", "0")),
+    "arrivals not set back": ("if (is_last) ptx::store_global(arrived, 0u);", ""),
+    "sums read without acquire": (
+        LAST,
+        "uint32_t seen = 0, before = 1;"
+        "while (before != seen)"
+        "  if (before = ptx::compare_exchange(arrived, seen, seen + kColumns); before != seen) {"
+        "    seen = before;"
+        "    before = seen + 1;"
+        "  }"
+        "const bool is_last = seen == kDim - kColumns;",
+    ),
+    "arrival before the warps' sums": (
+        "        sync_consumers();\n        if (w.thread == 0) {\n            uint32_t* arrived",
+        "        if (w.thread == 0) {\n            uint32_t* arrived",
+    ),
+}
+"""What is replaced of ops/epilogue.h, and by what."""
+
+
+@pytest.mark.parametrize("name", CASES_WITH_PARTS_OF_HEADS)
+@pytest.mark.parametrize("fault", HEAD_FAULTS)
+def test_faults_of_heads_that_several_tiles_make_up_are_caught(fault, name, tmp_path):
+    right, wrong = HEAD_FAULTS[fault]
+    header = INCLUDE_FOLDER / "cuda/ops/epilogue.h"
+    text = header.read_text()
+    assert text.count(right) == 1
+    changed_header = tmp_path / "cuda/ops/epilogue.h"
+    changed_header.parent.mkdir(parents=True)
+    changed_header.write_text(text.replace(right, wrong))
+    case = draw_case(CASES_WITH_PARTS_OF_HEADS[name])
+    assert case.tiles_a_head > 1
+    with pytest.raises((EmulationError, AssertionError)):
+        check_interleavings(case, flags=(f"-iquote{tmp_path}", f"-DHEADRACE_FAULT={crc32(wrong.encode())}"))
 
 
 def test_one_bit_of_the_weights_is_caught_op_by_op_and_not_by_the_whole_step():

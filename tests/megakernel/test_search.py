@@ -22,7 +22,7 @@ from megakernel.model.shape import ModelShape
 from megakernel.passes.context import PlanError
 from megakernel.pipeline import compile_program
 from megakernel.plan import ROLES, OpPlan, Plan
-from megakernel.program import Opcode, Program
+from megakernel.program import Opcode, Program, fits_heads
 from megakernel.schedule import (
     balanced,
     geometry_of,
@@ -115,6 +115,28 @@ def test_list_schedule_fits_the_scratch_memory(name, machine, bucket):
             assert max_stages(needed, target) >= op_plan.stages
         if op_plan.tile_workers is not None:
             assert set(op_plan.tile_workers) <= set(range(target.num_workers))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("machine", ["l20", "h100"])
+@pytest.mark.parametrize("bucket", [1, 64])
+def test_on_a_gpu_a_head_may_be_of_several_tiles(name, machine, bucket):
+    """QKV tiles that are planned or tried are whole heads or equal parts of one; on an H100 K stays whole."""
+    shape, target = SHAPES[name], load_machine(machine)
+    plans = [list_schedule(shape, target, bucket), default_plan(shape, target, bucket)]
+    tilings = Tilings(shape, target, bucket, known=plans)
+    ranked = dict(zip((role.role for role in tilings.roles), tilings.ranked, strict=True))["qkv"]
+    widths = {plan.tile_columns for plan in (*ranked, *(plan.ops["qkv"] for plan in plans))}
+    assert all(fits_heads(width, shape.head_dim) for width in widths)
+    assert min(widths) == 16
+    if machine == "h100":
+        assert plans[0].ops["qkv"].num_k_tiles == 1
+
+
+def test_busiest_sms_have_few_columns_of_qkv():
+    """4,096 columns on 132 SMs: of tiles of 16 some have two, of 32 one."""
+    shape, target = SHAPES["qwen3-1.7b"], load_machine("h100")
+    assert list_schedule(shape, target, 1).ops["qkv"].tile_columns == 32
 
 
 def test_a_gpu_is_searched_within_what_its_kernels_take(tmp_path):

@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 from megakernel.happens_before import execution_order, stream_of, vector_clocks
 from megakernel.hazards import find_hazard, runnable_without
 from megakernel.machine import Machine
-from megakernel.program import Epilogue, Opcode, OpKind, Program, Prologue, Wait
+from megakernel.program import (
+    Buffer,
+    Epilogue,
+    Instruction,
+    Op,
+    Opcode,
+    OpKind,
+    Program,
+    Prologue,
+    Space,
+    Wait,
+)
 from megakernel.schedule_error import Hazard, ScheduleError
 from megakernel.shapes import SHAPES
 from megakernel.validate import validate
@@ -258,6 +269,127 @@ def test_a_program_fits_its_machine(program):
     ):
         with pytest.raises(ScheduleError, match=message):
             validate(program, msgspec.structs.replace(machine, **fields))
+
+
+HEADS = {"token": 1, "queries": 32, "other": 32, "kv": 64, "next_kv": 64, "parts": 64}
+"""Columns of buffers, for one Q head of 32 columns and its K and V."""
+ALL_OF_QKV = (Wait(0, 2), Wait(1, 2), Wait(2, 2))
+
+
+def qkv_of_two_workers(following: Op, *paths: tuple[Instruction, ...]) -> Program:
+    """On a GPU, each head of two tiles, one a worker: number i of a worker signals counter i. `paths` are
+    what follows on each worker."""
+    names = list(HEADS)
+    op = Op(
+        index=0,
+        kind=OpKind.LINEAR,
+        name="layers.0.qkv",
+        layer=0,
+        input=names.index("token"),
+        output=names.index("queries"),
+        kv=names.index("kv"),
+        in_features=1,
+        out_features=96,
+        epilogue=Epilogue.ROPE_APPEND,
+    )
+    spaces = {"token": Space.INPUT, "kv": Space.KV, "next_kv": Space.KV}
+    base = build_program(SHAPE, Recipe())
+    return msgspec.structs.replace(
+        base,
+        kind="cuda",
+        geometry=msgspec.structs.replace(base.geometry, num_heads=1, num_kv_heads=1, head_dim=32),
+        buffers=tuple(
+            Buffer(index=index, name=name, space=spaces.get(name, Space.ACTIVATION), columns=columns)
+            for index, (name, columns) in enumerate(HEADS.items())
+        ),
+        ops=(op, following),
+        partial_buffers=(-1, names.index("parts") if following.epilogue is Epilogue.STORE else -1),
+        workers=tuple(
+            tuple(tile(0, 32 * head + 16 * worker, signal=head) for head in range(3)) + path
+            for worker, path in enumerate(paths)
+        ),
+        num_counters=4,
+    )
+
+
+def tile(op: int, n0: int, **fields: object) -> Instruction:
+    one = Instruction(opcode=Opcode.LINEAR, op=op, n0=n0, n1=n0 + 16, r1=1)
+    return msgspec.structs.replace(one, **fields)
+
+
+@pytest.mark.parametrize("output", ["queries", "other"])
+def test_a_head_s_tiles_come_after_all_that_made_it_up_before(output):
+    """Its sums are in memory that all ops share: their own columns, buffers or not, are not enough."""
+    names = list(HEADS)
+    following = Op(
+        index=1,
+        kind=OpKind.LINEAR,
+        name="layers.1.qkv",
+        layer=1,
+        input=names.index("token"),
+        output=names.index(output),
+        kv=names.index("next_kv"),
+        in_features=1,
+        out_features=96,
+        epilogue=Epilogue.ROPE_APPEND,
+    )
+
+    def program(*waits: Wait) -> Program:
+        """`waits`: of the second op on worker 1."""
+        first = tuple(tile(1, 32 * head, waits=(wait,)) for head, wait in enumerate(ALL_OF_QKV))
+        second = tuple(tile(1, 32 * head + 16, waits=waits[head : head + 1]) for head in range(3))
+        return qkv_of_two_workers(following, first, second)
+
+    validate(program(*ALL_OF_QKV))
+    assert find_hazard(program(*ALL_OF_QKV)) is None
+    early = program(*ALL_OF_QKV[:2])
+    message = refused(early, Hazard.WAR)
+    assert message.startswith("write after read: layers.1.qkv LINEAR columns [80, 96)")
+    assert "finished by layers.0.qkv LINEAR columns [64, 80)" in message
+    assert find_hazard(early) is not None
+
+
+def test_a_column_is_there_once_all_tiles_of_its_head_are_done():
+    """A reader knows of its own columns' tile, and not of the other: whichever was last wrote them."""
+    names = list(HEADS)
+    following = Op(
+        index=1,
+        kind=OpKind.LINEAR,
+        name="layers.0.o",
+        layer=0,
+        input=names.index("queries"),
+        output=names.index("other"),
+        in_features=32,
+        out_features=32,
+        epilogue=Epilogue.STORE,
+    )
+
+    def program(*waits: Wait) -> Program:
+        """Each worker reads the columns that are its own tile's."""
+        parts = [
+            tile(1, 0, opcode=Opcode.LINEAR_PARTIAL, n1=32, k0=16 * part, k1=16 * part + 16, part=part)
+            for part in range(2)
+        ]
+        parts = [msgspec.structs.replace(part, num_parts=2, waits=waits) for part in parts]
+        second = msgspec.structs.replace(parts[1], signal=3)
+        reduce = tile(1, 0, opcode=Opcode.REDUCE, n1=32, num_parts=2, waits=(Wait(3, 1),))
+        return qkv_of_two_workers(following, (parts[0], reduce), (second,))
+
+    validate(program(Wait(0, 2)))
+    assert find_hazard(program(Wait(0, 2))) is None
+    message = refused(program(), Hazard.RAW)
+    assert "layers.0.o LINEAR_PARTIAL" in message
+    assert "written by layers.0.qkv LINEAR columns [16, 32)" in message
+    assert find_hazard(program()) is not None
+
+
+@pytest.mark.parametrize(("n0", "n1"), [(8, 24), (0, 12), (4, 12), (0, 24)])
+def test_a_tile_is_whole_heads_or_an_equal_part_of_one(n0, n1):
+    recipe = Recipe(workers=2, attention_parts=2, tile_columns={"qkv": 8})
+    program = msgspec.structs.replace(build_program(SHAPE, recipe), kind="cuda")
+    worker, index = place(program, "layers.0.qkv", lambda one: one.n0 == 0)
+    message = refused(change(program, worker, index, n0=n0, n1=n1), Hazard.STRUCTURE)
+    assert "neither whole heads of 16 nor an equal part of one" in message
 
 
 NUMBERS = st.sampled_from([-2, -1, 0, 1, 2, 3, 5, 16, 48, 96, 1000])

@@ -1,5 +1,6 @@
 """The VM with CUDA's arithmetic: what is rounded, and that no more is."""
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -214,3 +215,17 @@ def test_mixed_formats_give_the_logits_of_what_they_stand_for():
     logits = Sequence(blocks()).extend(vm, tokens, 8)[0].logits
     expected = reference_logits(weights, tokens)
     assert np.abs(logits - expected).mean() < 0.02 * np.abs(expected).mean()
+
+
+@pytest.mark.parametrize("k_tiles", [{}, {"qkv": 2}])
+def test_heads_of_several_tiles_have_the_bits_of_whole_ones(weights, k_tiles):
+    """Whichever tile is the last, in any order of workers."""
+    whole = Recipe(workers=3, bucket=4, attention_parts=3, k_tiles=k_tiles)
+    parts = msgspec.structs.replace(whole, tile_columns={"qkv": 4}, barriers="pairs")
+    tokens = tokens_of(weights, 12)
+    expected = Sequence(blocks()).extend(vm_of(weights, whole), tokens, 4)
+    for seed in range(3):
+        vm = vm_of(weights, parts)
+        found = Sequence(blocks()).extend(vm, tokens, 4, seed=seed)
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(one.logits, other.logits)

@@ -3,8 +3,9 @@
 from xdsl.dialects.builtin import ModuleOp
 
 from megakernel.cuda_constants import K_BLOCK, STAGED_BLOCK
-from megakernel.dialect.tiled_ops import AttentionOp, FusedLinearOp, TiledOp
+from megakernel.dialect.tiled_ops import AttentionOp, FusedLinearOp, LinearTail, TiledOp
 from megakernel.passes.context import PassContext, PlanError
+from megakernel.program import Epilogue, fits_heads
 from megakernel.tiles import grain_of, max_k_tiles, width_of
 
 
@@ -26,10 +27,17 @@ def check_columns(op: TiledOp, tile_columns: int, context: PassContext) -> None:
     kind = context.machine.kind
     if kind == "cuda" and isinstance(op, AttentionOp) and tile_columns != 1:
         raise PlanError(f"{op.label.data}: CUDA's attention takes one KV head a tile, got {tile_columns}")
-    grain = grain_of(op, context.shape.head_dim, kind)
+    head_dim = context.shape.head_dim
+    grain = grain_of(op, head_dim, kind)
     if tile_columns <= 0 or (tile_columns % grain and tile_columns < width_of(op)):
         raise PlanError(
             f"{op.label.data}: tile_columns must be a positive multiple of {grain}, got {tile_columns}"
+        )
+    has_heads = isinstance(op, LinearTail) and op.epilogue.data == Epilogue.ROPE_APPEND
+    if has_heads and tile_columns < width_of(op) and not fits_heads(tile_columns, head_dim):
+        raise PlanError(
+            f"{op.label.data}: tile_columns must divide a head's {head_dim} or be a multiple of them, "
+            f"got {tile_columns}"
         )
 
 

@@ -141,65 +141,137 @@ struct Logits : SimpleSink {
     }
 };
 
-// Columns are Q heads, then K heads, then V heads: bias, norm of Q and K heads, rotation, scale of Q; Q goes to its
-// buffer, K and V to the row's slot. The tile goes through shared memory, where a warp takes a head.
-template <int kColumns, bool kIsNormed, int kHeads, int kKvHeads, int kDim, bool kHasBias, bool kHasNorms>
-struct RotateAppend {
+// Where a tile of whole heads keeps its sums until a warp takes a head: shared memory.
+template <int kColumns_, int kDim_>
+struct WholeHeads {
+    static constexpr int kColumns = kColumns_, kDim = kDim_;
     static_assert(kColumns % kDim == 0);
-    struct Held {};
-    uint32_t n0;
+    static constexpr int kTileHeads = kColumns / kDim;
     SharedAddress tile;  // [rows of a chunk][kColumns] floats
-    float* queries;      // [rows][kHeads * kDim]
+
+    __device__ __forceinline__ void store(const Place& at, int column, float sum) const {
+        ptx::store_shared(tile + (at.row * kColumns + column) * 4, sum);
+    }
+    __device__ __forceinline__ float load(int, int row, int head, int column) const {
+        return ptx::load_shared<float>(tile + ((row * kTileHeads + head) * kDim + column) * 4);
+    }
+    // After all sums of a chunk of rows.
+    __device__ __forceinline__ void arrive(const Worker&, int) const { sync_consumers(); }
+    // Whether its heads are to be finished here.
+    __device__ __forceinline__ bool is_last(const Worker&) const { return true; }
+};
+
+// Where a tile of a part of a head does: in global memory, for whoever brings the last of the head's sums. That is
+// any of its tiles' SMs, so no bit depends on which. All of an artifact's QKV ops share that memory: the next one's
+// sums of a head come after this one's have been read, because its tiles come after all that read the head, and
+// those after all tiles that made it up. The validator holds programs to that (races.py).
+template <int kColumns_, int kDim_>
+struct PartOfHead {
+    static constexpr int kColumns = kColumns_, kDim = kDim_;
+    static_assert(kDim % kColumns == 0);
+    static constexpr int kTileHeads = 1;
+    float* sums;  // [rows][row_columns] from the tile's first column on
+    int64_t row_columns;
+    uint32_t first;      // column of the head that the tile begins at
+    uint32_t* arrivals;  // of the head, [chunks of rows] of columns that are there, 0 between ops
+
+    __device__ __forceinline__ void store(const Place& at, int column, float sum) const {
+        ptx::store_global(sums + at.step_row() * row_columns + column, sum);
+    }
+    __device__ __forceinline__ float load(int r0, int row, int, int column) const {
+        return ptx::load_global(sums - first + (r0 + row) * row_columns + column);
+    }
+    __device__ __forceinline__ void arrive(const Worker& w, int r0) const {
+        sync_consumers();
+        if (w.thread == 0) {
+            uint32_t* arrived = arrivals + r0 / kRowChunk;
+            const bool is_last = ptx::add_acquire_release(arrived, kColumns) == kDim - kColumns;
+            if (is_last) ptx::store_global(arrived, 0u);  // what it signals later releases that, too
+            ptx::store_shared<uint32_t>(w.shared + kSelectionAt, is_last);
+        }
+    }
+    __device__ __forceinline__ bool is_last(const Worker& w) const {
+        sync_consumers();
+        return ptx::load_shared<uint32_t>(w.shared + kSelectionAt);
+    }
+};
+
+// Columns are Q heads, then K heads, then V heads: bias, norm of Q and K heads, rotation, scale of Q; Q goes to its
+// buffer, K and V to the row's slot. Sums go where `HeadSums` keeps them; then a warp takes a head of a row.
+template <class HeadSums, bool kIsNormed, int kHeads, int kKvHeads, bool kHasBias, bool kHasNorms>
+struct RotateAppend : SimpleSink {
+    HeadSums sums;
+    uint32_t first_head;
+    float* queries;  // [rows][kHeads * kDim]
     int layer;
     const float *bias, *query_norm, *key_norm;
     float eps;
 
-    __device__ __forceinline__ Held fetch(const Place&) const { return {}; }
     __device__ __forceinline__ void put(const Worker& w, const Place& at, float low, float high, Held) const {
         if (!at.is_row) return;
-        const SharedAddress to = tile + (at.row * kColumns + at.column) * 4;
-        if (is_within<kColumns>(at.column)) ptx::store_shared(to, scaled<kIsNormed>(w, at, low));
-        if (is_within<kColumns>(at.column + 16)) ptx::store_shared(to + 64, scaled<kIsNormed>(w, at, high));
+        if (is_within<kColumns>(at.column)) sums.store(at, at.column, scaled<kIsNormed>(w, at, low));
+        if (is_within<kColumns>(at.column + 16)) sums.store(at, at.column + 16, scaled<kIsNormed>(w, at, high));
     }
 
-    // Ends with a barrier, so that the pages may be used again.
+    // Ends with a barrier where it finishes heads: pages may be used again, and what was written be read.
     __device__ __forceinline__ void end(const Worker& w, int r0, int count) const {
-        constexpr int kTileHeads = kColumns / kDim;
-        sync_consumers();
-        for (int item = w.warp; item < count * kTileHeads; item += kConsumerWarps)
-            finish(w, r0 + item / kTileHeads, item % kTileHeads, tile + item * kDim * 4);
-        sync_consumers();
-    }
-
-    // Before the wait for the sums.
-    static __device__ __forceinline__ void prefetch(const Worker& w) {
-        for (int row = w.warp; row < w.step.num_rows; row += kConsumerWarps) {
-            const int position = ptx::load_settled(w.step.positions + row);
-            if (w.lane * 16 < kDim / 2) ptx::prefetch(w.step.turns + static_cast<int64_t>(position) * (kDim / 2) + w.lane * 16);
+        const int num_items = count * kTileHeads;
+        bool has_arrived = false;
+#pragma unroll 1
+        for (int item = w.warp; item < num_items || !has_arrived; item += kConsumerWarps) {
+            // Warps without an item load another's: all arrive.
+            const int row = (item < num_items ? item : 0) / kTileHeads, tile_head = item % kTileHeads;
+            // Nothing needs these before the barrier, nor what follows from them before the arrival is known.
+            const int position = ptx::load_settled(w.step.positions + r0 + row);
+            const int slot = ptx::load_settled(w.step.slots + r0 + row);
+            if (!has_arrived) sums.arrive(w, r0);
+            const Head head(*this, w, r0 + row, first_head + tile_head, position, slot);
+            if (!has_arrived && !sums.is_last(w)) return;
+            has_arrived = true;
+            if (item < num_items) finish(w, head, r0, row, tile_head);
         }
+        sync_consumers();
     }
 
    private:
-    __device__ __forceinline__ void finish(const Worker& w, int row, int tile_head, SharedAddress from) const {
-        constexpr int kHalf = kDim / 2;
-        constexpr int kPairs = (kHalf + 31) / 32;  // of a lane
-        const uint32_t head = n0 / kDim + tile_head;
-        const bool is_query = head < kHeads, is_value = head >= kHeads + kKvHeads;
-        // What does not depend on the sums first, all at once.
-        const int position = ptx::load_settled(w.step.positions + row);
-        const int64_t slot = ptx::load_settled(w.step.slots + row);
+    static constexpr int kColumns = HeadSums::kColumns, kDim = HeadSums::kDim, kTileHeads = HeadSums::kTileHeads;
+    static constexpr int kHalf = kDim / 2;
+    static constexpr int kPairs = (kHalf + 31) / 32;  // of a lane
+
+    // What a warp needs of a head of a row beside its sums, on its way while they are waited for.
+    struct Head {
+        bool is_query, is_value;
+        float* query;
+        uint16_t* appended;
         float2 turn[kPairs] = {};
-        float norm[kPairs][2] = {};
+        float biases[kPairs][2] = {};
+        float norms[kPairs][2] = {};
+
+        __device__ __forceinline__ Head(const RotateAppend& sink, const Worker& w, int row, uint32_t head, int position,
+                                        int64_t slot)
+            : is_query(head < kHeads), is_value(head >= kHeads + kKvHeads) {
 #pragma unroll
-        for (int p = 0; p < kPairs; p++) {
-            const uint32_t i = p * 32 + w.lane;
-            if (i >= kHalf || is_value) continue;
-            turn[p] = ptx::load_constant(w.step.turns + static_cast<int64_t>(position) * kHalf + i);
-            if constexpr (kHasNorms) {
-                const float* of_head = is_query ? query_norm : key_norm;
-                norm[p][0] = ptx::load_constant(of_head + i), norm[p][1] = ptx::load_constant(of_head + i + kHalf);
+            for (int p = 0; p < kPairs; p++) {
+                const uint32_t i = p * 32 + w.lane;
+                if (i >= kHalf) continue;
+                if constexpr (kHasBias) {
+                    const float* of_head = sink.bias + head * kDim + i;
+                    biases[p][0] = ptx::load_constant(of_head), biases[p][1] = ptx::load_constant(of_head + kHalf);
+                }
+                if (is_value) continue;
+                turn[p] = ptx::load_constant(w.step.turns + static_cast<int64_t>(position) * kHalf + i);
+                if constexpr (kHasNorms) {
+                    const float* of_head = (is_query ? sink.query_norm : sink.key_norm) + i;
+                    norms[p][0] = ptx::load_constant(of_head), norms[p][1] = ptx::load_constant(of_head + kHalf);
+                }
             }
+            query = sink.queries + (static_cast<int64_t>(row) * kHeads + head) * kDim;
+            appended = w.step.kv + (sink.layer * w.step.num_slots + slot) * (2 * kKvHeads * kDim) +
+                       static_cast<int64_t>(static_cast<int>(head) - kHeads) * kDim;
         }
+    };
+
+    __device__ __forceinline__ void finish(const Worker& w, const Head& head, int r0, int row, int tile_head) const {
         float x[kPairs][2] = {};
         float squares = 0;
 #pragma unroll
@@ -207,51 +279,58 @@ struct RotateAppend {
             const uint32_t i = p * 32 + w.lane;
             if (i >= kHalf) continue;
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const uint32_t column = i + half * kHalf;
-                float value = ptx::load_shared<float>(from + column * 4);
-                if constexpr (kHasBias) value += ptx::load_constant(bias + head * kDim + column);
-                x[p][half] = value;
-                squares = fma_f32(value, value, squares);
-            }
+            for (int half = 0; half < 2; half++) x[p][half] = sums.load(r0, row, tile_head, i + half * kHalf);
         }
+#pragma unroll
+        for (int p = 0; p < kPairs; p++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                if constexpr (kHasBias) x[p][half] += head.biases[p][half];
+                squares = fma_f32(x[p][half], x[p][half], squares);
+            }
         if constexpr (kHasNorms) {
 #pragma unroll
             for (uint32_t mask = 16; mask; mask /= 2) squares += ptx::shuffle_xor(squares, mask);
             const float scale = ptx::reciprocal_sqrt(squares / kDim + eps);
-            if (!is_value)
+            if (!head.is_value)
 #pragma unroll
                 for (int p = 0; p < kPairs; p++) {
-                    const uint32_t i = p * 32 + w.lane;
-                    if (i >= kHalf) continue;
-                    x[p][0] = x[p][0] * scale * norm[p][0];
-                    x[p][1] = x[p][1] * scale * norm[p][1];
+                    x[p][0] = x[p][0] * scale * head.norms[p][0];
+                    x[p][1] = x[p][1] * scale * head.norms[p][1];
                 }
         }
-        uint16_t* appended = w.step.kv + (layer * w.step.num_slots + slot) * (2 * kKvHeads * kDim) +
-                             static_cast<int64_t>(static_cast<int>(head) - kHeads) * kDim;
-        float* query = queries + (static_cast<int64_t>(row) * kHeads + head) * kDim;
 #pragma unroll
         for (int p = 0; p < kPairs; p++) {
             const uint32_t i = p * 32 + w.lane;
             if (i >= kHalf) continue;
             float low = x[p][0], high = x[p][1];
-            if (!is_value) {
-                const float turned = low * turn[p].x - high * turn[p].y;
-                high = high * turn[p].x + low * turn[p].y;
+            if (!head.is_value) {
+                const float turned = low * head.turn[p].x - high * head.turn[p].y;
+                high = high * head.turn[p].x + low * head.turn[p].y;
                 low = turned;
             }
-            if (is_query) {
+            if (head.is_query) {
                 constexpr float kScale = inverse_sqrt(kDim);
-                ptx::store_global(query + i, low * kScale);
-                ptx::store_global(query + i + kHalf, high * kScale);
+                ptx::store_global(head.query + i, low * kScale);
+                ptx::store_global(head.query + i + kHalf, high * kScale);
             } else {
-                ptx::store_global(appended + i, ptx::float_to_half(low));
-                ptx::store_global(appended + i + kHalf, ptx::float_to_half(high));
+                ptx::store_global(head.appended + i, ptx::float_to_half(low));
+                ptx::store_global(head.appended + i + kHalf, ptx::float_to_half(high));
             }
         }
     }
 };
+
+// Before a wait: what the step's rows turn by is sent for, by the last warps first: the first one polls.
+template <int kDim>
+__device__ __forceinline__ void prefetch_turns(const Worker& w) {
+    constexpr int kHalf = kDim / 2;
+#pragma unroll 1
+    for (int row = kConsumerWarps - 1 - w.warp; row < w.step.num_rows; row += kConsumerWarps) {
+        const int64_t position = ptx::load_settled(w.step.positions + row);
+        if (w.lane * 16 < kHalf) ptx::prefetch(w.step.turns + position * kHalf + w.lane * 16);
+    }
+}
 
 // Sums of K-tiles, ascending, of columns [n0, n0 + kColumns) of an op.
 template <int kRows, int kColumns, class Sink>
