@@ -90,8 +90,8 @@ class CallSource:
 
     def prefetch(self) -> Iterator[str]:
         """What is read after the waits, and does not depend on what is waited for."""
-        if self.op.norm:
-            yield f"prefetch_vector<{self.op.in_features}>(w, {self.vector('norm')});"
+        if self.call.opcode is Opcode.LINEAR:
+            yield f"const auto source = {self.input()};"
         if self.op.epilogue is Epilogue.ROPE_APPEND and self.call.opcode is not Opcode.LINEAR_PARTIAL:
             yield f"prefetch_turns<{self.program.geometry.head_dim}>(w);"
         if self.call.opcode is Opcode.ATTENTION:
@@ -285,7 +285,7 @@ class CallSource:
         parity = "j" if max(run.count for run in call.all_runs()) > 1 else "0"
         statement = (
             f"linear_tile<{self.format}, {program.bucket}, {op.in_features}, {call.columns}, "
-            f"{self.units(call.load_k)}, {self.units(call.input_k)}>(w, {self.input()}, "
+            f"{self.units(call.load_k)}, {self.units(call.input_k)}>(w, source, "
             f"{self.sink(is_normed=is_normed)}, {rows}, "
             f"[&](uint32_t load) {{ return {self.page(PageRole.WEIGHTS)}; }}, "
             f"{self.page(PageRole.INPUT)}, {takes}, {parity});"
@@ -300,7 +300,7 @@ class CallSource:
         match op.prologue:
             case Prologue.RMS_NORM:
                 eps = _f32(program.geometry.rms_norm_eps)
-                return f"Normed<{op.in_features}>{{{source}, {self.vector('norm')}, {eps}}}"
+                return f"Normed<{op.in_features}>(w, {source}, {self.vector('norm')}, {eps})"
             case Prologue.COMBINE:
                 return f"Plain<{op.in_features}>{{{self.attended()}}}"
             case _:

@@ -45,19 +45,23 @@ struct Plain {
     }
 };
 
-// Before a wait: a vector that will be read after it is sent for.
-template <int kIn>
-__device__ __forceinline__ void prefetch_vector(const Worker& w, const float* vector) {
-    for (uint32_t k = w.thread * 32; k < kIn; k += kConsumers * 32) ptx::prefetch(vector + k);
-}
-
-// RMS norm but for the scale.
+// RMS norm but for the scale. Made before the wait for the rows: weights of the warp's first block of K are loaded then, and
+// others sent for.
 template <int kIn>
 struct Normed {
     static constexpr bool kIsNormed = true;
     const float* rows;
     const float* weight;
     float eps;
+    Eight first;
+
+    __device__ __forceinline__ Normed(const Worker& w, const float* of_rows, const float* of_weight, float epsilon)
+        : rows(of_rows), weight(of_weight), eps(epsilon), first{} {
+        const uint32_t k = w.warp * kStagedBlock + w.lane * 8;
+        if (k < kIn) first = weights(k);
+        for (uint32_t line = kConsumerWarps * kStagedBlock + w.thread * 32; line < kIn; line += kConsumers * 32)
+            ptx::prefetch(weight + line);
+    }
 
     __device__ __forceinline__ Eight load(const Worker&, int row, uint32_t k) const {
         return load_eight(rows + static_cast<int64_t>(row) * kIn + k);
@@ -91,50 +95,68 @@ __device__ __forceinline__ void stage_input(const Worker& w, const Source source
     using Layout = InputLayout<F, kRows>;
     constexpr uint32_t kBlocks = (kUnits * unit_k(F) + kStagedBlock - 1) / kStagedBlock;  // of a row
     constexpr uint32_t kAllBlocks = (kIn + kStagedBlock - 1) / kStagedBlock;
-    constexpr uint32_t kMost = kBlocks * Layout::kChunk, kTimes = (kMost + kConsumerWarps - 1) / kConsumerWarps;
-    constexpr uint32_t kAtOnce = kTimes < 4 ? kTimes : 4;  // loads that are on their way at once
-    const uint32_t first = u0 * unit_k(F), num_blocks = kBlocks * count;
+    constexpr uint32_t kBlocksOfWarp = (kBlocks + kConsumerWarps - 1) / kConsumerWarps;
+    // Loads that are on their way at once.
+    constexpr int kRowsAtOnce = Layout::kChunk < 4 ? Layout::kChunk : 4;
+    constexpr uint32_t kMostAtOnce = 4 / kRowsAtOnce;
+    constexpr uint32_t kBlocksAtOnce = kBlocksOfWarp < kMostAtOnce ? kBlocksOfWarp : kMostAtOnce;
+    const uint32_t first = u0 * unit_k(F);
 #pragma unroll 1
-    for (uint32_t base = w.warp; base < num_blocks; base += kAtOnce * kConsumerWarps) {
-        Eight x[kAtOnce];
+    for (uint32_t block0 = w.warp; block0 < kBlocks; block0 += kBlocksAtOnce * kConsumerWarps) {
+#pragma unroll 1
+        for (int row0 = 0; row0 < count; row0 += kRowsAtOnce) {
+            Eight x[kBlocksAtOnce][kRowsAtOnce];
 #pragma unroll
-        for (uint32_t i = 0; i < kAtOnce; i++) {
-            const uint32_t number = base + i * kConsumerWarps;
-            const uint32_t k = first + number % kBlocks * kStagedBlock + w.lane * 8;
-            x[i] = {};
-            if (number < num_blocks && k < kIn) x[i] = source.load(w, r0 + number / kBlocks, k);
-        }
+            for (uint32_t b = 0; b < kBlocksAtOnce; b++)
 #pragma unroll
-        for (uint32_t i = 0; i < kAtOnce; i++) {
-            const uint32_t number = base + i * kConsumerWarps, row = number / kBlocks;
-            const uint32_t in_row = number % kBlocks * kStagedBlock + w.lane * 8, k = first + in_row;
-            if (number >= num_blocks) break;
-            const bool is_staged = in_row < kUnits * unit_k(F) && k < num_units(F, kIn) * unit_k(F);
-            Eight& own = x[i];
-            if constexpr (Source::kIsNormed) {
-                Eight weight{};
-                if (k < kIn) weight = source.weights(k);
-                float squares = 0;
-#pragma unroll
-                for (int e = 0; e < 8; e++) {
-                    squares = fma_f32(own.x[e], own.x[e], squares);
-                    own.x[e] *= weight.x[e];
+                for (int r = 0; r < kRowsAtOnce; r++) {
+                    const uint32_t block = block0 + b * kConsumerWarps, k = first + block * kStagedBlock + w.lane * 8;
+                    x[b][r] = {};
+                    if (block < kBlocks && k < kIn && row0 + r < count) x[b][r] = source.load(w, r0 + row0 + r, k);
                 }
 #pragma unroll
-                for (uint32_t mask = kLanes / 2; mask; mask /= 2) squares += ptx::shuffle_xor(squares, mask);
-                if (w.lane == 0)
-                    ptx::store_shared(w.shared + kSquaresAt + (row * kAllBlocks + k / kStagedBlock) * 4, squares);
-            }
-            const uint4 rounded = {pack_pair<F>(own.x[0], own.x[1]), pack_pair<F>(own.x[2], own.x[3]),
-                                   pack_pair<F>(own.x[4], own.x[5]), pack_pair<F>(own.x[6], own.x[7])};
-            if (is_staged) ptx::store_shared(to + row * Layout::row_bytes(kUnits) + in_row * 2, rounded);
-            if constexpr (is_4bit(F)) {
-                float sum = (sum_of_pair<F>(rounded.x) + sum_of_pair<F>(rounded.y)) +
-                            (sum_of_pair<F>(rounded.z) + sum_of_pair<F>(rounded.w));
+            for (uint32_t b = 0; b < kBlocksAtOnce; b++) {
+                const uint32_t block = block0 + b * kConsumerWarps, in_row = block * kStagedBlock + w.lane * 8, k = first + in_row;
+                if (block >= kBlocks) break;
+                const bool is_staged = in_row < kUnits * unit_k(F) && k < num_units(F, kIn) * unit_k(F);
+                Eight weight{};
+                if constexpr (Source::kIsNormed) {
+                    const bool is_first = k < kConsumerWarps * kStagedBlock && kUnits >= num_units(F, kIn);
+                    if (is_first)
+                        weight = source.first;
+                    else if (k < kIn)
+                        weight = source.weights(k);
+                }
 #pragma unroll
-                for (uint32_t mask = 1; mask < scale_group(F) / 8; mask *= 2) sum += ptx::shuffle_xor(sum, mask);
-                if (is_staged && k % scale_group(F) == 0)
-                    ptx::store_shared(to + Layout::sums_at(kUnits) + (in_row / scale_group(F) * Layout::kSumsARow + row) * 4, sum);
+                for (int r = 0; r < kRowsAtOnce; r++) {
+                    const int row = row0 + r;
+                    if (row >= count) break;
+                    Eight& own = x[b][r];
+                    if constexpr (Source::kIsNormed) {
+                        float squares = 0;
+#pragma unroll
+                        for (int e = 0; e < 8; e++) {
+                            squares = fma_f32(own.x[e], own.x[e], squares);
+                            own.x[e] *= weight.x[e];
+                        }
+#pragma unroll
+                        for (uint32_t mask = kLanes / 2; mask; mask /= 2) squares += ptx::shuffle_xor(squares, mask);
+                        if (w.lane == 0)
+                            ptx::store_shared(w.shared + kSquaresAt + (row * kAllBlocks + k / kStagedBlock) * 4, squares);
+                    }
+                    const uint4 rounded = {pack_pair<F>(own.x[0], own.x[1]), pack_pair<F>(own.x[2], own.x[3]),
+                                           pack_pair<F>(own.x[4], own.x[5]), pack_pair<F>(own.x[6], own.x[7])};
+                    if (is_staged) ptx::store_shared(to + row * Layout::row_bytes(kUnits) + in_row * 2, rounded);
+                    if constexpr (is_4bit(F)) {
+                        float sum = (sum_of_pair<F>(rounded.x) + sum_of_pair<F>(rounded.y)) +
+                                    (sum_of_pair<F>(rounded.z) + sum_of_pair<F>(rounded.w));
+#pragma unroll
+                        for (uint32_t mask = 1; mask < scale_group(F) / 8; mask *= 2) sum += ptx::shuffle_xor(sum, mask);
+                        if (is_staged && k % scale_group(F) == 0)
+                            ptx::store_shared(
+                                to + Layout::sums_at(kUnits) + (in_row / scale_group(F) * Layout::kSumsARow + row) * 4, sum);
+                    }
+                }
             }
         }
     }
