@@ -93,7 +93,8 @@ class CallSource:
             blocks = split_blocks("cuda", max_splits(self.program), parts)
             dealing = f"{parts}, {blocks}, {row_step(self.program)}"
             yield f"const AttentionTiles tiles = {{{self.first}, {self.stride}, count, {dealing}}};"
-            yield f"const FirstSplit<Shape> begun = begin_attention<Shape>(w, {self.number('layer')}, tiles);"
+            yield "FirstSplit<Shape> begun{};"
+            yield f"begin_attention<Shape>(w, {self.number('layer')}, tiles, begun);"
 
     def waits(self) -> Iterator[str]:
         """A worker's first wait with the others' first, and so on."""
