@@ -255,13 +255,15 @@ class CallSource:
         op, program = self.op, self.program
         page = self.literal(lambda run: run.pages[PageRole.INPUT][0])
         arrivals = self.context.first_counter + program.num_counters + 1
+        queries, splits = program.buffers[op.input], program.buffers[op.output]
+        offsets = self.context.offsets
         attended = (
-            f"{self.buffer(op.output)}, {program.buffers[op.output].columns}, {self.attended()}, "
+            f"{offsets[queries.name]}, {offsets[splits.name]}, {splits.columns}, {offsets[ATTENDED]}, "
             f"w.step.counters + {arrivals}, {program.bucket}"
         )
         return [
-            f"attention_tiles<Shape>(w, {self.number('layer')}, tiles, begun, {self.buffer(op.input)}, "
-            f"Attended{{{attended}}}, w.page({page}, {program.page_bytes}));",
+            f"attention_tiles<Shape>(w, {self.number('layer')}, tiles, begun, Attended{{{attended}}}, "
+            f"w.page({page}, {program.page_bytes}));",
             "w.instruction += count;",
         ]
 

@@ -175,29 +175,30 @@ struct SplitCursor {
 template <class Shape>
 struct Share {
     uint32_t found, rest;  // once `found` is there, the slot: see slot()
-    bool is_empty;         // the warp has no tokens of the split
-    bool is_there, is_committed;
+    int num_tokens;        // of the split from the warp's first on; less than 1: the warp has none
+    int num_committed;     // of them; may be less than 0
 
+    // How far after the warp's first.
+    static __device__ __forceinline__ int of_lane(const Worker& w) {
+        return w.lane % Shape::kLanesAToken / 2 * Shape::kTokensAtOnce + w.lane / Shape::kLanesAToken;
+    }
     static __device__ __forceinline__ Share of(const Worker& w, uint32_t row_index, int split) {
         const AttendingRow row = AttendingRow::of(w, row_index);
         const int first = split * Shape::kSplitTokens + static_cast<int>(w.warp) * Shape::kTokensATime;
-        const int turn = w.lane % Shape::kLanesAToken / 2;
-        int position = first + turn * Shape::kTokensAtOnce + w.lane / Shape::kLanesAToken;
-        Share made{};
-        made.is_empty = first >= row.num_tokens;
-        made.is_there = position < row.num_tokens;
-        if (!made.is_there) position = first;  // what is loaded for it gets no weight
-        made.is_committed = position < row.context;
-        if (made.is_empty) return made;
-        const uint32_t block_size = w.step.block_size_tokens, block = static_cast<uint32_t>(position) / block_size;
-        const int32_t* from = made.is_committed ? w.step.block_tables : w.step.path_slots;
-        made.found = ptx::load_settled(from + (made.is_committed ? row.line + static_cast<int>(block) : row.path + position));
-        made.rest = position - block * block_size;
+        Share made{0, 0, row.num_tokens - first, row.context - first};
+        if (made.num_tokens <= 0) return made;
+        int at = of_lane(w);
+        if (at >= made.num_tokens) at = 0;  // what is loaded for it gets no weight
+        const bool is_committed = at < made.num_committed;
+        const uint32_t position = first + at, block_size = w.step.block_size_tokens, block = position / block_size;
+        const int32_t* from = is_committed ? w.step.block_tables : w.step.path_slots;
+        made.found = ptx::load_settled(from + (is_committed ? row.line + block : row.path + position));
+        made.rest = is_committed ? position - block * block_size : kNoIndex;
         return made;
     }
 
     __device__ __forceinline__ uint32_t slot(const Worker& w) const {
-        return is_committed ? found * w.step.block_size_tokens + rest : found;
+        return rest == kNoIndex ? found : found * w.step.block_size_tokens + rest;
     }
 };
 
@@ -241,21 +242,18 @@ __device__ __forceinline__ void store_slots(const Worker& w, uint32_t own) {
     ptx::sync_warp();
 }
 
-constexpr uint32_t kIsLate = 0x80000000;  // of a slot: this step's, so that it is loaded after the wait
-
-// The lane's 16 bytes of its tokens' keys, and of their values: of those whose slots are as late as asked for.
-template <class Shape, bool kIsKeys, bool kIsValues>
-__device__ __forceinline__ void load_tokens(const Worker& w, const uint8_t* from, uint32_t is_late,
-                                            uint4 (&keys)[Shape::kTimes], uint4 (&values)[Shape::kTimes]) {
+// The lane's 16 bytes of its tokens' keys, and of their values, in those turns that are wanted.
+template <class Shape, bool kIsKeys, bool kIsValues, class IsWanted>
+__device__ __forceinline__ void load_tokens(const Worker& w, const uint8_t* from, uint4 (&keys)[Shape::kTimes],
+                                            uint4 (&values)[Shape::kTimes], const IsWanted is_wanted) {
     uint32_t slots[Shape::kTimes];
     load_words(slots_at<Shape>(w) + w.lane / Shape::kLanesAToken * (Shape::kTimes * 4), slots);
     from = ptx::settled_pointer(from + w.lane % Shape::kLanesAToken * 16);
 #pragma unroll
     for (int i = 0; i < Shape::kTimes; i++) {
-        const bool is_wanted = (slots[i] & kIsLate) == is_late;
-        const uint4* key = at_slot<Shape>(from, slots[i] & ~kIsLate);
-        if constexpr (kIsKeys) ptx::load_global_if(is_wanted, key, keys[i]);
-        if constexpr (kIsValues) ptx::load_global_if(is_wanted, key + Shape::kValuesAt / 16, values[i]);
+        const uint4* key = at_slot<Shape>(from, slots[i]);
+        if constexpr (kIsKeys) ptx::load_global_if(is_wanted(i), key, keys[i]);
+        if constexpr (kIsValues) ptx::load_global_if(is_wanted(i), key + Shape::kValuesAt / 16, values[i]);
     }
 }
 
@@ -263,7 +261,7 @@ __device__ __forceinline__ void load_tokens(const Worker& w, const uint8_t* from
 template <class Shape>
 struct FirstSplit {
     SplitCursor<Shape> at;
-    bool is_there, is_empty;  // of its share
+    int num_tokens, num_committed;  // as of its share
     uint4 keys[Shape::kTimes], values[Shape::kTimes];
 };
 
@@ -285,9 +283,9 @@ __device__ __forceinline__ void begin_attention(const Worker& w, int layer, cons
     for (int i = 0; i <= kSplitsPrefetched && at.rows; i++, at.advance(w, tiles, row0)) {
         const Share<Shape> share = Share<Shape>::of(w, at.row(), at.split);
         if (i == 0) {
-            begun.is_there = share.is_there, begun.is_empty = share.is_empty;
-            store_slots<Shape>(w, share.is_committed ? share.slot(w) : share.slot(w) | kIsLate);
-        } else if (share.is_committed) {
+            begun.num_tokens = share.num_tokens, begun.num_committed = share.num_committed;
+            store_slots<Shape>(w, share.slot(w));
+        } else if (share.num_tokens > 0 && share.rest != kNoIndex) {
             const uint4* key = at_slot<Shape>(keys_of<Shape>(w, layer, at.kv_head(tiles)), share.slot(w));
 #pragma unroll
             for (uint32_t line = 0; line < Shape::kDim * 2; line += 256) {
@@ -299,7 +297,8 @@ __device__ __forceinline__ void begin_attention(const Worker& w, int layer, cons
         }
     }
     const uint8_t* keys = keys_of<Shape>(w, layer, begun.at.kv_head(tiles));
-    load_tokens<Shape, true, true>(w, keys, 0, begun.keys, begun.values);
+    const int early = begun.num_committed - static_cast<int>(w.lane / Shape::kLanesAToken);
+    load_tokens<Shape, true, true>(w, keys, begun.keys, begun.values, [=](int i) { return i * Shape::kTokensAtOnce < early; });
 }
 
 // A warp's weights of its tokens, by head: [head of the group][kTokens]; maximum and sum of each to `extremes`.
@@ -420,22 +419,25 @@ __device__ __forceinline__ void merge_warps(const Worker& w, SharedAddress parti
     }
 }
 
-// Where partial results go, and what becomes of them.
+// Where queries come from, where partial results go, and what becomes of them. Buffers are told by bytes into the
+// activations, and their addresses computed where they are used, as registers are few.
 struct Attended {
-    float* splits;       // [rows][columns]: for each block and head the maximum, the sum, and values
+    int64_t queries;     // [rows][kHeads][kDim]
+    int64_t splits;      // [rows][columns]: for each block and head the maximum, the sum, and values
     int64_t columns;
-    float* heads;        // [rows][kHeads][kDim]: splits merged
+    int64_t heads;       // [rows][kHeads][kDim]: splits merged
     uint32_t* arrivals;  // [kKvHeads][bucket] of splits that are there, 0 between ops
     int32_t bucket;
 
     template <class Shape>
-    __device__ __forceinline__ float* heads_of(int row, uint32_t kv_head) const {
-        return heads + (static_cast<int64_t>(row) * Shape::kHeads + kv_head * Shape::kGroup) * Shape::kDim;
+    static __device__ __forceinline__ float* of_group(const Worker& w, int64_t buffer, int row, uint32_t kv_head) {
+        return reinterpret_cast<float*>(w.step.activations + w.zero() + buffer) +
+               static_cast<uint32_t>(row * Shape::kKvHeads + kv_head) * Shape::kElements;
     }
     template <class Shape>
-    __device__ __forceinline__ float* splits_of(int row, int block, uint32_t kv_head) const {
-        return splits + row * columns +
-               (static_cast<int64_t>(block) * Shape::kHeads + kv_head * Shape::kGroup) * (Shape::kDim + 2);
+    __device__ __forceinline__ float* splits_of(const Worker& w, int row, int block, uint32_t kv_head) const {
+        return reinterpret_cast<float*>(w.step.activations + w.zero() + splits) + row * columns +
+               static_cast<uint32_t>(block * Shape::kKvHeads + kv_head) * (Shape::kElements + 2 * Shape::kGroup);
     }
 };
 
@@ -443,13 +445,14 @@ struct Attended {
 template <class Shape>
 __device__ __forceinline__ void merge_splits(const Worker& w, const AttentionTiles& tiles, const Attended& attended, int row,
                                              uint32_t kv_head, int num_splits) {
-    constexpr int kDim = Shape::kDim, kHead = kDim + 2, kAtOnce = 8;
-    constexpr int64_t kBlock = Shape::kHeads * kHead;
-    const float* of_row = attended.splits_of<Shape>(row, 0, kv_head);
-    const int first_block = tiles.first_block(row);
+    constexpr int kDim = Shape::kDim, kAtOnce = 8;
+    constexpr uint32_t kHeadBytes = (kDim + 2) * 4, kBlockBytes = Shape::kHeads * kHeadBytes;
+    const uint8_t* of_row = reinterpret_cast<const uint8_t*>(attended.splits_of<Shape>(w, row, 0, kv_head));
+    const uint32_t first_block = tiles.first_block(row), num_blocks = tiles.num_blocks;
 #pragma unroll 1
     for (int item = w.thread; item < Shape::kElements; item += kConsumers) {
-        const float* of_head = of_row + item / kDim * kHead;
+        const uint8_t* of_head = ptx::settled_pointer(of_row + item / kDim * kHeadBytes);
+        const uint8_t* of_element = ptx::settled_pointer(of_head + 8 + item % kDim * 4);
         float largest = -__builtin_huge_valf(), total = 0, mixed = 0;
 #pragma unroll 1
         for (int split0 = 0; split0 < num_splits; split0 += kAtOnce) {
@@ -457,12 +460,14 @@ __device__ __forceinline__ void merge_splits(const Worker& w, const AttentionTil
             float values[kAtOnce];
 #pragma unroll
             for (int i = 0; i < kAtOnce; i++) {
-                // In place of splits past the last, which get no weight, the last.
-                int block = first_block + (split0 + i < num_splits ? split0 + i : num_splits - 1);
-                if (block >= tiles.num_blocks) block -= tiles.num_blocks;
-                const float* from = of_head + block * kBlock;
-                extremes[i] = ptx::load_global(reinterpret_cast<const float2*>(from));
-                values[i] = ptx::load_global(from + 2 + item % kDim);
+                // In place of splits past the last the last, without weight.
+                const bool is_there = split0 + i < num_splits;
+                uint32_t block = first_block + (is_there ? split0 + i : num_splits - 1);
+                if (block >= num_blocks) block -= num_blocks;
+                const uint64_t at = static_cast<uint64_t>(block) * kBlockBytes;
+                extremes[i] = ptx::load_global(reinterpret_cast<const float2*>(of_head + at));
+                values[i] = ptx::load_global(reinterpret_cast<const float*>(of_element + at));
+                if (!is_there) extremes[i] = {-__builtin_huge_valf(), 0};
             }
             float top = largest;
 #pragma unroll
@@ -471,13 +476,12 @@ __device__ __forceinline__ void merge_splits(const Worker& w, const AttentionTil
             largest = top, total *= kept, mixed *= kept;
 #pragma unroll
             for (int i = 0; i < kAtOnce; i++) {
-                if (split0 + i >= num_splits) break;
                 const float share = exp_f32(extremes[i].x - top);
                 total = fma_f32(share, extremes[i].y, total);
                 mixed = fma_f32(share, values[i], mixed);
             }
         }
-        ptx::store_global(attended.heads_of<Shape>(row, kv_head) + item, mixed * divide_f32(1, total));
+        ptx::store_global(Attended::of_group<Shape>(w, attended.heads, row, kv_head) + item, mixed * divide_f32(1, total));
     }
 }
 
@@ -522,19 +526,25 @@ __device__ __forceinline__ void merge_rows(const Worker& w, const AttentionTiles
 
 template <class Shape>
 __device__ __forceinline__ void attend_rows(const Worker& w, int layer, const AttentionTiles& tiles, FirstSplit<Shape>& begun,
-                                            const float* queries, const Attended& attended, SharedAddress page, int row0) {
+                                            const Attended& attended, SharedAddress page, int row0) {
     constexpr int kItems = Shape::kItems;
     SplitCursor<Shape> at = begun.at;
-    if (!begun.is_empty)
-        load_tokens<Shape, true, true>(w, keys_of<Shape>(w, layer, at.kv_head(tiles)), kIsLate, begun.keys, begun.values);
+    int num_tokens = begun.num_tokens;
+    if (num_tokens > 0) {
+        const int early = begun.num_committed - static_cast<int>(w.lane / Shape::kLanesAToken);
+        load_tokens<Shape, true, true>(w, keys_of<Shape>(w, layer, at.kv_head(tiles)), begun.keys, begun.values,
+                                       [=](int i) { return i * Shape::kTokensAtOnce >= early; });
+    }
     const SharedAddress weights = w.shared + kSumsAt + w.warp * (Shape::kGroup * Shape::kTokens * 4);
     float held[kItems];
+    const auto has_item = [&](int i) {
+        return (i + 1) * kConsumers <= static_cast<uint32_t>(Shape::kElements) || w.thread + i * kConsumers < Shape::kElements;
+    };
     const auto load_queries = [&](const SplitCursor<Shape>& of) {
-        const float* from = queries + (static_cast<int64_t>(row0 + of.row()) * Shape::kHeads) * Shape::kDim +
-                            of.kv_head(tiles) * Shape::kElements;
+        const float* from = Attended::of_group<Shape>(w, attended.queries, row0 + of.row(), of.kv_head(tiles));
 #pragma unroll
         for (int i = 0; i < kItems; i++)
-            if (w.thread + i * kConsumers < Shape::kElements) held[i] = ptx::load_global(from + w.thread + i * kConsumers);
+            if (has_item(i)) held[i] = ptx::load_global(from + w.thread + i * kConsumers);
     };
     const auto queries_at = [&](uint32_t parity) {
         return w.shared + kSumsAt + Shape::kQueriesAt + (Shape::kIsDouble ? parity * Shape::kQueryBytes : 0);
@@ -542,13 +552,12 @@ __device__ __forceinline__ void attend_rows(const Worker& w, int layer, const At
     const auto store_queries = [&](uint32_t parity) {
 #pragma unroll
         for (int i = 0; i < kItems; i++)
-            if (w.thread + i * kConsumers < Shape::kElements)
+            if (has_item(i))
                 ptx::store_shared(queries_at(parity) + (w.thread + i * kConsumers) * 4, held[i]);
     };
     load_queries(at);
     store_queries(0);
     sync_consumers();
-    bool is_there = begun.is_there, is_empty = begun.is_empty;
     uint32_t parity = 0;
 #pragma unroll 1
     while (true) {
@@ -557,33 +566,35 @@ __device__ __forceinline__ void attend_rows(const Worker& w, int layer, const At
         const SharedAddress extremes = partial + Shape::kExtremesAt + w.warp * (Shape::kGroup * 8);
         SplitCursor<Shape> next = at;
         next.advance(w, tiles, row0);
-        Share<Shape> share{0, 0, true, false, false};
+        Share<Shape> share{};
         if (next.rows) share = Share<Shape>::of(w, next.row(), next.split);
-        if (!is_empty) weigh_tokens<Shape>(w, begun.keys, is_there, queries_at(parity), weights, extremes);
+        if (num_tokens > 0)
+            weigh_tokens<Shape>(w, begun.keys, Share<Shape>::of_lane(w) < num_tokens, queries_at(parity), weights, extremes);
         const uint8_t* keys = keys_of<Shape>(w, layer, next.kv_head(tiles));
-        if (next.rows) load_queries(next);
-        // Neither late nor early: an empty share's are not loaded. The warp's weights are there, too, after it.
-        store_slots<Shape>(w, share.is_empty ? kIsLate : share.slot(w));
-        load_tokens<Shape, true, false>(w, keys, 0, begun.keys, begun.values);
-        if (is_empty)
-            write_nothing<Shape>(w, mixed, extremes);
-        else
+        if (Shape::kIsDouble && next.rows) load_queries(next);
+        store_slots<Shape>(w, share.slot(w));  // after which the warp's weights are there, too
+        const auto is_wanted = [=](int) { return share.num_tokens > 0; };
+        load_tokens<Shape, true, false>(w, keys, begun.keys, begun.values, is_wanted);
+        if (num_tokens > 0)
             mix_tokens<Shape>(w, begun.values, weights, mixed);
-        load_tokens<Shape, false, true>(w, keys, 0, begun.keys, begun.values);
+        else
+            write_nothing<Shape>(w, mixed, extremes);
+        load_tokens<Shape, false, true>(w, keys, begun.keys, begun.values, is_wanted);
         if (Shape::kIsDouble && next.rows) store_queries(parity ^ 1);
         sync_consumers();
+        if (!Shape::kIsDouble && next.rows) load_queries(next);
         const int row = row0 + at.row();
         const uint32_t kv_head = at.kv_head(tiles);
         const bool is_only = AttendingRow::num_splits<Shape>(w, at.row()) == 1;
-        merge_warps<Shape>(w, partial, attended.splits_of<Shape>(row, tiles.block_of(row, at.split), kv_head),
-                           is_only ? attended.heads_of<Shape>(row, kv_head) : nullptr);
+        merge_warps<Shape>(w, partial, attended.splits_of<Shape>(w, row, tiles.block_of(row, at.split), kv_head),
+                           is_only ? Attended::of_group<Shape>(w, attended.heads, row, kv_head) : nullptr);
         if (!next.rows) break;
         if (!Shape::kIsDouble) {
             store_queries(0);
             sync_consumers();
         }
         at = next;
-        is_there = share.is_there, is_empty = share.is_empty;
+        num_tokens = share.num_tokens;
         parity ^= 1;
     }
     merge_rows<Shape>(w, tiles, attended, row0);
@@ -591,14 +602,14 @@ __device__ __forceinline__ void attend_rows(const Worker& w, int layer, const At
 
 template <class Shape>
 __device__ __forceinline__ void attention_tiles(const Worker w, int layer, const AttentionTiles tiles, FirstSplit<Shape>& begun,
-                                                const float* queries, const Attended attended, SharedAddress page) {
-    if (begun.at.rows) attend_rows<Shape>(w, layer, tiles, begun, queries, attended, page, 0);
+                                                const Attended attended, SharedAddress page) {
+    if (begun.at.rows) attend_rows<Shape>(w, layer, tiles, begun, attended, page, 0);
     if (attended.bucket > static_cast<int>(kLanes)) {
 #pragma unroll 1
         for (int row0 = kLanes; row0 < w.step.num_rows; row0 += kLanes) {
             sync_consumers();  // the rows before are done with shared memory
             begin_attention<Shape>(w, layer, tiles, begun, row0);
-            if (begun.at.rows) attend_rows<Shape>(w, layer, tiles, begun, queries, attended, page, row0);
+            if (begun.at.rows) attend_rows<Shape>(w, layer, tiles, begun, attended, page, row0);
         }
     }
     report_progress(w, tiles.count);
