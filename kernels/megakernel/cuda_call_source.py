@@ -99,7 +99,8 @@ class CallSource:
             blocks = split_blocks("cuda", max_splits(self.program), parts)
             dealing = f"{parts}, {blocks}, {row_step(self.program)}"
             yield f"const AttentionTiles tiles = {{{self.first}, {self.stride}, count, {dealing}}};"
-            yield f"const FirstSplit<Shape> begun = begin_attention<Shape>(w, {self.number('layer')}, tiles);"
+            yield "FirstSplit<Shape> begun{};"
+            yield f"begin_attention<Shape>(w, {self.number('layer')}, tiles, begun);"
 
     def waits(self) -> Iterator[str]:
         """A worker's first wait with the others' first, and so on."""
@@ -266,13 +267,15 @@ class CallSource:
         op, program = self.op, self.program
         page = self.literal(lambda run: run.pages[PageRole.INPUT][0])
         arrivals = self.context.first_counter + split_arrivals_at(program)
+        queries, splits = program.buffers[op.input], program.buffers[op.output]
+        offsets = self.context.offsets
         attended = (
-            f"{self.buffer(op.output)}, {program.buffers[op.output].columns}, {self.attended()}, "
+            f"{offsets[queries.name]}, {offsets[splits.name]}, {splits.columns}, {offsets[ATTENDED]}, "
             f"w.step.counters + {arrivals}, {program.bucket}"
         )
         return [
-            f"attention_tiles<Shape>(w, {self.number('layer')}, tiles, begun, {self.buffer(op.input)}, "
-            f"Attended{{{attended}}}, w.page({page}, {program.page_bytes}));",
+            f"attention_tiles<Shape>(w, {self.number('layer')}, tiles, begun, Attended{{{attended}}}, "
+            f"w.page({page}, {program.page_bytes}));",
             "w.instruction += count;",
         ]
 

@@ -14,6 +14,13 @@ __device__ __forceinline__ SharedAddress shared_base() {
     return static_cast<SharedAddress>(__cvta_generic_to_shared(dynamic_shared));
 }
 
+// The same pointer, kept as it is: what is added to it later is not mixed with what it was computed from.
+template <class T>
+__device__ __forceinline__ T* settled_pointer(T* pointer) {
+    asm("" : "+l"(pointer));
+    return pointer;
+}
+
 // T is 1, 2, 4, 8 or 16 bytes (of shared memory 2 or more), and addresses are multiples of that.
 template <class T>
 __device__ __forceinline__ T load_shared(SharedAddress from) {
@@ -108,6 +115,17 @@ __device__ __forceinline__ T load_global(const T* from) {
         memcpy(&value, &bits, sizeof value);
     }
     return value;
+}
+
+// To `to` if `is_wanted`; otherwise that stays as it is. Without a branch: so who waits for the load is who uses it.
+__device__ __forceinline__ void load_global_if(bool is_wanted, const uint4* from, uint4& to) {
+    asm volatile(
+        "{ .reg .pred wanted;\n"
+        "  setp.ne.u32 wanted, %5, 0;\n"
+        "  @wanted ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+        : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w)
+        : "l"(from), "r"(static_cast<uint32_t>(is_wanted))
+        : "memory");
 }
 
 // Of memory that others write only before the thread's block has last waited for them: it may be in L1 since then.

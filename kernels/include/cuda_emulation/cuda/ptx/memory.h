@@ -10,6 +10,11 @@ using SharedAddress = uint32_t;
 __device__ HEADRACE_ALWAYS_INLINE SharedAddress shared_base() { return emulation::kSharedBase; }
 
 template <class T>
+__device__ HEADRACE_ALWAYS_INLINE T* settled_pointer(T* pointer) {
+    return pointer;
+}
+
+template <class T>
 __device__ HEADRACE_ALWAYS_INLINE T load_shared(SharedAddress from) {
     static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
     T value;
@@ -37,6 +42,10 @@ __device__ HEADRACE_ALWAYS_INLINE T load_global(const T* from) {
     T value;
     memcpy(&value, emulation::global_to_load<sizeof(T)>(from), sizeof value);
     return value;
+}
+
+__device__ HEADRACE_ALWAYS_INLINE void load_global_if(bool is_wanted, const uint4* from, uint4& to) {
+    if (is_wanted) to = load_global(from);
 }
 
 __device__ HEADRACE_ALWAYS_INLINE int32_t load_settled(const int32_t* from) { return load_global(from); }
