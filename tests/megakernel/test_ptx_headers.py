@@ -61,7 +61,7 @@ extern "C" __global__ void __launch_bounds__(288, 1) everything(const __grid_con
     c[0] += ptx::shuffle_xor(c[1], 1) + ptx::shuffle(c[2], 3);
     r[0] = ptx::shuffle_xor(r[1], 1) + ptx::shuffle(r[2], 3) + ptx::ballot(c[0] > 0) + ptx::lowest_bit(r[1]);
     c[1] = ptx::half_to_float(r[0]) + ptx::bf16_to_float(r[1]) + ptx::exp2_approx(c[0]) + ptx::exp_f32(c[1]);
-    c[2] = ptx::log_f32(c[2]) + ptx::reciprocal_sqrt(c[3]) + ptx::fma(c[0], c[1], c[2]);
+    c[2] = ptx::log_f32(c[2]) + ptx::reciprocal_sqrt(c[3]) + ptx::reciprocal_sqrt_approx(c[0]) + ptx::fma(c[0], c[1], c[2]);
     r[1] = ptx::pack_bf16x2(c[0], c[1]) + ptx::pack_f16x2(c[2], c[3]) + ptx::float_to_half(c[1]);
     r[2] = static_cast<uint32_t>(ptx::nanoseconds()) + ptx::cycles() + ptx::block() + ptx::num_blocks();
     r[3] = ptx::and_or(r[0], r[1], r[2]) + ptx::permute_bytes(r[0], r[1], r[2]);

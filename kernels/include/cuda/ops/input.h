@@ -162,13 +162,14 @@ __device__ __forceinline__ void stage_input(const Worker& w, const Source source
     }
     sync_consumers();
     if constexpr (Source::kIsNormed) {
-        if (u0 + kUnits >= num_units(F, kIn) && w.thread < static_cast<uint32_t>(count)) {
+        if (u0 + kUnits < num_units(F, kIn)) return;
+        // A warp a row: all wait for the first row's, so that it takes as few instructions as may be.
+        for (int row = w.warp; row < count; row += kConsumerWarps) {
             float total = 0;
+            if (w.lane < kAllBlocks) total = ptx::load_shared<float>(w.shared + kSquaresAt + (row * kAllBlocks + w.lane) * 4);
 #pragma unroll
-            for (uint32_t i = 0; i < kAllBlocks; i++)
-                total += ptx::load_shared<float>(w.shared + kSquaresAt + (w.thread * kAllBlocks + i) * 4);
-            const float scale = ptx::reciprocal_sqrt(total / kIn + source.eps);
-            ptx::store_shared(w.shared + kScalesAt + w.thread * 4, scale);
+            for (uint32_t mask = 1; mask < kAllBlocks; mask *= 2) total += ptx::shuffle_xor(total, mask);
+            if (w.lane == 0) ptx::store_shared(w.shared + kScalesAt + row * 4, ptx::reciprocal_sqrt_approx(total / kIn + source.eps));
         }
     }
 }

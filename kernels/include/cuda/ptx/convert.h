@@ -59,6 +59,13 @@ __device__ __forceinline__ float exp2_approx(float x) {
     return value;
 }
 
+// Within two of the last bits.
+__device__ __forceinline__ float reciprocal_sqrt_approx(float x) {
+    float value;
+    asm("rsqrt.approx.f32 %0, %1;" : "=f"(value) : "f"(x));
+    return value;
+}
+
 __device__ __forceinline__ float exp_f32(float x) { return expf(x); }
 __device__ __forceinline__ float log_f32(float x) { return logf(x); }
 __device__ __forceinline__ float reciprocal_sqrt(float x) { return __frsqrt_rn(x); }  // the nearest float

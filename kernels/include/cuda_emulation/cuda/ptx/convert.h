@@ -30,6 +30,7 @@ __device__ HEADRACE_ALWAYS_INLINE float bf16_to_float(uint16_t bits) { return em
 __device__ HEADRACE_ALWAYS_INLINE uint16_t float_to_half(float value) { return emulation::float_to_half(value); }
 
 __device__ HEADRACE_ALWAYS_INLINE float exp2_approx(float x) { return exp2f(x); }
+__device__ HEADRACE_ALWAYS_INLINE float reciprocal_sqrt_approx(float x) { return emulation::reciprocal_sqrt(x); }
 __device__ HEADRACE_ALWAYS_INLINE float exp_f32(float x) { return expf(x); }
 __device__ HEADRACE_ALWAYS_INLINE float log_f32(float x) { return logf(x); }
 __device__ HEADRACE_ALWAYS_INLINE float reciprocal_sqrt(float x) { return emulation::reciprocal_sqrt(x); }
