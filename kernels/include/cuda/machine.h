@@ -37,9 +37,10 @@ constexpr uint32_t kSmAt = 72;          // the block's own number, and 0: see Wo
 constexpr uint32_t kEpochAt = 80;       // the step's: see StepArguments
 constexpr uint32_t kBegunAt = 84;       // steps begun after the first, and kLastStep
 constexpr uint32_t kScalesAt = 128;     // [kRowChunk] floats: what RMS norm multiplies a row's sums by
-constexpr uint32_t kSquaresAt = 192;    // [kRowChunk][kConsumerWarps] floats
+constexpr uint32_t kSquaresAt = 192;    // [kRowChunk][kConsumerWarps] floats; in attention its rows, 16 bytes each
 constexpr uint32_t kSelectionAt = 704;  // [kConsumerWarps] of 8 bytes and of 4: a step's results; attention's rows to merge
-constexpr uint32_t kSumsAt = 1024;      // of a linear op's warps: [column groups][kConsumerWarps][rows][kColumnGroup] floats
+constexpr uint32_t kSumsAt = 1024;      // of a linear op's warps: [column groups][kConsumerWarps][rows][kColumnGroup] floats;
+                                        // in attention see AttentionShape
 constexpr uint32_t kSumsBytes = 16384;
 constexpr uint32_t kReservedBytes = kSumsAt + kSumsBytes;
 

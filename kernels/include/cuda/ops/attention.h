@@ -23,7 +23,8 @@ struct AttentionShape {
     static constexpr int kTimes = kSplitTokens / kTokensAtOnce;
     static constexpr int kTokens = kTimes * kTokensATime;  // of a split, a warp's
     static constexpr int kSlotBytes = 4 * kKvHeads * kDim, kValuesAt = kSlotBytes / 2;
-    static constexpr int kHeadsAtOnce = kGroup % 2 == 0 ? 2 : 1;  // that share the unpacking of keys and values
+    // That share the unpacking of keys and values: two where registers allow it.
+    static constexpr int kHeadsAtOnce = kGroup == 2 || (kGroup % 2 == 0 && kTimes <= 4) ? 2 : 1;
     static constexpr int kItems = (kElements + kConsumers - 1) / kConsumers;  // a thread's, of kElements
 
     // What the warps make of a split, in shared memory: [warp][head of the group][kDim] floats, then
@@ -505,18 +506,21 @@ __device__ __forceinline__ void merge_rows(const Worker& w, const AttentionTiles
                 if (num_own < num_splits) {
                     uint32_t* arrivals = attended.arrivals + tile % Shape::kKvHeads * attended.bucket + row0 + w.lane;
                     is_last = ptx::add_acquire_release(arrivals, num_own) + num_own == static_cast<uint32_t>(num_splits);
-                    if (is_last) ptx::add_release(arrivals, -num_splits);
+                    if (is_last) ptx::store_global(arrivals, uint32_t{0});  // nobody else comes before the op's signal
                 }
             }
         }
         const uint32_t rows_of_warp = ptx::ballot(is_last);
         if (w.lane == 0) ptx::store_shared(w.shared + kSelectionAt + w.warp * 4, rows_of_warp);
         sync_consumers();
+        uint32_t found = 0;
+        if (w.lane < kConsumerWarps) found = ptx::load_shared<uint32_t>(w.shared + kSelectionAt + w.lane * 4);
 #pragma unroll 1
-        for (uint32_t i = 0; i < kConsumerWarps; i++) {
-            const uint32_t kv_head = tiles.number(index0 + i) % Shape::kKvHeads;
+        for (uint32_t warps = ptx::ballot(found != 0); warps; warps &= warps - 1) {
+            const uint32_t of_warp = ptx::lowest_bit(warps);
+            const uint32_t kv_head = tiles.number(index0 + of_warp) % Shape::kKvHeads;
 #pragma unroll 1
-            for (uint32_t rows = ptx::load_shared<uint32_t>(w.shared + kSelectionAt + i * 4); rows; rows &= rows - 1) {
+            for (uint32_t rows = ptx::shuffle(found, of_warp); rows; rows &= rows - 1) {
                 const uint32_t row = ptx::lowest_bit(rows);
                 merge_splits<Shape>(w, tiles, attended, row0 + row, kv_head, AttendingRow::num_splits<Shape>(w, row));
             }
@@ -571,7 +575,7 @@ __device__ __forceinline__ void attend_rows(const Worker& w, int layer, const At
         if (num_tokens > 0)
             weigh_tokens<Shape>(w, begun.keys, Share<Shape>::of_lane(w) < num_tokens, queries_at(parity), weights, extremes);
         const uint8_t* keys = keys_of<Shape>(w, layer, next.kv_head(tiles));
-        if (Shape::kIsDouble && next.rows) load_queries(next);
+        if (Shape::kIsDouble) load_queries(next.rows ? next : at);
         store_slots<Shape>(w, share.slot(w));  // after which the warp's weights are there, too
         const auto is_wanted = [=](int) { return share.num_tokens > 0; };
         load_tokens<Shape, true, false>(w, keys, begun.keys, begun.values, is_wanted);
@@ -582,7 +586,7 @@ __device__ __forceinline__ void attend_rows(const Worker& w, int layer, const At
         load_tokens<Shape, false, true>(w, keys, begun.keys, begun.values, is_wanted);
         if (Shape::kIsDouble && next.rows) store_queries(parity ^ 1);
         sync_consumers();
-        if (!Shape::kIsDouble && next.rows) load_queries(next);
+        if (!Shape::kIsDouble) load_queries(next.rows ? next : at);
         const int row = row0 + at.row();
         const uint32_t kv_head = at.kv_head(tiles);
         const bool is_only = AttendingRow::num_splits<Shape>(w, at.row()) == 1;
