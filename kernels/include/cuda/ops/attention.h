@@ -588,14 +588,18 @@ __device__ __forceinline__ void attend_rows(const Worker& w, int layer, const At
             weigh_tokens<Shape>(w, begun.keys, num_tokens, queries_at(parity), weights, extremes);
         const uint8_t* keys = keys_of<Shape>(w, layer, next.kv_head(tiles));
         if (Shape::kIsDouble) load_queries(next.rows ? next : at);
-        store_slots<Shape>(w, share.slot(w));  // after which the warp's weights are there, too
         const auto is_wanted = [=](int) { return share.num_tokens > 0; };
-        load_tokens<Shape, true, false>(w, keys, begun.keys, begun.values, is_wanted);
+        if (next.rows) {
+            store_slots<Shape>(w, share.slot(w));
+            load_tokens<Shape, true, false>(w, keys, begun.keys, begun.values, is_wanted);
+        } else {
+            ptx::sync_warp();  // the warp's weights are there
+        }
         if (num_tokens > 0)
             mix_tokens<Shape>(w, begun.values, num_tokens, weights, mixed);
         else
             write_nothing<Shape>(w, mixed, extremes);
-        load_tokens<Shape, false, true>(w, keys, begun.keys, begun.values, is_wanted);
+        if (next.rows) load_tokens<Shape, false, true>(w, keys, begun.keys, begun.values, is_wanted);
         if (Shape::kIsDouble && next.rows) store_queries(parity ^ 1);
         sync_consumers();
         if (!Shape::kIsDouble) load_queries(next.rows ? next : at);
