@@ -22,8 +22,10 @@ struct AttentionShape {
     static constexpr int kTokensAtOnce = kTokensATime * kConsumerWarps;
     static constexpr int kTimes = kSplitTokens / kTokensAtOnce;
     static constexpr int kTokens = kTimes * kTokensATime;  // of a split, a warp's
+    static constexpr int kHalfTokens = kSplitTokens / 2;
     static constexpr int kSlotBytes = 4 * kKvHeads * kDim, kValuesAt = kSlotBytes / 2;
-    static constexpr int kHeadsAtOnce = kGroup % 2 == 0 ? 2 : 1;  // that share the unpacking of keys and values
+    // That share the unpacking of keys and values: two where registers allow it.
+    static constexpr int kHeadsAtOnce = kGroup == 2 || (kGroup % 2 == 0 && kTimes <= 4) ? 2 : 1;
     static constexpr int kItems = (kElements + kConsumers - 1) / kConsumers;  // a thread's, of kElements
 
     // What the warps make of a split, in shared memory: [warp][head of the group][kDim] floats, then
@@ -301,26 +303,37 @@ __device__ __forceinline__ void begin_attention(const Worker& w, int layer, cons
     load_tokens<Shape, true, true>(w, keys, begun.keys, begun.values, [=](int i) { return i * Shape::kTokensAtOnce < early; });
 }
 
+// A warp's turns, or the first half of them where the others have no tokens.
+template <int kTimes, class Turn>
+__device__ __forceinline__ void for_turns(bool is_whole, const Turn& turn) {
+    constexpr int kFew = (kTimes + 1) / 2;
+#pragma unroll
+    for (int i = 0; i < kFew; i++) turn(i);
+    if (kTimes > 1 && is_whole)
+#pragma unroll
+        for (int i = kFew; i < kTimes; i++) turn(i);
+}
+
 // A warp's weights of its tokens, by head: [head of the group][kTokens]; maximum and sum of each to `extremes`.
 template <class Shape>
-__device__ __forceinline__ void weigh_tokens(const Worker& w, const uint4 (&keys)[Shape::kTimes], bool is_there,
+__device__ __forceinline__ void weigh_tokens(const Worker& w, const uint4 (&keys)[Shape::kTimes], int num_tokens,
                                              SharedAddress queries, SharedAddress weights, SharedAddress extremes) {
     constexpr int kTimes = Shape::kTimes, kAtOnce = Shape::kHeadsAtOnce;
     const uint32_t chunk = w.lane % Shape::kLanesAToken;
+    const bool is_there = Share<Shape>::of_lane(w) < num_tokens, is_whole = num_tokens > Shape::kHalfTokens;
 #pragma unroll 1
     for (int head0 = 0; head0 < Shape::kGroup; head0 += kAtOnce) {
         float query[kAtOnce][8], scores[kAtOnce][kTimes] = {};
 #pragma unroll
         for (int h = 0; h < kAtOnce; h++) load_words(queries + ((head0 + h) * Shape::kDim + chunk * 8) * 4, query[h]);
-#pragma unroll
-        for (int i = 0; i < kTimes; i++) {
+        for_turns<kTimes>(is_whole, [&](int i) {
             float key[8];
             unpack_halves(keys[i], key);
 #pragma unroll
             for (int h = 0; h < kAtOnce; h++)
 #pragma unroll
                 for (int e = 0; e < 8; e++) scores[h][i] = fma_f32(query[h][e], key[e], scores[h][i]);
-        }
+        });
 #pragma unroll
         for (int h = 0; h < kAtOnce; h++) {
             sum_scattered<Shape::kLanesAToken / 2, 1, kTimes>(w.lane, scores[h]);
@@ -340,11 +353,12 @@ __device__ __forceinline__ void weigh_tokens(const Worker& w, const uint4 (&keys
 
 // A warp's values, mixed by weight: [head of the group][kDim].
 template <class Shape>
-__device__ __forceinline__ void mix_tokens(const Worker& w, const uint4 (&values)[Shape::kTimes], SharedAddress weights,
+__device__ __forceinline__ void mix_tokens(const Worker& w, const uint4 (&values)[Shape::kTimes], int num_tokens, SharedAddress weights,
                                            SharedAddress to) {
     constexpr int kTimes = Shape::kTimes, kAtOnce = Shape::kHeadsAtOnce, kTokensATime = Shape::kTokensATime;
     constexpr int kLeft = kTokensATime < 8 ? 8 / kTokensATime : 1;  // elements of a lane once lanes are summed
     const uint32_t of_token = w.lane / Shape::kLanesAToken;
+    const bool is_whole = num_tokens > Shape::kHalfTokens;
     uint32_t element = w.lane % Shape::kLanesAToken * 8;
     for (uint32_t mask = kLanes / 2, half = 4; mask >= Shape::kLanesAToken && half; mask /= 2, half /= 2)
         if (w.lane & mask) element += half;
@@ -354,15 +368,14 @@ __device__ __forceinline__ void mix_tokens(const Worker& w, const uint4 (&values
 #pragma unroll
         for (int h = 0; h < kAtOnce; h++)
             load_words(weights + ((head0 + h) * Shape::kTokens + of_token * kTimes) * 4, weight[h]);
-#pragma unroll
-        for (int i = 0; i < kTimes; i++) {
+        for_turns<kTimes>(is_whole, [&](int i) {
             float value[8];
             unpack_halves(values[i], value);
 #pragma unroll
             for (int h = 0; h < kAtOnce; h++)
 #pragma unroll
                 for (int e = 0; e < 8; e++) mixed[h][e] = fma_f32(weight[h][i], value[e], mixed[h][e]);
-        }
+        });
 #pragma unroll
         for (int h = 0; h < kAtOnce; h++) {
             sum_scattered<kLanes / 2, Shape::kLanesAToken, 8>(w.lane, mixed[h]);
@@ -505,18 +518,21 @@ __device__ __forceinline__ void merge_rows(const Worker& w, const AttentionTiles
                 if (num_own < num_splits) {
                     uint32_t* arrivals = attended.arrivals + tile % Shape::kKvHeads * attended.bucket + row0 + w.lane;
                     is_last = ptx::add_acquire_release(arrivals, num_own) + num_own == static_cast<uint32_t>(num_splits);
-                    if (is_last) ptx::add_release(arrivals, -num_splits);
+                    if (is_last) ptx::store_global(arrivals, uint32_t{0});  // nobody else comes before the op's signal
                 }
             }
         }
         const uint32_t rows_of_warp = ptx::ballot(is_last);
         if (w.lane == 0) ptx::store_shared(w.shared + kSelectionAt + w.warp * 4, rows_of_warp);
         sync_consumers();
+        uint32_t found = 0;
+        if (w.lane < kConsumerWarps) found = ptx::load_shared<uint32_t>(w.shared + kSelectionAt + w.lane * 4);
 #pragma unroll 1
-        for (uint32_t i = 0; i < kConsumerWarps; i++) {
-            const uint32_t kv_head = tiles.number(index0 + i) % Shape::kKvHeads;
+        for (uint32_t warps = ptx::ballot(found != 0); warps; warps &= warps - 1) {
+            const uint32_t of_warp = ptx::lowest_bit(warps);
+            const uint32_t kv_head = tiles.number(index0 + of_warp) % Shape::kKvHeads;
 #pragma unroll 1
-            for (uint32_t rows = ptx::load_shared<uint32_t>(w.shared + kSelectionAt + i * 4); rows; rows &= rows - 1) {
+            for (uint32_t rows = ptx::shuffle(found, of_warp); rows; rows &= rows - 1) {
                 const uint32_t row = ptx::lowest_bit(rows);
                 merge_splits<Shape>(w, tiles, attended, row0 + row, kv_head, AttendingRow::num_splits<Shape>(w, row));
             }
@@ -569,20 +585,24 @@ __device__ __forceinline__ void attend_rows(const Worker& w, int layer, const At
         Share<Shape> share{};
         if (next.rows) share = Share<Shape>::of(w, next.row(), next.split);
         if (num_tokens > 0)
-            weigh_tokens<Shape>(w, begun.keys, Share<Shape>::of_lane(w) < num_tokens, queries_at(parity), weights, extremes);
+            weigh_tokens<Shape>(w, begun.keys, num_tokens, queries_at(parity), weights, extremes);
         const uint8_t* keys = keys_of<Shape>(w, layer, next.kv_head(tiles));
-        if (Shape::kIsDouble && next.rows) load_queries(next);
-        store_slots<Shape>(w, share.slot(w));  // after which the warp's weights are there, too
+        if (Shape::kIsDouble) load_queries(next.rows ? next : at);
         const auto is_wanted = [=](int) { return share.num_tokens > 0; };
-        load_tokens<Shape, true, false>(w, keys, begun.keys, begun.values, is_wanted);
+        if (next.rows) {
+            store_slots<Shape>(w, share.slot(w));
+            load_tokens<Shape, true, false>(w, keys, begun.keys, begun.values, is_wanted);
+        } else {
+            ptx::sync_warp();  // the warp's weights are there
+        }
         if (num_tokens > 0)
-            mix_tokens<Shape>(w, begun.values, weights, mixed);
+            mix_tokens<Shape>(w, begun.values, num_tokens, weights, mixed);
         else
             write_nothing<Shape>(w, mixed, extremes);
-        load_tokens<Shape, false, true>(w, keys, begun.keys, begun.values, is_wanted);
+        if (next.rows) load_tokens<Shape, false, true>(w, keys, begun.keys, begun.values, is_wanted);
         if (Shape::kIsDouble && next.rows) store_queries(parity ^ 1);
         sync_consumers();
-        if (!Shape::kIsDouble && next.rows) load_queries(next);
+        if (!Shape::kIsDouble) load_queries(next.rows ? next : at);
         const int row = row0 + at.row();
         const uint32_t kv_head = at.kv_head(tiles);
         const bool is_only = AttendingRow::num_splits<Shape>(w, at.row()) == 1;
