@@ -48,6 +48,10 @@ extern "C" __global__ void __launch_bounds__(288, 1) everything(const __grid_con
     ptx::store_system(a.words, ptx::compare_exchange(a.words, 1, 2)), ptx::fence_system();
     a.words[1] = ptx::load_system(a.words + 2) + ptx::load_settled(reinterpret_cast<int32_t*>(a.words) + 3);
     ptx::prefetch(a.bytes);
+    uint4 loaded{};
+    ptx::load_global_if(a.words[3] > 0, reinterpret_cast<const uint4*>(a.bytes), loaded);
+    a.floats[0] = ptx::load_constant_early(ptx::settled_pointer(reinterpret_cast<const float4*>(a.bytes))).x;
+    a.words[4] = loaded.x;
     ptx::copy_async_16(s + 16, a.bytes), ptx::copy_async_arrive(s), ptx::fence_async_shared();
     ptx::copy_async_commit(), ptx::copy_async_wait<3>();
     ptx::mbarrier_arrive(s), ptx::mbarrier_arrive_expect(s, 64), ptx::copy_bulk(s + 64, a.bytes, 64, s);

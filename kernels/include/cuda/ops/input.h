@@ -45,11 +45,11 @@ struct Plain {
     }
 };
 
-// RMS norm but for the scale. Made before the wait for the rows: weights of the warp's first block of K are loaded then, and
-// others sent for.
-template <int kIn>
+// RMS norm but for the scale. Made before the wait for the rows: weights are sent for then, those of the warp's first block
+// of K to registers. Not where several tiles are to come: they would be kept there.
+template <int kIn, bool kIsOfOneTile>
 struct Normed {
-    static constexpr bool kIsNormed = true;
+    static constexpr bool kIsNormed = true, kHasFirst = kIsOfOneTile;
     const float* rows;
     const float* weight;
     float eps;
@@ -58,8 +58,12 @@ struct Normed {
     __device__ __forceinline__ Normed(const Worker& w, const float* of_rows, const float* of_weight, float epsilon)
         : rows(of_rows), weight(of_weight), eps(epsilon), first{} {
         const uint32_t k = w.warp * kStagedBlock + w.lane * 8;
-        if (k < kIn) first = weights(k);
-        for (uint32_t line = kConsumerWarps * kStagedBlock + w.thread * 32; line < kIn; line += kConsumers * 32)
+        if (kHasFirst && k < kIn) {
+            const float4* from = reinterpret_cast<const float4*>(weight + k);
+            const float4 low = ptx::load_constant_early(from), high = ptx::load_constant_early(from + 1);
+            first = {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
+        }
+        for (uint32_t line = (kHasFirst ? kConsumerWarps * kStagedBlock : 0) + w.thread * 32; line < kIn; line += kConsumers * 32)
             ptx::prefetch(weight + line);
     }
 
@@ -121,8 +125,7 @@ __device__ __forceinline__ void stage_input(const Worker& w, const Source source
                 const bool is_staged = in_row < kUnits * unit_k(F) && k < num_units(F, kIn) * unit_k(F);
                 Eight weight{};
                 if constexpr (Source::kIsNormed) {
-                    const bool is_first = k < kConsumerWarps * kStagedBlock && kUnits >= num_units(F, kIn);
-                    if (is_first)
+                    if (Source::kHasFirst && k < kConsumerWarps * kStagedBlock && kUnits >= num_units(F, kIn))
                         weight = source.first;
                     else if (k < kIn)
                         weight = source.weights(k);

@@ -278,16 +278,19 @@ __device__ __forceinline__ void linear_tile(Worker w, const Source source, const
     const int rows = w.step.num_rows < r_end ? w.step.num_rows : r_end;
     if constexpr (kLoads > 1) {
         const int count = rows - r_begin;
+        constexpr bool kStagesAll = kInputUnits >= kUnits;
+        const auto stage = [&](uint32_t x0) {
+            sync_consumers();  // what this SM's ops before wrote is there; the input before has been read
+            stage_input<F, kRows, kIn, kInputUnits>(w, source, r_begin, count, x0, input);
+        };
+        if (kStagesAll && is_new_input) stage(0);
+        trace(w, kStaged);
         linear_pass<F, kRows, kGroups>(w, sink, r_begin, count, 0, parity, [&](auto& c) {
 #pragma unroll 1
             for (uint32_t load = 0; load < kLoads; load++) {
                 const uint32_t u0 = load * kLoadUnits, u1 = u0 + kLoadUnits < kUnits ? u0 + kLoadUnits : kUnits;
                 const uint32_t x0 = u0 / kInputUnits * kInputUnits;
-                if (u0 == x0 && (kInputUnits < kUnits || is_new_input)) {
-                    sync_consumers();  // what this SM's ops before wrote is there; the input before has been read
-                    stage_input<F, kRows, kIn, kInputUnits>(w, source, r_begin, count, x0, input);
-                }
-                if (load == 0) trace(w, kStaged);
+                if (!kStagesAll && u0 == x0) stage(x0);
                 wait_landed(w);
                 if (load == 0) trace(w, kLanded);
                 accumulate<F, kRows, kGroups, kInputUnits>(w, c, page_of(load), input, count, u0, u1, x0);

@@ -171,6 +171,15 @@ __device__ __forceinline__ T load_constant(const T* from) {
     return value;
 }
 
+// load_constant of 16 bytes, but where it stands: for what is to be on its way during a wait.
+__device__ __forceinline__ float4 load_constant_early(const float4* from) {
+    float4 value;
+    asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+                 : "l"(from));
+    return value;
+}
+
 template <class T>
 __device__ __forceinline__ void store_global(T* to, T value) {
     static_assert(sizeof(T) == 1 || sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);

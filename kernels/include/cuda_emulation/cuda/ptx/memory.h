@@ -60,6 +60,8 @@ __device__ HEADRACE_ALWAYS_INLINE T load_constant(const T* from) {
     return value;
 }
 
+__device__ HEADRACE_ALWAYS_INLINE float4 load_constant_early(const float4* from) { return load_constant(from); }
+
 template <class T>
 __device__ HEADRACE_ALWAYS_INLINE void store_global(T* to, T value) {
     static_assert(sizeof(T) == 1 || sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
