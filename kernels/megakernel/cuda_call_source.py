@@ -303,8 +303,8 @@ class CallSource:
         match op.prologue:
             case Prologue.RMS_NORM:
                 eps = _f32(program.geometry.rms_norm_eps)
-                is_one_tile = max(run.count for run in self.call.all_runs()) == 1
-                return f"Normed<{op.in_features}, {_bool(is_one_tile)}>(w, {source}, {self.vector('norm')}, {eps})"
+                is_one_tile = _bool(max(run.count for run in self.call.all_runs()) == 1)
+                return f"Normed<{op.in_features}, {is_one_tile}>(w, {source}, {self.vector('norm')}, {eps})"
             case Prologue.COMBINE:
                 return f"Plain<{op.in_features}>{{{self.attended()}}}"
             case _:

@@ -49,7 +49,8 @@ class Literals:
     def of_worker(self, row: Row) -> str:
         pieces = _pieces(row)
         if len(pieces) > _MOST_PIECES:
-            return f"{self.table([value or 0 for value in row])}[w.sm]"
+            # What stands for nobody's number may be below zero.
+            return f"{self.table([(value or 0) % 2**32 for value in row])}[w.sm]"
         text = ""
         for end, base, slope in pieces:
             value = _affine(base, slope)

@@ -42,10 +42,18 @@ class KBlocks(msgspec.Struct, frozen=True):
     input_k: int
 
 
-def k_blocks(*, columns: int, k: int, rows: int, stored: tuple[str, ...], machine: Machine) -> KBlocks:
+def k_blocks(
+    *,
+    columns: int,
+    k: int,
+    rows: int,
+    stored: tuple[str, ...],
+    machine: Machine,
+    loads_in_memory: int = _LOADS_IN_MEMORY,
+) -> KBlocks:
     """Of a linear tile on an SM. Everything at once where it is small."""
     whole = cuda_linear_footprint(columns=columns, k=k, input_k=k, rows=rows, stored=stored)
-    load_bytes = machine.usable_bytes // _LOADS_IN_MEMORY
+    load_bytes = machine.usable_bytes // loads_in_memory
     input_is_small = whole.input_bytes <= machine.usable_bytes * _WHOLE_INPUT_SHARE
     if input_is_small and whole.weight_stage_bytes <= load_bytes:
         return KBlocks(k, k)

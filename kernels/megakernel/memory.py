@@ -125,7 +125,7 @@ class _NeedsByTile:
                 f"({needed.weight_stage_bytes} weights, {needed.input_bytes} input, {needed.output_bytes} "
                 f"output), {needs.total} pages; a worker of {self._machine.name} has "
                 f"{self._machine.num_pages} pages of {self._machine.page_bytes} bytes: take narrower tiles "
-                f"or more K-tiles"
+                f"or less of K at once"
             )
         return needs
 

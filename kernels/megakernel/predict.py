@@ -12,10 +12,16 @@ from megakernel.graph import DEFAULT_SPLIT_TOKENS
 from megakernel.machine import Machine
 from megakernel.model.shape import ModelShape
 from megakernel.pipeline import compile_program
-from megakernel.plan import Plan
+from megakernel.plan import OpPlan, Plan
 from megakernel.program import Program
 from megakernel.report import peak_bytes, split_rows
-from megakernel.schedule import fewest_k_tiles, list_schedule
+from megakernel.schedule import (
+    fewest_k_tiles,
+    list_schedule,
+    num_loads,
+    role_shapes,
+    with_fewest_loads,
+)
 from megakernel.scratch import check_pages
 from megakernel.search import Budget, SearchResult, search
 from megakernel.work import DEFAULT_CONTEXT_TOKENS, step_bytes
@@ -62,7 +68,7 @@ class ScheduleFigures(msgspec.Struct, frozen=True, kw_only=True):
     """Of one batch's program, at `Prediction.schedule_context`."""
 
     k_tiles: dict[str, int]
-    """By linear role."""
+    """By linear role; on a GPU loads of a tile, which are summed in registers."""
     stages: dict[str, int]
     peak_bytes: int
     """Of a worker's scratch memory, held at once, with what kernels reserve."""
@@ -87,7 +93,8 @@ class BatchSchedule(msgspec.Struct, frozen=True, kw_only=True):
     """Plans that the search tried in its time; None: list scheduling."""
     planned: ScheduleFigures
     least_split: ScheduleFigures
-    """To compare with: list scheduling, K whole where such a tile fits, else in the fewest tiles that fit."""
+    """To compare with: list scheduling, K whole where such a tile fits, else in the fewest tiles that fit; on
+    a GPU in the fewest loads of which two fit."""
     tiles: TileFigures
 
 
@@ -170,8 +177,11 @@ def _steps(question: Question, program: Program) -> Iterator[StepPrediction]:
 def _schedule(question: Question, program: Program, plan: Plan, num_searched: int | None) -> BatchSchedule:
     shape, machine, formats, batch = question.shape, question.machine, question.formats, program.bucket
     planned = _figures(question, program, plan)
-    fewest = fewest_k_tiles(shape, machine, batch, formats)
-    least = list_schedule(shape, machine, batch, formats, k_tiles=fewest)
+    if machine.kind == "cuda":
+        least = _with_fewest_loads(question, batch)
+    else:
+        fewest = fewest_k_tiles(shape, machine, batch, formats)
+        least = list_schedule(shape, machine, batch, formats, k_tiles=fewest)
     return BatchSchedule(
         batch=batch,
         num_searched=num_searched,
@@ -181,10 +191,22 @@ def _schedule(question: Question, program: Program, plan: Plan, num_searched: in
     )
 
 
+def _with_fewest_loads(question: Question, batch: int) -> Plan:
+    shape, machine, formats = question.shape, question.machine, question.formats
+    plan = list_schedule(shape, machine, batch, formats)
+    roles = role_shapes(shape, formats, kind=machine.kind)
+    ops = {
+        name: with_fewest_loads(roles[name], op, batch, machine) if roles[name].in_features else op
+        for name, op in plan.ops.items()
+    }
+    return msgspec.structs.replace(plan, ops=ops)
+
+
 def _tiles(question: Question, plan: Plan, batch: int) -> TileFigures:
     rows = split_rows(question.shape, question.machine, batch, plan, question.formats)
     # Where a role's K is whole, split_rows compares with a split that the plan does not have.
-    is_split = {row.role: plan.ops[row.role].num_k_tiles > 1 for row in rows}
+    is_gpu = question.machine.kind == "cuda"
+    is_split = {row.role: is_gpu or plan.ops[row.role].num_k_tiles > 1 for row in rows}
     return TileFigures(
         whole_bytes=peak_bytes(row.whole for row in rows),
         split_bytes=peak_bytes(row.split if is_split[row.role] else row.whole for row in rows),
@@ -198,12 +220,20 @@ def _figures(question: Question, program: Program, plan: Plan) -> ScheduleFigure
     trace = simulate(program, machine, question.formats, question.schedule_context, is_shared=False)
     linear = {role: op for role, op in plan.ops.items() if role not in ("embed", "attention")}
     return ScheduleFigures(
-        k_tiles={role: op.num_k_tiles for role, op in linear.items()},
+        k_tiles={role: _parts_of_k(question, program, role, op) for role, op in linear.items()},
         stages={role: op.stages for role, op in linear.items()},
         peak_bytes=machine.reserved_bytes + check_pages(program) * program.page_bytes,
         predicted_ms=_ms(trace.makespan_us),
         bubble_share=round(trace.bubble_share, 4),
     )
+
+
+def _parts_of_k(question: Question, program: Program, role: str, op: OpPlan) -> int:
+    machine = question.machine
+    if machine.kind != "cuda":
+        return op.num_k_tiles
+    roles = role_shapes(question.shape, question.formats, kind=machine.kind)
+    return num_loads(roles[role], op, program.bucket, machine)
 
 
 def _ms(us: float) -> float:

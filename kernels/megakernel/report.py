@@ -12,7 +12,14 @@ from megakernel.memory import role_of
 from megakernel.model.shape import ModelShape
 from megakernel.plan import ROLES, OpPlan, Plan
 from megakernel.program import Program
-from megakernel.schedule import RoleShape, geometry_of, k_tile_choices, role_shapes, tile_footprint
+from megakernel.schedule import (
+    RoleShape,
+    geometry_of,
+    k_tile_choices,
+    num_loads,
+    role_shapes,
+    tile_footprint,
+)
 from megakernel.timeline import Timeline, bytes_read, simulated_timeline
 from megakernel.work import DEFAULT_CONTEXT_TOKENS, work_of
 
@@ -52,7 +59,8 @@ def split_rows(
     plan: Plan,
     formats: Mapping[str, str] | None = None,
 ) -> tuple[SplitRow, ...]:
-    """By linear role. Where the plan leaves K whole, the comparison is with its smallest split."""
+    """By linear role. Where the plan leaves K whole, the comparison is with its smallest split; on a GPU it
+    is of tiles loaded whole with tiles in blocks of K."""
     linear = [role for role in role_shapes(shape, formats, kind=machine.kind).values() if role.in_features]
     return tuple(_split_row(role, shape, machine, bucket, plan.ops[role.role]) for role in linear)
 
@@ -64,8 +72,13 @@ def _split_row(
     smallest = next((choice for choice in k_tile_choices(role) if choice > 1), 1)
     num_k_tiles = op_plan.num_k_tiles if op_plan.num_k_tiles > 1 else smallest
     columns = min(op_plan.tile_columns, role.columns)
-    whole = tile_footprint(role, geometry, OpPlan(tile_columns=columns), bucket, machine)
+    whole_plan = OpPlan(tile_columns=columns)
     split_plan = OpPlan(tile_columns=columns, num_k_tiles=num_k_tiles)
+    if machine.kind == "cuda":
+        num_k_tiles = num_loads(role, op_plan, bucket, machine)
+        whole_plan = OpPlan(tile_columns=columns, load_k=role.in_features)
+        split_plan = op_plan
+    whole = tile_footprint(role, geometry, whole_plan, bucket, machine)
     split = tile_footprint(role, geometry, split_plan, bucket, machine)
     return SplitRow(
         role=role.role,

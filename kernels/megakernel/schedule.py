@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from megakernel.cuda_constants import MAX_LOADS_AHEAD
+from megakernel.cuda_constants import K_BLOCK, MAX_LOADS_AHEAD
 from megakernel.footprint import (
     Footprint,
     attention_footprint,
@@ -183,15 +183,42 @@ def tile_footprint(
     columns = min(op_plan.tile_columns, role.columns)
     k = largest_k_tile(role, op_plan.num_k_tiles)
     if machine.kind == "cuda":
-        blocks = KBlocks(op_plan.load_k, op_plan.input_k or k)
-        if not op_plan.load_k:
-            blocks = k_blocks(columns=columns, k=k, rows=bucket, stored=role.formats, machine=machine)
+        blocks = _k_blocks(role, op_plan, bucket, machine)
         return cuda_linear_footprint(
             columns=columns, k=blocks.load_k, input_k=blocks.input_k, rows=bucket, stored=role.formats
         )
     return linear_footprint(
         columns=columns, k=k, rows=bucket, weight_bits=role.weight_bits, input_bits=role.input_bits
     )
+
+
+def _k_blocks(role: RoleShape, op_plan: OpPlan, bucket: int, machine: Machine) -> KBlocks:
+    k = role.in_features
+    if op_plan.load_k:
+        return KBlocks(op_plan.load_k, op_plan.input_k or k)
+    columns = min(op_plan.tile_columns, role.columns)
+    return k_blocks(columns=columns, k=k, rows=bucket, stored=role.formats, machine=machine)
+
+
+def num_loads(role: RoleShape, op_plan: OpPlan, bucket: int, machine: Machine) -> int:
+    """Of a tile on a GPU."""
+    return -(-role.in_features // _k_blocks(role, op_plan, bucket, machine).load_k)
+
+
+def with_fewest_loads(role: RoleShape, op_plan: OpPlan, bucket: int, machine: Machine) -> OpPlan:
+    """On a GPU, the tile loaded whole where it fits, else in the fewest loads."""
+    columns = min(op_plan.tile_columns, role.columns)
+    blocks = k_blocks(
+        columns=columns,
+        k=role.in_features,
+        rows=bucket,
+        stored=role.formats,
+        machine=machine,
+        loads_in_memory=2,
+    )
+    input_k = blocks.input_k if blocks.input_k < role.in_features else 0
+    load_k = -(-blocks.load_k // K_BLOCK) * K_BLOCK
+    return msgspec.structs.replace(op_plan, load_k=load_k, input_k=input_k)
 
 
 def largest_k_tile(role: RoleShape, num_k_tiles: int) -> int:

@@ -12,7 +12,7 @@ from megakernel.cuda_calls import Call, Loop, Operands, calls_of, instructions_o
 from megakernel.machine import load_machine
 from megakernel.pipeline import compile_program
 from megakernel.plan import Plan
-from megakernel.program import Op, Opcode, PageRole, Program
+from megakernel.program import Instruction, Op, Opcode, PageRole, Program
 from megakernel.schedule import list_schedule
 from megakernel.shapes import SHAPES
 from tests.megakernel.model.model_files import tiny_shape
@@ -24,34 +24,51 @@ def describe(op: Op) -> Operands:
     return Operands((), {"layer": op.layer})
 
 
+def tiles_of(program: Program, worker: int) -> list[list[tuple[int, Instruction]]]:
+    """Instructions with their index, those of one tile together."""
+    found: list[list[tuple[int, Instruction]]] = [[]]
+    for index, instruction in enumerate(program.workers[worker]):
+        found[-1].append((index, instruction))
+        if instruction.opcode is not Opcode.LINEAR_ACCUMULATE:
+            found.append([])
+    return found[:-1]
+
+
 def numbers_of(program: Program, worker: int) -> list[tuple[int, Opcode, int]]:
     """(op, opcode, tile number) by the program itself."""
-    widths: Counter[tuple[int, Opcode]] = Counter()
+    widths: Counter[int] = Counter()
     for instruction in (i for own in program.workers for i in own):
-        tile = instruction.op, instruction.opcode
-        widths[tile] = max(widths[tile], instruction.n1 - instruction.n0)
+        widths[instruction.op] = max(widths[instruction.op], instruction.n1 - instruction.n0)
     found = []
-    for instruction in program.workers[worker]:
-        column = instruction.n0 // widths[instruction.op, instruction.opcode]
-        match instruction.opcode:
-            case Opcode.ATTENTION:
-                number = instruction.part * program.geometry.num_kv_heads + instruction.n0
-            case Opcode.LINEAR_PARTIAL:
-                number = column * instruction.num_parts + instruction.part
-            case _:
-                number = column
+    for tile in tiles_of(program, worker):
+        instruction = tile[-1][1]
+        number = instruction.n0 // widths[instruction.op]
+        if instruction.opcode is Opcode.ATTENTION:
+            number = instruction.part * program.geometry.num_kv_heads + instruction.n0
         found.append((instruction.op, instruction.opcode, number))
     return found
 
 
 def details_of(program: Program, worker: int) -> list[tuple[object, ...]]:
-    """Of each instruction its pages, how far ahead its weights may be loaded, its waits and its signal."""
+    """Of each tile its pages, how far ahead its weights may be loaded, its waits and its signal."""
     found = []
-    for index, instruction in enumerate(program.workers[worker]):
-        first = {role: [use.first for use in instruction.pages if use.role is role] for role in PageRole}
-        ahead = [index - use.live_from for use in instruction.pages if use.role is PageRole.WEIGHTS]
-        waits = [(wait.counter, wait.target) for wait in instruction.waits]
-        found.append(([first[role] for role in PageRole], ahead, waits, instruction.signal))
+    for tile in tiles_of(program, worker):
+        pages = [
+            [use.first for _, instruction in tile for use in instruction.pages if use.role is role]
+            for role in PageRole
+        ]
+        for role, firsts in zip(PageRole, pages, strict=True):
+            if role is not PageRole.WEIGHTS:
+                assert len(set(firsts)) <= 1
+                del firsts[1:]
+        ahead = [
+            index - use.live_from
+            for index, instruction in tile
+            for use in instruction.pages
+            if use.role is PageRole.WEIGHTS
+        ]
+        waits = [(wait.counter, wait.target) for wait in tile[0][1].waits]
+        found.append((pages, ahead, waits, tile[-1][1].signal))
     return found
 
 
@@ -60,12 +77,21 @@ def details_of_calls(parts: list[Call | Loop], worker: int) -> list[tuple[object
     for part in parts:
         calls = part.calls if isinstance(part, Loop) else (part,)
         for layer in range(len(calls[0].runs)):
-            for run in (call.runs[layer][worker] for call in calls):
+            for call in calls:
+                run = call.runs[layer][worker]
                 for j in range(run.count if run else 0):
-                    pages = [[run.pages[role][j]] if role in run.pages else [] for role in PageRole]
+
+                    def of_tile(values: tuple[int, ...], count: int, j: int = j) -> list[int]:
+                        return list(values[j * count : (j + 1) * count])
+
+                    loads = call.num_loads
+                    pages = [
+                        of_tile(run.pages.get(role, ()), loads if role is PageRole.WEIGHTS else 1)
+                        for role in PageRole
+                    ]
                     waits = [(wait.counter, wait.target) for wait in run.waits] if j == 0 else []
                     signal = run.signal if j == run.count - 1 else -1
-                    found.append((pages, [run.ahead[j]] if run.ahead else [], waits, signal))
+                    found.append((pages, of_tile(run.ahead, loads), waits, signal))
     return found
 
 

@@ -104,7 +104,7 @@ ALWAYS_WANTED = (
     | {("head_dim", size) for size in (16, 32, 64)}
     | {("splits", number) for number in (1, 2, 3)}
     | {(name, value) for name in ("is_tied", "is_bulk") for value in (True, False)}
-    | {("part of a head", value) for value in (*FAMILIES, Opcode.LINEAR, Opcode.REDUCE, 1, 32, 64)}
+    | {("part of a head", value) for value in (*FAMILIES, Opcode.LINEAR, 1, 32, 64)}
     | {("tiles a head", number) for number in (2, 4)}
 )
 

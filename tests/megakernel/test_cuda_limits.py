@@ -107,10 +107,10 @@ def test_kv_is_kept_in_half_precision_alone():
 
 def test_a_machine_must_have_the_memory_and_the_multiprocessors():
     machine = load_machine("l4")
-    program = msgspec.structs.replace(programs(1)[0], num_pages=82, page_bytes=1024)
+    program = msgspec.structs.replace(programs(1)[0], num_pages=80, page_bytes=1024)
     check_cuda_programs([program], machine=machine)
-    too_large = msgspec.structs.replace(program, num_pages=83)
-    with pytest.raises(CodegenError, match="takes 104448 bytes of shared memory, 19456 of them reserved"):
+    too_large = msgspec.structs.replace(program, num_pages=81)
+    with pytest.raises(CodegenError, match="takes 102400 bytes of shared memory, 19456 of them reserved"):
         check_cuda_programs([too_large], machine=machine)
     with pytest.raises(CodegenError, match="2 workers; l4 has 1 SMs"):
         check_cuda_programs([program], machine=msgspec.structs.replace(machine, num_workers=1))

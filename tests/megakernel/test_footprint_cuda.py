@@ -25,7 +25,7 @@ SHAPE = small_shape(hidden_size=256, intermediate_size=640, num_heads=8, num_kv_
 PLAN = small_plan(
     qkv=OpPlan(tile_columns=32),
     o=OpPlan(tile_columns=16),
-    down=OpPlan(tile_columns=48, num_k_tiles=2),
+    down=OpPlan(tile_columns=48, load_k=256),
     head=OpPlan(tile_columns=32),
 )
 
@@ -90,10 +90,12 @@ def test_attention_holds_what_its_warps_made_of_a_split():
 
 def test_a_head_tile_of_32_columns_fits_whole():
     """With statistics of 256 columns it would not, in any format."""
-    needed = cuda_linear_footprint(columns=32, k=2048, rows=1, stored=("Q8_0",))
-    assert max_stages(needed, L20) == 1
-    assert max_stages(cuda_linear_footprint(columns=32, k=2048, rows=1, stored=("W4G128",)), L20) == 2
-    assert max_stages(cuda_linear_footprint(columns=256, k=2048, rows=1, stored=("W4G128",)), L20) == 0
+
+    def stages(columns: int, name: str) -> int:
+        needed = cuda_linear_footprint(columns=columns, k=2048, input_k=2048, rows=1, stored=(name,))
+        return max_stages(needed, L20)
+
+    assert (stages(32, "Q8_0"), stages(32, "W4G128"), stages(256, "W4G128")) == (1, 2, 0)
 
 
 def test_statistics_span_what_the_kind_of_machine_has():
@@ -113,24 +115,22 @@ def test_pages_are_held_as_the_footprint_says():
                 assert held == {}
             case Opcode.ATTENTION:
                 assert held == {PageRole.INPUT: -(-8 * 4 * 34 * 4 // 1024)}
-            case Opcode.REDUCE:
-                assert held == {PageRole.OUTPUT: 16 * (instruction.n1 - instruction.n0) * 4 // 1024}
             case _:
                 assert held.keys() == set(PageRole)
         seen.add(instruction.opcode)
-    assert seen == set(Opcode)
+    assert seen == set(Opcode) - {Opcode.LINEAR_PARTIAL, Opcode.REDUCE}
 
 
 def test_rows_are_taken_in_chunks_of_16():
-    chunk, many = (compiled(bucket) for bucket in (16, 64))
+    chunk, many = (compiled(bucket, down=OpPlan(tile_columns=48)) for bucket in (16, 64))
     for one, other in zip(chunk.workers, many.workers, strict=True):
         assert [i.pages for i in one] == [i.pages for i in other]
 
 
 def test_what_does_not_fit_is_named_with_all_three_parts():
     message = (
-        r"layers\.0\.gate_up: columns \[0, 1280\) of 16 rows need 296448 bytes \(204800 weights, 9728 input, "
-        r"81920 output\), 290 pages; a worker of small-gpu has 82 pages"
+        r"layers\.0\.gate_up: columns \[0, 1280\) of 16 rows need 194048 bytes \(102400 weights, 9728 input, "
+        r"81920 output\), 190 pages; a worker of small-gpu has 80 pages"
     )
     with pytest.raises(ScratchError, match=message):
         compiled(bucket=16, gate_up=OpPlan(tile_columns=1280))
@@ -152,7 +152,15 @@ def test_what_does_not_fit_is_named_with_all_three_parts():
             {"attention": OpPlan(tile_columns=2)},
             "attention: CUDA's attention takes one KV head a tile, got 2",
         ),
-        ({"o": OpPlan(tile_columns=16, num_k_tiles=3)}, r"layers\.0\.o: num_k_tiles must be 1 to 2, got 3"),
+        ({"o": OpPlan(tile_columns=16, num_k_tiles=2)}, r"layers\.0\.o: num_k_tiles must be 1 to 1, got 2"),
+        (
+            {"o": OpPlan(tile_columns=16, load_k=64)},
+            r"layers\.0\.o: load_k must be a multiple of 128, got 64",
+        ),
+        (
+            {"o": OpPlan(tile_columns=16, load_k=128, input_k=384)},
+            r"layers\.0\.o: input_k must be a multiple of load_k, 128, and of 256, got 384",
+        ),
     ],
 )
 def test_tiles_that_weights_are_not_packed_for_are_refused(changes, message):
@@ -164,8 +172,21 @@ def test_k_is_cut_at_whole_units_of_every_format():
     assert k_bounds(640, 2, "cuda") == (0, 256, 640)
     assert k_bounds(576, 3, "cuda") == (0, 128, 384, 576)
     program = compiled()
-    cuts = {(i.k0, i.k1) for w in program.workers for i in w if i.opcode is Opcode.LINEAR_PARTIAL}
-    assert cuts == {(0, 256), (256, 640)}
+    down = next(op.index for op in program.ops if op.name == "layers.0.down")
+    cuts = {(i.k0, i.k1, i.opcode) for w in program.workers for i in w if i.op == down}
+    first, second = Opcode.LINEAR_ACCUMULATE, Opcode.LINEAR
+    assert cuts == {(0, 256, first), (256, 512, first), (512, 640, second)}
+
+
+def test_rows_past_a_chunk_take_a_tile_of_several_loads_chunk_by_chunk():
+    program = compiled(bucket=40)
+    down = next(op.index for op in program.ops if op.name == "layers.0.down")
+    own = [i for i in program.workers[0] if i.op == down][:9]
+    assert [(i.r0, i.r1, i.k0) for i in own] == [
+        (r0, min(40, r0 + 16), k0) for r0 in (0, 16, 32) for k0 in (0, 256, 512)
+    ]
+    signals = [i.signal >= 0 for i in program.workers[0] if i.op == down]
+    assert signals == [False] * (len(signals) - 1) + [True]
 
 
 def test_formats_of_groups_of_128_are_planned_with_their_padding():

@@ -190,7 +190,8 @@ def test_compiling_leaves_the_cached_graph_as_it_was():
 def test_a_full_model_compiles_for_a_whole_gpu():
     program = compile_program(SHAPES["qwen3-1.7b"], "f", load_machine("l20"), 1)
     assert len(program.workers) == 92
-    tiles = [Counter((i.op, i.opcode) for i in worker) for worker in program.workers]
+    whole = [[i for i in worker if i.opcode is not Opcode.LINEAR_ACCUMULATE] for worker in program.workers]
+    tiles = [Counter((i.op, i.opcode) for i in worker) for worker in whole]
     for wave in {wave for worker in tiles for wave in worker}:
         shares = [worker[wave] for worker in tiles]
         assert max(shares) - min(shares) <= 1

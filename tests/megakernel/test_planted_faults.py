@@ -26,12 +26,13 @@ from tests.megakernel.emulated_cases import Case, draw_case
 from tests.megakernel.op_by_op import check_ops
 from tests.megakernel.test_cuda_kernels import AT_ONCE, check_whole_step, model_of
 
-CASES = {"K-tiles": 31, "bucket 32": 33}
-CASES_WITH_PARTS_OF_HEADS = {"K-tiles": 16, "K whole": 30}
+CASES = {"K in blocks": 31, "bucket 32": 33}
+CASE_OF_INPUT_IN_BLOCKS, CASE_OF_ONE_BIT = 18, 45
+CASES_WITH_PARTS_OF_HEADS = {"K in blocks": 16, "K whole": 30}
 NUM_INTERLEAVINGS = 30
 NUM_CASES = 48
 CASES_A_GROUP = 8
-LINEAR = (Opcode.LINEAR, Opcode.LINEAR_PARTIAL, Opcode.REDUCE)
+LINEAR = (Opcode.LINEAR, Opcode.LINEAR_ACCUMULATE)
 
 Change = Callable[[int, Instruction], Instruction]
 """Of an instruction and its index in its worker's order."""
@@ -176,15 +177,49 @@ def is_planted_and_caught(seed: int) -> bool:
     return False
 
 
-def test_k_tiles_that_overlap_are_caught():
-    """The first is as long as the first two."""
+BLOCK_FAULTS = {
+    "blocks of K that overlap": (
+        "u1 = u0 + kLoadUnits < kUnits ? u0 + kLoadUnits : kUnits;\n                const uint32_t x0",
+        "u1 = u0 + kLoadUnits + (load == 0);\n                const uint32_t x0",
+    ),
+    "a block that is not waited for": (
+        "                wait_landed(w);\n                if (load == 0)",
+        "if (load == 0)",
+    ),
+    "pages told free before they are": (
+        "accumulate<F, kRows, kGroups, kInputUnits>(w, c, page_of(load), input, count, u0, u1, x0);\n"
+        "                if (load + 1 == kLoads) continue;  // the tile's output keeps the last one's pages\n"
+        "                report_progress(w);\n                w.next(1);",
+        "const SharedAddress page = page_of(load);"
+        "if (load + 1 < kLoads) { report_progress(w); w.next(1); }"
+        "accumulate<F, kRows, kGroups, kInputUnits>(w, c, page, input, count, u0, u1, x0);",
+    ),
+    "an input that is not waited for": (
+        "sync_consumers();  // what this SM's ops before wrote is there; the input before has been read\n"
+        "            stage_input<F, kRows, kIn, kInputUnits>",
+        "stage_input<F, kRows, kIn, kInputUnits>",
+    ),
+}
+"""What is replaced of ops/linear.h, and by what."""
 
-    def edit(source: str) -> str:
-        assert "(part + 1)" in source
-        return source.replace("(part + 1)", "(part + 1 + (part == 0))")
 
+def with_fault(tmp_path, header: str, right: str, wrong: str) -> tuple[str, ...]:
+    """Flags for a compiler that then sees the changed header."""
+    text = (INCLUDE_FOLDER / header).read_text()
+    assert text.count(right) == 1
+    changed_header = tmp_path / header
+    changed_header.parent.mkdir(parents=True)
+    changed_header.write_text(text.replace(right, wrong))
+    return f"-iquote{tmp_path}", f"-DHEADRACE_FAULT={crc32(wrong.encode())}"
+
+
+@pytest.mark.parametrize("fault", BLOCK_FAULTS)
+def test_faults_between_blocks_of_k_are_caught(fault, tmp_path):
+    flags = with_fault(tmp_path, "cuda/ops/linear.h", *BLOCK_FAULTS[fault])
+    is_of_input = fault == "an input that is not waited for"
+    case = draw_case(CASE_OF_INPUT_IN_BLOCKS if is_of_input else CASES["K in blocks"])
     with pytest.raises((EmulationError, AssertionError)):
-        check_interleavings(draw_case(CASES["K-tiles"]), edit)
+        check_interleavings(case, flags=flags)
 
 
 LAST = "const bool is_last = ptx::add_acquire_release(arrived, kColumns) == kDim - kColumns;"
@@ -212,21 +247,15 @@ HEAD_FAULTS = {
 @pytest.mark.parametrize("name", CASES_WITH_PARTS_OF_HEADS)
 @pytest.mark.parametrize("fault", HEAD_FAULTS)
 def test_faults_of_heads_that_several_tiles_make_up_are_caught(fault, name, tmp_path):
-    right, wrong = HEAD_FAULTS[fault]
-    header = INCLUDE_FOLDER / "cuda/ops/epilogue.h"
-    text = header.read_text()
-    assert text.count(right) == 1
-    changed_header = tmp_path / "cuda/ops/epilogue.h"
-    changed_header.parent.mkdir(parents=True)
-    changed_header.write_text(text.replace(right, wrong))
+    flags = with_fault(tmp_path, "cuda/ops/epilogue.h", *HEAD_FAULTS[fault])
     case = draw_case(CASES_WITH_PARTS_OF_HEADS[name])
     assert case.tiles_a_head > 1
     with pytest.raises((EmulationError, AssertionError)):
-        check_interleavings(case, flags=(f"-iquote{tmp_path}", f"-DHEADRACE_FAULT={crc32(wrong.encode())}"))
+        check_interleavings(case, flags=flags)
 
 
 def test_one_bit_of_the_weights_is_caught_op_by_op_and_not_by_the_whole_step():
-    case = draw_case(CASES["K-tiles"])
+    case = draw_case(CASE_OF_ONE_BIT)
     weights, kv = case.weights(), case.kv()
     op_weights, model = OpWeights(weights, Arithmetic.CUDA), model_of(case, weights)
     for op in case.program.ops:

@@ -50,7 +50,8 @@ extern "C" __global__ void __launch_bounds__(288, 1) everything(const __grid_con
     ptx::prefetch(a.bytes);
     uint4 loaded{};
     ptx::load_global_if(a.words[3] > 0, reinterpret_cast<const uint4*>(a.bytes), loaded);
-    a.floats[0] = ptx::load_constant_early(ptx::settled_pointer(reinterpret_cast<const float4*>(a.bytes))).x;
+    const float4* early = ptx::settled_pointer(reinterpret_cast<const float4*>(a.bytes));
+    a.floats[0] = ptx::load_constant_early(early).x;
     a.words[4] = loaded.x;
     ptx::copy_async_16(s + 16, a.bytes), ptx::copy_async_arrive(s), ptx::fence_async_shared();
     ptx::copy_async_commit(), ptx::copy_async_wait<3>();
