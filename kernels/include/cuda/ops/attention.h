@@ -42,7 +42,7 @@ struct AttentionShape {
 
     static_assert(kDim >= 16 && kDim <= 256 && (kDim & (kDim - 1)) == 0);
     static_assert(kTimes * 2 == kLanesAToken, "two lanes for each token of a warp");
-    static_assert(kQueriesAt + kQueryBytes <= kSumsBytes);
+    static_assert(kQueriesAt + kQueryBytes <= kSumsBytes, "so many query heads of a KV head do not fit");
 };
 
 __device__ __forceinline__ void unpack_halves(const uint4& packed, float (&x)[8]) {
