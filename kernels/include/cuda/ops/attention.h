@@ -19,14 +19,13 @@ struct FirstSplit {
     uint4 keys[Shape::kTimes], values[Shape::kTimes];
 };
 
-constexpr int kSplitsPrefetched = 2;  // to L2, after the first
-
 // Tokens before context_lengths were written before the step began: by earlier launches, or by earlier steps of this one,
 // all blocks of which arrived at a counter that was waited for before begin_next_step let anyone go on. So they may be
 // loaded before this step's own tokens are waited for.
 template <class Shape>
 __device__ __forceinline__ void begin_attention(const Worker& w, int layer, const AttentionTiles& tiles,
                                                 FirstSplit<Shape>& begun, int row0 = 0) {
+    sync_consumers();  // the rows before, of this op or of another, are done with
     if (w.warp == 0) AttendingRow::store(w, row0);
     sync_consumers();
     begun.at = SplitCursor<Shape>::begin(w, tiles, row0);
@@ -34,7 +33,7 @@ __device__ __forceinline__ void begin_attention(const Worker& w, int layer, cons
     if (!begun.at.rows) return;
     SplitCursor<Shape> at = begun.at;
 #pragma unroll 1
-    for (int i = 0; i <= kSplitsPrefetched && at.rows; i++, at.advance(w, tiles, row0)) {
+    for (int i = 0; i <= Shape::kSplitsPrefetched && at.rows; i++, at.advance(w, tiles, row0)) {
         const Share<Shape> share = Share<Shape>::of(w, at.row(), at.split);
         const uint8_t* keys = keys_of<Shape>(w, layer, at.kv_head(tiles));
         if (i == 0) {
@@ -254,7 +253,6 @@ __device__ __forceinline__ void attention_tiles(const Worker w, int layer, const
     if (attended.bucket > static_cast<int>(kLanes)) {
 #pragma unroll 1
         for (int row0 = kLanes; row0 < w.step.num_rows; row0 += kLanes) {
-            sync_consumers();  // the rows before are done with shared memory
             begin_attention<Shape>(w, layer, tiles, begun, row0);
             if (begun.at.rows) attend_rows<Shape>(w, layer, tiles, begun, attended, page, row0);
         }

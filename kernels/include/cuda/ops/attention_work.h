@@ -33,6 +33,8 @@ struct AttentionShape {
     static constexpr uint32_t kQueriesAt = kSlotsAt + kConsumerWarps * kTokens * 4, kQueryBytes = kElements * 4;
     static constexpr uint32_t kSecondAt = kQueriesAt + 2 * kQueryBytes;
     static constexpr bool kIsDouble = kSecondAt + kPartialBytes <= kSumsBytes;
+    // After an SM's first split, brought to L2 while queries are waited for; none where registers do not allow it.
+    static constexpr int kSplitsPrefetched = kIsDouble ? 2 : 0;
 
     static_assert(kDim >= 16 && kDim <= 256 && (kDim & (kDim - 1)) == 0);
     static_assert(kTimes * 2 == kLanesAToken, "two lanes for each token of a warp");
