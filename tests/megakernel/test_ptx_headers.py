@@ -47,7 +47,10 @@ extern "C" __global__ void __launch_bounds__(288, 1) everything(const __grid_con
     ptx::add_release(a.words, ptx::add_acquire_release(a.words + 2, ptx::load_acquire(a.words + 1)));
     ptx::store_system(a.words, ptx::compare_exchange(a.words, 1, 2)), ptx::fence_system();
     a.words[1] = ptx::load_system(a.words + 2) + ptx::load_settled(reinterpret_cast<int32_t*>(a.words) + 3);
-    ptx::prefetch(a.bytes);
+    ptx::prefetch(ptx::settled_pointer(a.bytes));
+    uint4 held{};
+    ptx::load_global_if(a.words[4] > 0, reinterpret_cast<const uint4*>(a.bytes), held);
+    ptx::store_global(reinterpret_cast<uint4*>(a.bytes), held);
     ptx::copy_async_16(s + 16, a.bytes), ptx::copy_async_arrive(s), ptx::fence_async_shared();
     ptx::mbarrier_arrive(s), ptx::mbarrier_arrive_expect(s, 64), ptx::copy_bulk(s + 64, a.bytes, 64, s);
     while (!ptx::mbarrier_try_wait(s, 0)) ptx::sleep_ns(20);
