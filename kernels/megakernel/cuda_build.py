@@ -19,8 +19,16 @@ from megakernel.user_cache import cache_folder
 
 # Fused or not is written out in the kernels, as for CPUs: buckets must not differ in what the compiler fuses.
 FLAGS = ("-std=c++17", "--expt-relaxed-constexpr", "-fmad=false", "-Xptxas=-v")
-_SHARED_BYTES = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024}
-"""Static and dynamic, that one block may have: CUDA C++ Programming Guide, "Technical Specifications"."""
+_SHARED_BYTES = {
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "compute_89:sm_90": 99 * 1024,
+}
+"""Static and dynamic, that one block may have: CUDA C++ Programming Guide, "Technical Specifications".
+
+`compute_89:sm_90` runs on sm_90 and has the instructions and the memory of sm_89."""
 ARCHITECTURES = tuple(_SHARED_BYTES)
 _SCHEDULERS, _REGISTERS_A_SCHEDULER = 4, 16_384
 """An SM's warps are dealt to its schedulers, and each has its registers from its own."""
@@ -102,7 +110,14 @@ def build_cubin(
 
 def cubin_flags(architecture: str, extra_flags: Sequence[str] = ()) -> tuple[str, ...]:
     _check_architecture(architecture)
-    return (*FLAGS, "-cubin", f"-arch={architecture}", *extra_flags)
+    virtual, _, real = architecture.rpartition(":")
+    target = f"-gencode=arch={virtual},code={real}" if virtual else f"-arch={architecture}"
+    return (*FLAGS, "-cubin", target, *extra_flags)
+
+
+def runs_on(architecture: str) -> str:
+    """The GPU's own architecture, as a driver tells it."""
+    return architecture.rpartition(":")[2]
 
 
 def most_registers(num_threads: int) -> int:

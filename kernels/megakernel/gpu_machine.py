@@ -1,5 +1,6 @@
 """Which machine description fits the GPU in hand."""
 
+from megakernel.cuda_build import runs_on
 from megakernel.cuda_device import DeviceFacts
 from megakernel.machine import Machine, MachineError, load_machine
 
@@ -17,7 +18,7 @@ def pick_machine(facts: DeviceFacts, path: str | None = None) -> Machine:
         problems.append(
             f"its blocks have {facts.shared_bytes} bytes of shared memory, there {machine.scratch_bytes}"
         )
-    if machine.vector_units != (facts.architecture,):
+    if tuple(map(runs_on, machine.vector_units)) != (facts.architecture,):
         problems.append(f"it is {facts.architecture}, {machine.name} {' '.join(machine.vector_units)}")
     if problems:
         raise MachineError(f"{facts.name} is no {machine.name}: {'; '.join(problems)}. {_HOW_TO_DESCRIBE}")

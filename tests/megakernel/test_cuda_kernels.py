@@ -155,6 +155,21 @@ def test_ops_of_one_sm_follow_each_other_without_counters(seed):
     check(msgspec.structs.replace(case, program=program, machine=machine, plan=plan), FEW_INTERLEAVINGS)
 
 
+def test_an_sm_has_more_tiles_of_attention_than_a_warp_has_lanes():
+    """Rows begin at all of 12 parts, so that the last tiles have splits, too."""
+    case = draw_case(228)
+    shape = msgspec.structs.replace(case.shape, max_context_tokens=12 * 128)
+    machine = msgspec.structs.replace(case.machine, num_workers=12)
+    attention = msgspec.structs.replace(case.plan.ops["attention"], tile_workers=(0,) * 36)
+    plan = msgspec.structs.replace(case.plan, ops=case.plan.ops | {"attention": attention})
+    program = compile_program(
+        shape, "toy", machine, case.program.bucket, plan, formats=case.weights().formats
+    )
+    assert sum(one.opcode is Opcode.ATTENTION for one in program.workers[0]) == 36
+    changed = msgspec.structs.replace(case, shape=shape, program=program, machine=machine, plan=plan)
+    check(changed, FEW_INTERLEAVINGS)
+
+
 def test_a_row_has_the_same_bits_alone_in_company_and_in_any_bucket():
     plain = tiny_weights(
         4, "qwen3", hidden_size=64, num_heads=4, head_dim=64, vocab_size=203, has_tied_head=False

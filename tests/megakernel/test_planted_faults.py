@@ -194,11 +194,6 @@ BLOCK_FAULTS = {
         "if (load + 1 < kLoads) { report_progress(w); w.next(1); }"
         "accumulate<F, kRows, kGroups, kInputUnits>(w, c, page, input, count, u0, u1, x0);",
     ),
-    "an input that is not waited for": (
-        "sync_consumers();  // what this SM's ops before wrote is there; the input before has been read\n"
-        "            stage_input<F, kRows, kIn, kInputUnits>",
-        "stage_input<F, kRows, kIn, kInputUnits>",
-    ),
 }
 """What is replaced of ops/linear.h, and by what."""
 
@@ -216,10 +211,15 @@ def with_fault(tmp_path, header: str, right: str, wrong: str) -> tuple[str, ...]
 @pytest.mark.parametrize("fault", BLOCK_FAULTS)
 def test_faults_between_blocks_of_k_are_caught(fault, tmp_path):
     flags = with_fault(tmp_path, "cuda/ops/linear.h", *BLOCK_FAULTS[fault])
-    is_of_input = fault == "an input that is not waited for"
-    case = draw_case(CASE_OF_INPUT_IN_BLOCKS if is_of_input else CASES["K in blocks"])
     with pytest.raises((EmulationError, AssertionError)):
-        check_interleavings(case, flags=flags)
+        check_interleavings(draw_case(CASES["K in blocks"]), flags=flags)
+
+
+def test_an_input_that_is_not_waited_for_is_caught(tmp_path):
+    right = "    sync_consumers();\n    if constexpr (Source::kIsNormed) {"
+    flags = with_fault(tmp_path, "cuda/ops/input.h", right, "    if constexpr (Source::kIsNormed) {")
+    with pytest.raises((EmulationError, AssertionError)):
+        check_interleavings(draw_case(CASE_OF_INPUT_IN_BLOCKS), flags=flags)
 
 
 LAST = "const bool is_last = ptx::add_acquire_release(arrived, kColumns) == kDim - kColumns;"

@@ -47,12 +47,11 @@ extern "C" __global__ void __launch_bounds__(288, 1) everything(const __grid_con
     ptx::add_release(a.words, ptx::add_acquire_release(a.words + 2, ptx::load_acquire(a.words + 1)));
     ptx::store_system(a.words, ptx::compare_exchange(a.words, 1, 2)), ptx::fence_system();
     a.words[1] = ptx::load_system(a.words + 2) + ptx::load_settled(reinterpret_cast<int32_t*>(a.words) + 3);
-    ptx::prefetch(a.bytes);
-    uint4 loaded{};
-    ptx::load_global_if(a.words[3] > 0, reinterpret_cast<const uint4*>(a.bytes), loaded);
-    const float4* early = ptx::settled_pointer(reinterpret_cast<const float4*>(a.bytes));
-    a.floats[0] = ptx::load_constant_early(early).x;
-    a.words[4] = loaded.x;
+    ptx::prefetch(ptx::settled_pointer(a.bytes));
+    uint4 held{};
+    ptx::load_global_if(a.words[4] > 0, reinterpret_cast<const uint4*>(a.bytes), held);
+    ptx::store_global(reinterpret_cast<uint4*>(a.bytes), held);
+    a.floats[0] = ptx::load_constant_early(reinterpret_cast<const float4*>(a.bytes)).x;
     ptx::copy_async_16(s + 16, a.bytes), ptx::copy_async_arrive(s), ptx::fence_async_shared();
     ptx::copy_async_commit(), ptx::copy_async_wait<3>();
     ptx::mbarrier_arrive(s), ptx::mbarrier_arrive_expect(s, 64), ptx::copy_bulk(s + 64, a.bytes, 64, s);
@@ -66,7 +65,8 @@ extern "C" __global__ void __launch_bounds__(288, 1) everything(const __grid_con
     c[0] += ptx::shuffle_xor(c[1], 1) + ptx::shuffle(c[2], 3);
     r[0] = ptx::shuffle_xor(r[1], 1) + ptx::shuffle(r[2], 3) + ptx::ballot(c[0] > 0) + ptx::lowest_bit(r[1]);
     c[1] = ptx::half_to_float(r[0]) + ptx::bf16_to_float(r[1]) + ptx::exp2_approx(c[0]) + ptx::exp_f32(c[1]);
-    c[2] = ptx::log_f32(c[2]) + ptx::reciprocal_sqrt(c[3]) + ptx::reciprocal_sqrt_approx(c[0]) + ptx::fma(c[0], c[1], c[2]);
+    c[2] = ptx::log_f32(c[2]) + ptx::reciprocal_sqrt(c[3]) + ptx::fma(c[0], c[1], c[2]);
+    c[3] += ptx::reciprocal_sqrt_approx(c[0]);
     r[1] = ptx::pack_bf16x2(c[0], c[1]) + ptx::pack_f16x2(c[2], c[3]) + ptx::float_to_half(c[1]);
     r[2] = static_cast<uint32_t>(ptx::nanoseconds()) + ptx::cycles() + ptx::block() + ptx::num_blocks();
     r[3] = ptx::and_or(r[0], r[1], r[2]) + ptx::permute_bytes(r[0], r[1], r[2]);
