@@ -1,6 +1,8 @@
 """What a figures file says of the GPU in hand."""
 
 import platform
+import subprocess
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
@@ -26,12 +28,34 @@ def described(facts: DeviceFacts, machine: Machine) -> dict[str, str | int]:
     }
 
 
+def described_run(facts: DeviceFacts, machine: Machine, torch_cuda: str | None) -> dict[str, str | int]:
+    """`described`, and what differs from run to run. `torch_cuda`: the toolkit that torch was built with."""
+    clock = _asked_of_gpu("clocks.max.sm")
+    return {
+        **described(facts, machine),
+        "cuda": torch_cuda or "none",
+        **({"max_clock_mhz": int(clock.split()[0])} if clock[:1].isdigit() else {}),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
 def _driver_version() -> str:
     try:
         words = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").split()
     except OSError:
-        return "unknown"
-    return next((word for word in words if word.count(".") >= 1 and word[0].isdigit()), "unknown")
+        words = []
+    found = next((word for word in words if word.count(".") >= 1 and word[0].isdigit()), "")
+    return found or _asked_of_gpu("driver_version") or "unknown"
+
+
+def _asked_of_gpu(field: str) -> str:
+    """What nvidia-smi tells of the first GPU; empty where it is not there, or does not know."""
+    command = ["nvidia-smi", "--id=0", f"--query-gpu={field}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def _nvcc_version() -> str:
