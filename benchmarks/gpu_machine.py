@@ -12,14 +12,14 @@ from megakernel.cuda_device import DeviceFacts
 from megakernel.machine import Machine
 
 
-def described(facts: DeviceFacts, machine: Machine) -> dict[str, str | int]:
-    """What figures were measured on, for their file."""
+def described(facts: DeviceFacts, machine: Machine | None) -> dict[str, str | int]:
+    """What figures were measured on, for their file. `machine`: what kernels were planned for."""
     return {
         "gpu": facts.name,
         "architecture": facts.architecture,
         "sms": facts.num_sms,
         "memory_gib": round(facts.memory_bytes / 2**30),
-        "planned_for": machine.name,
+        **({"planned_for": machine.name} if machine is not None else {}),
         "driver": _driver_version(),
         "nvcc": _nvcc_version(),
         "kernel": platform.release(),
@@ -28,12 +28,15 @@ def described(facts: DeviceFacts, machine: Machine) -> dict[str, str | int]:
     }
 
 
-def described_run(facts: DeviceFacts, machine: Machine, torch_cuda: str | None) -> dict[str, str | int]:
-    """`described`, and what differs from run to run. `torch_cuda`: the toolkit that torch was built with."""
+def described_run(
+    facts: DeviceFacts, machine: Machine | None, torch_cuda: str | None = None
+) -> dict[str, str | int]:
+    """`described`, and what differs from run to run. `torch_cuda`: the toolkit that torch was built with,
+    where torch has a part in it."""
     clock = _asked_of_gpu("clocks.max.sm")
     return {
         **described(facts, machine),
-        "cuda": torch_cuda or "none",
+        **({"cuda": torch_cuda} if torch_cuda else {}),
         **({"max_clock_mhz": int(clock.split()[0])} if clock[:1].isdigit() else {}),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }

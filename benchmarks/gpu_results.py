@@ -62,8 +62,9 @@ def read_figures(path: Path) -> Figures:
 def markdown(files: Sequence[Figures]) -> str:
     """Raises ResultsError for files of different GPUs, or without a figure of decode."""
     for name in _ALIKE:
-        if len(found := {str(file.machine.get(name, "unknown")) for file in files}) > 1:
-            raise ResultsError(f"figures of different machines: {name} is {', '.join(sorted(found))}")
+        kinds = sorted({str(file.machine.get(name, "unknown")) for file in files})
+        if len(kinds) > 1:
+            raise ResultsError(f"figures of different machines: {name} is {', '.join(kinds)}")
     figures = {name: value for file in files for name, value in file.figures.items()}
     parsed = [found for name in figures if (found := _TIME.fullmatch(name))]
     if not parsed:
