@@ -1,7 +1,10 @@
 """The GPU's decode benchmark without a GPU: what is measured in which order; peers are the same model."""
 
+import json
 import math
 import time
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -14,9 +17,11 @@ from benchmarks.gpu_cells import Selection
 from benchmarks.gpu_decode import GpuDecode, decode_rows, step_bytes
 from benchmarks.gpu_memory import host_view, opened
 from benchmarks.gpu_peers import Peer, PeerWeights
+from benchmarks.gpu_results import markdown, read_figures
 from benchmarks.gpu_steps import Pool, chain, groups_of, key_slots, num_blocks_of, rows_of, slot_of
 from benchmarks.gpu_table import Cell, Line
 from tests.hardware.reference import reference_step
+from tests.megakernel.emulated_model import toy_gpu
 from tests.megakernel.fake_cuda import FakeDriver
 from tests.megakernel.test_gpu_parts import tiny_shape
 from tests.megakernel.test_gpu_reference import compiled_for
@@ -131,6 +136,43 @@ def test_ours_alone_are_measured_without_peers(decode):
     assert [line.ratios for line in measured.lines] == [{}, {}]
     assert measured.weights == {}
     assert not [name for name in measured.figures if "_over_" in name]
+
+
+def test_figures_are_written_after_every_cell(decode, monkeypatch, tmp_path):
+    """So that a run that is ended early leaves a file, and one that `gpu_results` reads."""
+    compiled_of = decode().compiled_of
+    written = []
+
+    def write_figures(path, *rest):
+        write(path, *rest)
+        written.append(read_figures(path))
+
+    write = gpu_decode.write_figures
+    monkeypatch.setattr(gpu_decode, "write_figures", write_figures)
+    monkeypatch.setattr(gpu_decode, "open_driver", FakeDriver)
+    monkeypatch.setattr(gpu_decode, "pick_machine", lambda facts, path: toy_gpu())
+    built = SimpleNamespace(wait=lambda: None)
+    monkeypatch.setattr(gpu_decode, "Builds", lambda models, machine, folder: nullcontext(built))
+    monkeypatch.setattr(
+        gpu_decode,
+        "built",
+        lambda folder, model, deadline_s: SimpleNamespace(compiled=compiled_of(model)),
+    )
+    path = tmp_path / "figures.json"
+    monkeypatch.setitem(gpu_decode.SHAPES, "qwen3-1.7b", tiny_shape())
+    arguments = ["--quick", "--contexts", "20,30", "--peers", "eager", "--json", str(path)]
+    monkeypatch.setattr("sys.argv", ["gpu_decode.py", *arguments])
+    gpu_decode.main()
+    shares = [sum(name.startswith("share_of_bound_") for name in each.figures) for each in written]
+    assert shares == [2, 4, 4]
+    machine = json.loads(path.read_text())["machine"]
+    assert machine["gpu"] == "fake"
+    assert machine["sms"] == 4
+    assert machine["copy_gb_s"] == 90.0
+    assert machine["date"].endswith("+00:00")
+    assert {"driver", "torch", "nvcc"} <= machine.keys()
+    rows = [line.split("|")[1:3] for line in markdown([written[-1]]).splitlines() if line.startswith("| 1 ")]
+    assert rows == [[" 1 ", " 20 "], [" 1 ", " 30 "]]
 
 
 def test_decode_ends_with_its_time(decode):

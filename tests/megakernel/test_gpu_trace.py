@@ -1,6 +1,7 @@
 """What a traced step says, of clocks that do not agree: known times are found again."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from megakernel.cuda_arguments import TRACE_EVENTS, TRACE_ROLES
 from megakernel.emulation import build_emulation
 from megakernel.program import Opcode
 from tests.megakernel.compilers import needs_compiler
+from tests.megakernel.emulated_model import toy_gpu
 from tests.megakernel.fake_cuda import FakeDriver, emulated
 from tests.megakernel.test_gpu_parts import tiny_shape
 from tests.megakernel.test_gpu_reference import compiled_for
@@ -184,6 +186,38 @@ def test_emulated_kernels_tell_all_of_their_instructions():
         for name in ("wait", "stage", "land", "work", "body"):
             assert found[op][name] >= 0, (op, name)
     assert found["attention"]["body"] > 0
+
+
+@needs_compiler
+def test_the_command_shows_and_keeps_phases(monkeypatch, tmp_path, capsys):
+    compiled, source = compiled_for(tiny_shape(), "Q4_0", (2,))
+    asked = []
+
+    def compile_model(model, machine, *, extra_flags):
+        asked.append((model.name, extra_flags))
+        return SimpleNamespace(compiled=compiled, resource_problem=None)
+
+    def opened_here(compiled, num_blocks):
+        driver = FakeDriver(emulated(build_emulation(source, extra_flags=TRACE_FLAGS)))
+        return opened(compiled, num_blocks, driver=driver, view=host_view)
+
+    monkeypatch.setattr(gpu_trace, "open_driver", FakeDriver)
+    monkeypatch.setattr(gpu_trace, "pick_machine", lambda facts, path: toy_gpu())
+    monkeypatch.setattr(gpu_trace, "compile_model", compile_model)
+    monkeypatch.setattr(gpu_trace, "opened", opened_here)
+    monkeypatch.setattr(gpu_trace, "SHAPES", {"tiny": tiny_shape()})
+    monkeypatch.setattr(gpu_trace, "TRACES_QUICK", 2)
+    monkeypatch.setattr(gpu_trace, "STEPS_QUICK", 1)
+    path = tmp_path / "trace.json"
+    monkeypatch.setattr("sys.argv", ["x", "tiny", "Q4_0", "2", "20", "--quick", "--json", str(path)])
+    gpu_trace.main()
+    assert asked == [("tiny_Q4_0_rows2", ("-DHEADRACE_TRACE=1",))]
+    said = capsys.readouterr().out
+    assert "tiny_batch2_ctx20, Q4_0: 1.000 ms a step as traced" in said
+    found = json.loads(path.read_text())
+    assert found["runs"] == 2
+    assert found["figures"]["trace_Q4_0_tiny_batch2_ctx20_qkv_work_us"] > 0
+    assert found["machine"]["planned_for"] == "toy"
 
 
 @needs_compiler
