@@ -6,6 +6,7 @@ import torch
 
 COPY_BYTES = 1 << 30
 COPIES = 10
+BANDWIDTHS = ("copy_gb_s", "read_gb_s")
 
 
 def measured_bandwidth() -> dict[str, float]:

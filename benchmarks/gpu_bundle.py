@@ -2,7 +2,8 @@
 
 `python -m benchmarks.gpu_bundle DIR`. That machine has Python 3.11 or newer (as `megakernel` and xDSL want
 it), torch, numpy, nvcc and cuda-bindings; there, `python3 DIR/run.py` runs all parts, and takes what `python
--m tests.hardware --help` says. Wheels come from the package index, in the versions of requirements.lock.
+-m tests.hardware --help` says. `python3 DIR/run.py --module benchmarks.gpu_decode ...` runs another module,
+with its own options. Wheels come from the package index, in the versions of requirements.lock.
 """
 
 import argparse
@@ -21,7 +22,10 @@ LARGEST_BYTES = 60_000_000
 FOLDERS = ("kernels", "benchmarks", "tests/hardware")
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", "texts", "*.egg-info")
 
-RUN = '''"""Runs the hardware run's parts with the wheels beside this file: `python3 run.py --help`."""
+RUN = '''"""Runs the hardware run's parts with the wheels beside this file: `python3 run.py --help`.
+
+`python3 run.py --module benchmarks.NAME ...` runs a benchmark instead.
+"""
 
 import os
 import subprocess
@@ -40,6 +44,14 @@ def suits(wheel: Path) -> bool:
     return tag in ("py3", "py2.py3") or tag == f"cp{sys.version_info[0]}{sys.version_info[1]}"
 
 
+def module_and_options(arguments: list[str]) -> list[str]:
+    if arguments[:1] != ["--module"]:
+        return ["tests.hardware", *arguments]
+    if len(arguments) < 2:
+        sys.exit("error: --module wants a name, such as benchmarks.gpu_decode")
+    return arguments[1:]
+
+
 def main() -> int:
     if sys.version_info < OLDEST:
         print(f"error: this is Python {sys.version.split()[0]}; 3.11 or newer is wanted", file=sys.stderr)
@@ -54,7 +66,7 @@ def main() -> int:
                 packed.extractall(site)
         paths = [str(HERE), str(HERE / "kernels"), site, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
-        command = [sys.executable, "-m", "tests.hardware", *sys.argv[1:]]
+        command = [sys.executable, "-m", *module_and_options(sys.argv[1:])]
         return subprocess.run(command, env=environment, check=False).returncode
 
 

@@ -1,14 +1,17 @@
 """Decode steps of the compiled megakernel on an NVIDIA GPU beside PyTorch: one run, interleaved rounds.
 
-`python benchmarks/gpu_decode.py [--quick] [--json FILE] [--search S] [--machine FILE] [--budget S]`.
-Qwen3-1.7B's shape with random weights; peers are in `gpu_peers.py`. A step is a batch of sequences of equal
-context, each with KV of its own, greedy, its best tokens included; times are of the GPU's own clock. The
-bound is the bytes that a step must read over the best bandwidth that a copy or a sum reached in this run.
+`python benchmarks/gpu_decode.py [--quick] [--json FILE] [--search S] [--machine FILE] [--budget S]`, and
+lists of what is measured (`gpu_cells.py`): `--shapes`, `--formats`, `--batches`, `--contexts`, `--peers`.
+Weights are random; peers are in `gpu_peers.py`. A step is a batch of sequences of equal context, each with KV
+of its own, greedy, its best tokens included; times are of the GPU's own clock. The bound is the bytes that a
+step must read over the best bandwidth that a copy or a sum reached in this run. Figures of several runs are
+put together by `gpu_results.py`.
 
 A figure is the median over rounds, a ratio the median of the rounds' ratios; its spread is printed.
 """
 
 import contextlib
+import gc
 import statistics
 import sys
 import time
@@ -23,9 +26,10 @@ import itertools
 import msgspec
 import torch
 
-from benchmarks.gpu_bandwidth import measured_bandwidth
+from benchmarks.gpu_bandwidth import BANDWIDTHS, measured_bandwidth
 from benchmarks.gpu_builds import BuildMissingError, Builds, built
-from benchmarks.gpu_machine import described
+from benchmarks.gpu_cells import Selection, add_options, selection_of
+from benchmarks.gpu_machine import described_run
 from benchmarks.gpu_memory import opened
 from benchmarks.gpu_models import GpuModel
 from benchmarks.gpu_peers import Kind, Peer, PeerWeights, allow_recompiling
@@ -41,33 +45,15 @@ from megakernel.shapes import SHAPES
 from megakernel.step import Rows
 from megakernel.user_cache import cache_folder
 
-SHAPE_NAME = "qwen3-1.7b"
-FORMATS, FORMATS_QUICK = ("Q4_0", "Q8_0", "BF16"), ("Q4_0", "BF16")
-BATCHES, BATCHES_QUICK = (1, 4, 16, 8, 2), (1,)
-"""In the order of interest: the last are left out where time is short."""
-CONTEXTS, CONTEXTS_QUICK = (512, 2048, 64), (512,)
-PEERS: tuple[Kind, ...] = ("eager", "compiled", "int4")
-PEERS_QUICK: tuple[Kind, ...] = ("eager", "compiled")
 ROUNDS, ROUNDS_QUICK = 7, 5
 STEPS, STEPS_QUICK = 30, 20
 WARM_UP_STEPS = 3
 BUDGET_S, BUDGET_QUICK_S = 240.0, 55.0
-COMPILE_S = 30.0
-"""What compiling a peer is thought to take before one has."""
+COMPILE_S, WHOLE_S = 30.0, 80.0
+"""What compiling a peer is thought to take before one has; a whole step always."""
 
-
-WHOLE_CELL, WHOLE_S = Cell(1, 512), 80.0
-"""Where the whole step is compiled in torch's own way too: once and last, as it takes a minute or more."""
 StepTimes = Callable[[int], list[float]]
 """(steps) -> milliseconds of each."""
-
-
-def models(*, is_quick: bool, search_s: float) -> list[GpuModel]:
-    return [
-        GpuModel(shape_name=SHAPE_NAME, format=format, bucket=batch, search_s=search_s)
-        for batch in (BATCHES_QUICK if is_quick else BATCHES)
-        for format in (FORMATS_QUICK if is_quick else FORMATS)
-    ]
 
 
 class GpuDecode:
@@ -77,17 +63,19 @@ class GpuDecode:
         self,
         compiled_of: Callable[[GpuModel], CompiledCuda],
         deadline_s: float,
+        selection: Selection,
         *,
         is_quick: bool,
         search_s: float,
     ) -> None:
-        """`deadline_s` of `time.monotonic()`; `compiled_of` may raise BuildMissingError."""
+        """`deadline_s` of `time.monotonic()`; `compiled_of` may raise BuildMissingError. `is_quick`: fewer
+        rounds."""
         allow_recompiling()
         self.compiled_of, self.deadline_s = compiled_of, deadline_s
-        self.is_quick, self.search_s = is_quick, search_s
+        self.selection, self.search_s = selection, search_s
         self.rounds, self.steps = (ROUNDS_QUICK, STEPS_QUICK) if is_quick else (ROUNDS, STEPS)
-        self.shape = SHAPES[SHAPE_NAME]
-        self.weights = {False: PeerWeights(self.shape)}
+        self.weights: dict[tuple[str, bool], PeerWeights] = {}
+        """By shape and whether they are int4; of one shape at a time."""
         self.compile_s: dict[Kind, float] = {}
         self.figures: dict[str, float] = {}
         self.lines: list[Line] = []
@@ -96,20 +84,19 @@ class GpuDecode:
 
     def run(self, on_cell: Callable[[], None] = lambda: None) -> None:
         """`on_cell`: called after each cell."""
-        peers = PEERS_QUICK if self.is_quick else PEERS
         self.measure_bandwidth()
-        for batch in BATCHES_QUICK if self.is_quick else BATCHES:
-            cells = [Cell(batch, context) for context in (CONTEXTS_QUICK if self.is_quick else CONTEXTS)]
+        for cells in self.selection.groups():
             if self.left_s < 2.0:
-                self.leave_out(f"batch {batch}: no time left")
+                self.leave_out(f"{cells[0].shape}, batch {cells[0].batch}: no time left")
                 continue
-            with self.ours(batch, max(cell.context for cell in cells)) as runtimes:
+            with self.ours(cells) as runtimes:
                 for cell in cells:
-                    self.measure_cell(cell, runtimes, peers)
+                    self.measure_cell(cell, runtimes, self.selection.peers_everywhere)
                     on_cell()
-        if not self.is_quick and self.left_s > WHOLE_S:
-            with self.ours(WHOLE_CELL.batch, WHOLE_CELL.context) as runtimes:
-                self.measure_cell(WHOLE_CELL, runtimes, ("reduce_overhead",))
+        whole = self.selection.whole_cell
+        if whole is not None and self.left_s > WHOLE_S:
+            with self.ours([whole]) as runtimes:
+                self.measure_cell(whole, runtimes, ("reduce_overhead",))
         self.measure_bandwidth()
         on_cell()
 
@@ -130,6 +117,9 @@ class GpuDecode:
         for name, value in found.items():
             self.figures[name] = max(value, self.figures.get(name, 0.0))
         self.bandwidth_gb_s = max(self.bandwidth_gb_s, *found.values())
+        self.note_shares()
+
+    def note_shares(self) -> None:
         for line in self.lines:
             share = line.share_of_bound(self.bandwidth_gb_s)
             self.figures[f"share_of_bound_{line.format}_{line.cell.name}"] = share
@@ -138,14 +128,17 @@ class GpuDecode:
         return table(self.lines, self.bandwidth_gb_s)
 
     @contextlib.contextmanager
-    def ours(self, batch: int, context: int) -> Iterator[dict[str, CudaRuntime]]:
-        """By format, those that were compiled in time and fit."""
-        torch.cuda.empty_cache()  # runtimes do not take their memory from torch
+    def ours(self, cells: Sequence[Cell]) -> Iterator[dict[str, CudaRuntime]]:
+        """Of cells of one shape and batch: by format, those that were compiled in time and fit."""
+        shape, batch = cells[0].shape, cells[0].batch
+        num_blocks = batch * num_blocks_of(max(cell.context for cell in cells))
+        for known in [known for known in self.weights if known[0] != shape]:
+            del self.weights[known]
+        free_torch_memory()
         with contextlib.ExitStack() as stack:
             runtimes: dict[str, CudaRuntime] = {}
-            for format in FORMATS_QUICK if self.is_quick else FORMATS:
-                model = GpuModel(shape_name=SHAPE_NAME, format=format, bucket=batch, search_s=self.search_s)
-                num_blocks = batch * num_blocks_of(context)
+            for format in self.selection.formats:
+                model = self.selection.model(shape, format, batch, self.search_s)
                 try:
                     compiled = self.compiled_of(model)
                     runtimes[format] = stack.enter_context(opened(compiled, num_blocks))
@@ -158,6 +151,7 @@ class GpuDecode:
             self.leave_out(f"{cell.name}: no time left")
             return
         print(cell.name, flush=True)
+        free_torch_memory()
         timed: dict[str, StepTimes] = {}
         for format, runtime in runtimes.items():
             timed[f"ours_{format}"] = launches(runtime, decode_rows(runtime, cell))
@@ -166,6 +160,7 @@ class GpuDecode:
                 timed[kind] = replays(peer)
         rounds = self.interleaved(timed)
         self.report(cell, runtimes, rounds)
+        self.note_shares()
 
     def peer(self, kind: Kind, cell: Cell) -> Peer | None:
         """None where it does not run here, or there is no time to compile it."""
@@ -177,10 +172,11 @@ class GpuDecode:
             return None
         started_s = time.monotonic()
         is_int4 = kind == "int4"
+        known = cell.shape, is_int4
         try:
-            if is_int4 not in self.weights:
-                self.weights[is_int4] = PeerWeights(self.shape, is_int4=is_int4)
-            peer = Peer(kind, self.weights[is_int4], cell.batch, cell.context)
+            if known not in self.weights:
+                self.weights[known] = PeerWeights(SHAPES[cell.shape], is_int4=is_int4)
+            peer = Peer(kind, self.weights[known], cell.batch, cell.context)
         except Exception as error:
             first = str(error).strip().splitlines()[:1]
             self.leave_out(f"{cell.name}, {kind}: {type(error).__name__}: {' '.join(first)}")
@@ -243,6 +239,12 @@ class GpuDecode:
         self.lines.append(line)
 
 
+def free_torch_memory() -> None:
+    """Runtimes do not take theirs from torch, and a peer's caches and graphs are in a cycle with it."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def decode_rows(runtime: CudaRuntime, cell: Cell) -> Rows:
     parts = [(cell.context, chain(1))] * cell.batch
     groups = groups_of(parts, Pool(runtime.num_blocks), runtime.shape.vocab_size)
@@ -288,13 +290,15 @@ def main() -> None:
     options.add_argument(
         "--budget", type=float, metavar="SECONDS", help="for measuring, after all is compiled"
     )
+    add_options(options)
     chosen = options.parse_args()
+    selection = selection_of(chosen)
     driver = open_driver()
     facts = driver.facts
     driver.close()
     machine = pick_machine(facts, chosen.machine)
     folder = cache_folder() / "gpu-models"
-    wanted = models(is_quick=chosen.quick, search_s=chosen.search)
+    wanted = selection.models(chosen.search)
     print(f"compiling {len(wanted)} models for {facts.name}", flush=True)
     with Builds(wanted, machine, folder) as builds:
         builds.wait()
@@ -303,14 +307,21 @@ def main() -> None:
     decode = GpuDecode(
         lambda model: built(folder, model, deadline_s).compiled,
         deadline_s,
+        selection,
         is_quick=chosen.quick,
         search_s=chosen.search,
     )
-    decode.run()
+    known = described_run(facts, machine, torch.version.cuda)
+
+    def keep() -> None:
+        """After every cell, so that a run that is ended early has told what it found."""
+        told = {name: round(decode.figures[name], 1) for name in BANDWIDTHS if name in decode.figures}
+        write_figures(chosen.json, decode.figures, decode.rounds, {**known, **told})
+
+    decode.run(keep)
     print(decode.table())
     for what in decode.left_out:
         print(f"left out: {what}")
-    write_figures(chosen.json, decode.figures, decode.rounds, described(facts, machine))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Models of real shapes with random weights, compiled for a GPU: nothing is downloaded, nothing is packed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -63,11 +63,13 @@ class BuiltModel(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """Spills, or more than an SM has; results of such kernels are right, where they run at all."""
 
 
-def compile_model(model: GpuModel, machine: Machine, folder: Path | None = None) -> BuiltModel:
-    """`folder`: of cubins. Raises BuildError, CodegenError, and what planning raises."""
+def compile_model(
+    model: GpuModel, machine: Machine, folder: Path | None = None, *, extra_flags: Sequence[str] = ()
+) -> BuiltModel:
+    """`folder`: of cubins; `extra_flags`: of nvcc. Raises BuildError, CodegenError, what planning raises."""
     program = program_of(model, machine)
     generated = generate_cuda([program], model.formats)
-    cubin = build_cubin(generated.source, machine.vector_units[0], folder=folder)
+    cubin = build_cubin(generated.source, machine.vector_units[0], folder=folder, extra_flags=extra_flags)
     compiled = compiled_of([program], generated, model.shape, cubin.path, None)
     grid, problem = compiled.grid, None
     try:

@@ -1,10 +1,9 @@
-// What a GPU's primitives cost: barriers of all blocks, clocks, copies to shared memory by access pattern, matrix instructions.
-// One block an SM; thread 0 of each leaves what it measured in `out`, in cycles of its SM or nanoseconds.
+// What a GPU's primitives cost: barriers of all blocks, clocks, copies to shared memory by access pattern.
+// One block an SM; each leaves what it measured in `out`, in cycles of its SM or, of streams, nanoseconds.
 #include "cuda/ptx/clock.h"
 #include "cuda/ptx/copy.h"
 #include "cuda/ptx/mbarrier.h"
 #include "cuda/ptx/memory.h"
-#include "cuda/ptx/mma.h"
 #include "cuda/ptx/warp.h"
 
 struct Arguments {
@@ -19,7 +18,8 @@ using namespace headrace;
 
 __device__ __forceinline__ void put(const Arguments& a, uint32_t i, uint32_t value) { a.out[ptx::block() * 4 + i] = value; }
 
-// mode bit 0: reads nanoseconds before it polls, and at each poll. bit 1: polls relaxed, then one acquire.
+// mode 0: polls with acquire. 1: so too, and reads nanoseconds before it and at each poll, as a bounded wait does. 2: polls
+// relaxed, then one fence.
 extern "C" __global__ void __launch_bounds__(288, 1) barriers(const __grid_constant__ Arguments a) {
     const uint32_t start = ptx::cycles();
     for (uint32_t i = 0; i < a.iterations; i++) {

@@ -54,7 +54,7 @@ def write_figures(
     path: Path | None,
     figures: Mapping[str, float],
     runs: int,
-    described: Mapping[str, str | int] | None = None,
+    described: Mapping[str, str | int | float] | None = None,
 ) -> None:
     """`described`: the machine, where it is another than this CPU."""
     if path is None:

@@ -11,6 +11,9 @@ LAST_STEP = 0x80000000
 EXTRA_COUNTERS = 64
 """Allocated past an artifact's own."""
 
+TRACE_ROLES, TRACE_EVENTS = 2, 8
+"""Consumers and loader; `kTraceEvents`."""
+
 
 class RowFlag(IntFlag):
     """Of row_flags."""

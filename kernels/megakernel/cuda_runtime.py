@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megakernel.codegen_limits import KvFormat
-from megakernel.cuda_arguments import EXTRA_COUNTERS, Failure, StepArguments
+from megakernel.cuda_arguments import EXTRA_COUNTERS, TRACE_EVENTS, TRACE_ROLES, Failure, StepArguments
 from megakernel.cuda_compiled import CompiledCuda, FillWeights
 from megakernel.cuda_device import Address, CudaError, Driver, Event, Kernel
 from megakernel.cuda_driver import open_driver
@@ -184,6 +184,24 @@ class CudaRuntime:
             self._driver.elapsed_ms(self._events[number], self._events[number + 1])
             for number in range(num_steps)
         ]
+
+    def trace(self, rows: Rows, num_steps: int = 1) -> npt.NDArray[np.uint32]:
+        """What kernels that were built with HEADRACE_TRACE tell of the last of so many steps (cuda/trace.h):
+        [workers, roles, instructions + 1, events]. Such kernels run only once this was called, which gives
+        them the memory for it. Raises StepError."""
+        self._raise_if_busy()
+        arguments, programs = self._arguments, self.compiled.programs
+        count = max(len(worker) for program in programs for worker in program.workers)
+        size = (len(programs[0].workers), TRACE_ROLES, count + 1, TRACE_EVENTS)
+        words = np.zeros(size, dtype=np.uint32)
+        if not arguments.trace:
+            arguments.trace = self._driver.allocate(words.nbytes)
+            arguments.trace_instructions = count
+        self._driver.copy_to_device(self._stream, arguments.trace, words)
+        self.launch_ms(rows, num_steps)
+        self._driver.copy_to_host(self._stream, words, arguments.trace)
+        self._driver.synchronize(self._stream)
+        return words
 
     def copy_slots(self, source: IntArray, destination: IntArray) -> None:
         """All of `source` is read before any of `destination` is written. Raises StepError."""

@@ -4,12 +4,21 @@ import time
 from functools import partial
 
 from benchmarks.gpu_builds import BuildMissingError, await_build
-from benchmarks.gpu_decode import GpuDecode, models
+from benchmarks.gpu_cells import QUICK, Selection
+from benchmarks.gpu_decode import GpuDecode
+from benchmarks.gpu_models import GpuModel
 from tests.hardware.part import PartResult, Setting
 
-__all__ = ["models", "run"]
-
+SELECTION = Selection(shapes=("qwen3-1.7b",))
 WAITING_SHARE = 0.4
+
+
+def models(*, is_quick: bool, search_s: float) -> list[GpuModel]:
+    return selection(is_quick=is_quick).models(search_s)
+
+
+def selection(*, is_quick: bool) -> Selection:
+    return QUICK if is_quick else SELECTION
 
 
 def run(setting: Setting) -> PartResult:
@@ -23,6 +32,7 @@ def run(setting: Setting) -> PartResult:
     decode = GpuDecode(
         partial(setting.compiled, is_awaited=False),
         setting.deadline_s,
+        selection(is_quick=setting.is_quick),
         is_quick=setting.is_quick,
         search_s=setting.search_s,
     )

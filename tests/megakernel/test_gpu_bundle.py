@@ -36,6 +36,7 @@ def test_a_bundle_has_sources_wheels_and_what_runs_it(tmp_path):
         "kernels/megakernel/include/cuda/engine.h",
         "kernels/megakernel/machines/h100.json",
         "benchmarks/gpu_decode.py",
+        "benchmarks/gpu_primitives.cu",
         "tests/__init__.py",
         "tests/hardware/__main__.py",
     ):
@@ -80,7 +81,8 @@ IMPORT_ALL = """
 import sys
 import numpy, torch, torch._dynamo
 before = set(sys.modules)
-import benchmarks.gpu_decode, tests.hardware.__main__
+import benchmarks.gpu_decode, benchmarks.gpu_primitives, benchmarks.gpu_trace, benchmarks.gpu_results
+import tests.hardware.__main__
 for name in tests.hardware.__main__.PARTS:
     tests.hardware.__main__.part_named(name)
 import megakernel.cuda_driver, megakernel.search
@@ -112,6 +114,24 @@ def test_the_bundle_starts_with_its_own_wheels(tmp_path):
     bundle = tmp_path / "bundle"
     files = [f"{bundle}/kernels/megakernel/__init__.py", f"{bundle}/tests/__init__.py"]
     assert done.stdout.split() == [*files, "True", "True", "False", "--part", "soak"]
+
+
+def test_the_bundle_runs_another_module(tmp_path):
+    make_bundle(tmp_path / "bundle", fake_download)
+    said = "import sys; print(__name__, __spec__.name, *sys.argv[1:])\n"
+    (tmp_path / "bundle" / "benchmarks" / "told.py").write_text(said)
+    command = [sys.executable, str(tmp_path / "bundle" / "run.py"), "--module"]
+    done = subprocess.run(
+        [*command, "benchmarks.told", "--quick", "--module", "x"],
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout.split() == ["__main__", "benchmarks.told", "--quick", "--module", "x"], done.stderr
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "--module wants a name" in done.stderr
 
 
 def test_without_wheels_for_its_python_it_says_so(tmp_path):
