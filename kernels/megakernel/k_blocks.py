@@ -19,7 +19,7 @@ from megakernel.program import Instruction, Opcode, Program
 from megakernel.weight_formats import op_formats
 
 _FLOATS = ("BF16", "F16")
-_LOADS_IN_MEMORY, _ROUNDS_IN_MEMORY = 3, 5
+_LOADS_IN_MEMORY, _ROUNDS_IN_MEMORY = 3, 4
 """So many loads are to fit an SM's memory at once, and so many rounds, where tiles can be so narrow."""
 _WHOLE_INPUT_SHARE, _INPUT_SHARE = 0.45, 0.3
 """Of an SM's memory, what a row chunk's whole input may take, and a block of it where that is more."""
