@@ -170,6 +170,23 @@ def test_an_sm_has_more_tiles_of_attention_than_a_warp_has_lanes():
     check(changed, FEW_INTERLEAVINGS)
 
 
+def test_norms_of_rows_whose_last_block_of_k_is_a_short_one():
+    """Of 544 elements that are staged by 512: what is past them must not count as another row's."""
+    plain = tiny_weights(6, "qwen2", num_layers=1, hidden_size=544, num_heads=2, head_dim=16, vocab_size=70)
+    weights = StoredAs(plain, {name: "Q8_0" for name in plain.names if plain.dense(name).ndim == 2})
+    plan = list_schedule(weights.shape, toy_gpu(), 4, weights.formats)
+    of_qkv = msgspec.structs.replace(plan.ops["qkv"], load_k=512, input_k=512)
+    plan = msgspec.structs.replace(plan, ops=plan.ops | {"qkv": of_qkv})
+    program = compile_program(weights.shape, "toy", toy_gpu(), 4, plan, formats=weights.formats)
+    shape = weights.shape
+    kv = VmKv(1, 4 * BLOCK, 2 * shape.num_kv_heads * 16, block_size=BLOCK, dtype=np.float16)
+    rows = rows_of(Group(tokens=[9, 3, 11, 60], parents=chain(4), context=0, table=[2]))
+    model = EmulatedModel([program], weights)
+    for seed in range(FEW_INTERLEAVINGS):
+        found = model.run(4, kv, rows, seed=seed, has_journal=True)
+        check_ops(program, OpWeights(weights, Arithmetic.CUDA), kv, found, rows)
+
+
 def test_a_row_has_the_same_bits_alone_in_company_and_in_any_bucket():
     plain = tiny_weights(
         4, "qwen3", hidden_size=64, num_heads=4, head_dim=64, vocab_size=203, has_tied_head=False

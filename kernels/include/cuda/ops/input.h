@@ -144,7 +144,8 @@ __device__ __forceinline__ void stage_input(const Worker& w, const Source source
                         }
 #pragma unroll
                         for (uint32_t mask = kLanes / 2; mask; mask /= 2) squares += ptx::shuffle_xor(squares, mask);
-                        if (w.lane == 0)
+                        // The last part of K may have fewer blocks: those past them are other rows' places.
+                        if (w.lane == 0 && k < kIn)
                             ptx::store_shared(w.shared + kSquaresAt + (row * kAllBlocks + k / kStagedBlock) * 4, squares);
                     }
                     const uint4 rounded = {pack_pair<F>(own.x[0], own.x[1]), pack_pair<F>(own.x[2], own.x[3]),
