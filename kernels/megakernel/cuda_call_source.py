@@ -92,7 +92,7 @@ class CallSource:
         """What is read after the waits, and does not depend on what is waited for."""
         if self.call.opcode is Opcode.LINEAR:
             yield f"const auto source = {self.input()};"
-        if self.op.epilogue is Epilogue.ROPE_APPEND and self.call.opcode is not Opcode.LINEAR_PARTIAL:
+        if self.op.epilogue is Epilogue.ROPE_APPEND:
             yield f"prefetch_turns<{self.program.geometry.head_dim}>(w);"
         if self.call.opcode is Opcode.ATTENTION:
             parts = parts_of(self.program)

@@ -1,4 +1,4 @@
-// What becomes of a finished tile: one sink an epilogue, for tiles just multiplied and for sums of K-tiles alike.
+// What becomes of a finished tile: one sink an epilogue.
 #pragma once
 
 #include "cuda/barrier.h"
@@ -36,7 +36,7 @@ __device__ __forceinline__ bool is_within(int column) {
     return kColumns % 32 == 0 || column < kColumns;
 }
 
-// Rows of a float buffer; also of K-tiles' sums.
+// Rows of a float buffer.
 template <int kColumns, bool kIsNormed>
 struct Store : SimpleSink {
     float* out;  // the tile's first column
@@ -330,37 +330,6 @@ __device__ __forceinline__ void prefetch_turns(const Worker& w) {
         const int64_t position = ptx::load_settled(w.step.positions + row);
         if (w.lane * 16 < kHalf) ptx::prefetch(w.step.turns + position * kHalf + w.lane * 16);
     }
-}
-
-// Sums of K-tiles, ascending, of columns [n0, n0 + kColumns) of an op.
-template <int kRows, int kColumns, class Sink>
-__device__ __forceinline__ void reduce_tile(const Worker w, const float* parts, int num_parts, int out_features, uint32_t n0,
-                                         const Sink sink) {
-    constexpr int kGroups = (kColumns + kColumnGroup - 1) / kColumnGroup;
-    const int64_t row_columns = static_cast<int64_t>(num_parts) * out_features;
-    const int row = w.thread / kColumnGroup, lane_column = w.thread % kColumnGroup;
-    for (int r0 = 0; r0 < kRows && r0 < w.step.num_rows; r0 += kRowChunk) {
-        const int count = w.step.num_rows - r0 < kRowChunk ? w.step.num_rows - r0 : kRowChunk;
-#pragma unroll 1
-        for (int pair = 0; pair < kGroups; pair += 2) {
-            const Place at{r0, row, row < count, pair * kColumnGroup + lane_column};
-            const typename Sink::Held held = sink.fetch(at);
-            float total[2] = {0, 0};
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int own = at.column + half * kColumnGroup;
-                if (row < count && own < kColumns) {
-                    const float* from = parts + (r0 + row) * row_columns + n0 + own;
-#pragma unroll 4
-                    for (int part = 0; part < num_parts; part++)
-                        total[half] += ptx::load_global(from + static_cast<int64_t>(part) * out_features);
-                }
-            }
-            sink.put(w, at, total[0], total[1], held);
-        }
-        sink.end(w, r0, count);
-    }
-    report_progress(w);
 }
 
 }  // namespace headrace
