@@ -12,7 +12,7 @@ namespace headrace {
 
 // Column groups whose sums a warp holds at once: the more, the more products are under way beside one another, as
 // far as registers go.
-constexpr int most_groups(Format f, int row_tiles) { return row_tiles == 1 ? 8 : is_float(f) ? 4 : 2; }
+constexpr int most_groups(Format f, int row_tiles) { return row_tiles == 1 ? 6 : is_float(f) ? 4 : 2; }
 
 // Where the warps' sums of `kGroups` column groups meet: so many at once as there is room for. Sinks take pairs of
 // groups, a thread a row and column of each.
