@@ -145,6 +145,7 @@ class CallSource:
             f"const uint32_t first = {self.first}, stride = {self.stride};",
             "#pragma unroll 1",
             "for (uint32_t j = 0; j < count; j++) {",
+            "  w.renew();",
             "  const uint32_t tile = first + j * stride;",
             *("  " + line for line in tile),
             "}",

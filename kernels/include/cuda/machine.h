@@ -66,12 +66,16 @@ struct Worker {
     // Before a call. The compiler cannot know that these loads bring what they always bring: it has no reason to
     // hold all calls' literals and addresses in registers through the loop over layers, where most would spill.
     __device__ __forceinline__ void begin_call() {
+        renew();
+        staged = 0;
+    }
+    // The same for a tile of a call.
+    __device__ __forceinline__ void renew() {
         const uint2 own = ptx::load_shared<uint2>(shared + kSmAt);
         sm = own.x;
         thread = ptx::thread() + own.y;
         warp = thread / kLanes;
         lane = thread % kLanes;
-        staged = 0;
     }
     // A zero that the compiler does not know. What is computed from it is computed where it is used.
     __device__ __forceinline__ uint32_t zero() const { return ptx::load_shared<uint32_t>(shared + kSmAt + 4); }
