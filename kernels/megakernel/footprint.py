@@ -125,9 +125,6 @@ def _cuda_footprint(
             return cuda_attention_footprint(program.geometry)
         case Opcode.EMBED:
             return Footprint(weight_stage_bytes=0, input_bytes=0, output_bytes=0)
-        case Opcode.REDUCE:
-            sums = output_tile_bytes(columns, rows)
-            return Footprint(weight_stage_bytes=0, input_bytes=0, output_bytes=sums)
         case _:
             return cuda_linear_footprint(
                 columns=columns,

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import msgspec
 
-from megakernel.cuda_constants import K_BLOCK, NUM_CONSUMER_WARPS, ROW_CHUNK, ROW_TILE
+from megakernel.cuda_constants import NUM_CONSUMER_WARPS, ROW_CHUNK, ROW_TILE, STAGED_BLOCK
 from megakernel.footprint import cuda_linear_footprint, page_needs
 from megakernel.footprint_cuda import input_tile_bytes, weight_tile_bytes
 from megakernel.machine import Machine
@@ -60,7 +60,8 @@ def k_blocks(
     if rows > ROW_CHUNK and page_needs(whole, machine.page_bytes).total <= machine.num_pages:
         return KBlocks(k, k)  # all chunks of rows take the tile while it is there
     round_k = NUM_CONSUMER_WARPS * unit_k(common_format(stored, k))
-    while round_k > K_BLOCK and weight_tile_bytes(stored, columns, round_k) > load_bytes:
+    # No less than a warp stages of the input at once: blocks of it begin where its squares are counted from.
+    while round_k > STAGED_BLOCK and weight_tile_bytes(stored, columns, round_k) > load_bytes:
         round_k //= 2  # some warps have nothing of a load then
     rounds = max(1, load_bytes // weight_tile_bytes(stored, columns, round_k))
     if input_is_small:

@@ -24,6 +24,13 @@ def changed(**fields: object) -> Recipe:
     return msgspec.structs.replace(RECIPE, **fields)
 
 
+def with_hidden_size(size: int):
+    program = programs(1)[0]
+    return msgspec.structs.replace(
+        program, geometry=msgspec.structs.replace(program.geometry, hidden_size=size)
+    )
+
+
 def with_instruction(opcode: Opcode, **fields: object) -> list:
     """One program, whose first instruction of that kind is another."""
     program = programs(8)[0]
@@ -60,6 +67,8 @@ def test_what_kernels_take_passes(make):
         (lambda: programs(1, head_dim=48), "head_dim is 48; CUDA kernels take 16, 32, 64, 128, 256"),
         (lambda: programs(1, head_dim=8), "head_dim is 8;"),
         (lambda: programs(1, hidden_size=264), "hidden_size is 264"),
+        (lambda: [with_hidden_size(8208)], "hidden_size is 8208; CUDA kernels take up to 8192"),
+        (lambda: with_instruction(Opcode.LINEAR, x0=128), "its input is not divided in 256s"),
         (lambda: programs(1, intermediate_size=200, recipe=changed(swiglu_group=8)), "intermediate_size is"),
         (lambda: programs(1, num_heads=17, num_kv_heads=1), "17 query heads share a KV head"),
         (lambda: programs(1, recipe=changed(split_tokens=64)), "split_tokens is 64; CUDA kernels take 128"),

@@ -129,8 +129,8 @@ def test_rows_are_taken_in_chunks_of_16():
 
 def test_what_does_not_fit_is_named_with_all_three_parts():
     message = (
-        r"layers\.0\.gate_up: columns \[0, 1280\) of 16 rows need 194048 bytes \(102400 weights, 9728 input, "
-        r"81920 output\), 190 pages; a worker of small-gpu has 80 pages"
+        r"layers\.0\.gate_up: columns \[0, 1280\) of 16 rows need 296448 bytes \(204800 weights, 9728 input, "
+        r"81920 output\), 290 pages; a worker of small-gpu has 80 pages"
     )
     with pytest.raises(ScratchError, match=message):
         compiled(bucket=16, gate_up=OpPlan(tile_columns=1280))

@@ -99,6 +99,7 @@ __device__ __forceinline__ void stage_input(const Worker& w, const Source source
     using Layout = InputLayout<F, kRows>;
     constexpr uint32_t kBlocks = (kUnits * unit_k(F) + kStagedBlock - 1) / kStagedBlock;  // of a row
     constexpr uint32_t kAllBlocks = (kIn + kStagedBlock - 1) / kStagedBlock;
+    static_assert(!Source::kIsNormed || kAllBlocks <= kLanes, "a norm's squares: a lane a block, see kSquaresAt");
     constexpr uint32_t kBlocksOfWarp = (kBlocks + kConsumerWarps - 1) / kConsumerWarps;
     // Loads that are on their way at once.
     constexpr int kRowsAtOnce = Layout::kChunk < 4 ? Layout::kChunk : 4;
