@@ -286,13 +286,12 @@ class CallSource:
         # Of chunks of rows each has an input of its own.
         takes = "true" if call.row_chunks > 1 else f"w.takes({self.page_number(PageRole.INPUT)} + 1)"
         rows = f"r0, r0 + {ROW_CHUNK}" if call.row_chunks > 1 else f"0, {program.bucket}"
-        parity = "j" if max(run.count for run in call.all_runs()) > 1 else "0"
         statement = (
             f"linear_tile<{self.format}, {program.bucket}, {op.in_features}, {call.columns}, "
             f"{self.units(call.load_k)}, {self.units(call.input_k)}>(w, source, "
             f"{self.sink(is_normed=is_normed)}, {rows}, "
             f"[&](uint32_t load) {{ return {self.page(PageRole.WEIGHTS)}; }}, "
-            f"{self.page(PageRole.INPUT)}, {takes}, {parity});"
+            f"{self.page(PageRole.INPUT)}, {takes});"
         )
         loads = call.num_loads
         skip = [f"report_progress(w, {loads});"]

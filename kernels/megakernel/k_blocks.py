@@ -14,7 +14,7 @@ from megakernel.footprint_cuda import input_tile_bytes, weight_tile_bytes
 from megakernel.machine import Machine
 from megakernel.pack_cuda import common_format, unit_k
 from megakernel.packing import GROUP
-from megakernel.plan import Plan
+from megakernel.plan import OpPlan, Plan
 from megakernel.program import Instruction, Opcode, Program
 from megakernel.weight_formats import op_formats
 
@@ -72,6 +72,15 @@ def k_blocks(
     return KBlocks(min(k, rounds * round_k), min(k, loads * rounds * round_k))
 
 
+def planned_k_blocks(
+    op_plan: OpPlan | None, *, columns: int, k: int, rows: int, stored: tuple[str, ...], machine: Machine
+) -> KBlocks:
+    """As the plan has them; as `k_blocks` does where it does not say."""
+    if op_plan is not None and op_plan.load_k:
+        return KBlocks(op_plan.load_k, op_plan.input_k or k)
+    return k_blocks(columns=columns, k=k, rows=rows, stored=stored, machine=machine)
+
+
 def split_loads(
     program: Program, machine: Machine, plan: Plan | None, formats: Mapping[str, str] | None
 ) -> Program:
@@ -85,11 +94,9 @@ def split_loads(
             return
         op = program.ops[instruction.op]
         key = instruction.op, instruction.n1 - instruction.n0
-        role = planned.get(op.name.rpartition(".")[2])
-        if key not in known and role is not None and role.load_k:
-            known[key] = KBlocks(role.load_k, role.input_k or op.in_features)
-        elif key not in known:
-            known[key] = k_blocks(
+        if key not in known:
+            known[key] = planned_k_blocks(
+                planned.get(op.name.rpartition(".")[2]),
                 columns=instruction.n1 - instruction.n0,
                 k=op.in_features,
                 rows=program.bucket,

@@ -19,7 +19,7 @@ from megakernel.footprint import (
     linear_footprint,
     max_stages,
 )
-from megakernel.k_blocks import KBlocks, k_blocks, most_columns
+from megakernel.k_blocks import KBlocks, k_blocks, most_columns, planned_k_blocks
 from megakernel.k_tiles import shared_k_tiles
 from megakernel.machine import Machine
 from megakernel.memory import ScratchError
@@ -193,11 +193,14 @@ def tile_footprint(
 
 
 def _k_blocks(role: RoleShape, op_plan: OpPlan, bucket: int, machine: Machine) -> KBlocks:
-    k = role.in_features
-    if op_plan.load_k:
-        return KBlocks(op_plan.load_k, op_plan.input_k or k)
-    columns = min(op_plan.tile_columns, role.columns)
-    return k_blocks(columns=columns, k=k, rows=bucket, stored=role.formats, machine=machine)
+    return planned_k_blocks(
+        op_plan,
+        columns=min(op_plan.tile_columns, role.columns),
+        k=role.in_features,
+        rows=bucket,
+        stored=role.formats,
+        machine=machine,
+    )
 
 
 def num_loads(role: RoleShape, op_plan: OpPlan, bucket: int, machine: Machine) -> int:

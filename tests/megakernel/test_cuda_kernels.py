@@ -187,6 +187,36 @@ def test_norms_of_rows_whose_last_block_of_k_is_a_short_one():
         check_ops(program, OpWeights(weights, Arithmetic.CUDA), kv, found, rows)
 
 
+def test_tiles_of_the_head_that_are_left_out_do_not_bring_the_others_sums_together():
+    """Of one SM every second tile is wanted: sums of warps that are ahead are not where others still read."""
+    weights = tiny_weights(
+        8,
+        "llama",
+        num_layers=1,
+        hidden_size=64,
+        num_heads=2,
+        head_dim=16,
+        vocab_size=320,
+        has_tied_head=False,
+    )
+    machine = toy_gpu(1)
+    plan = list_schedule(weights.shape, machine, 1, weights.formats)
+    ops = {role: msgspec.structs.replace(op, tile_workers=None) for role, op in plan.ops.items()}
+    ops["head"] = OpPlan(tile_columns=32)
+    plan = msgspec.structs.replace(plan, ops=ops)
+    program = compile_program(weights.shape, "toy", machine, 1, plan, formats=weights.formats)
+    kv = VmKv(1, 4 * BLOCK, 2 * weights.shape.num_kv_heads * 16, block_size=BLOCK, dtype=np.float16)
+    rows = msgspec.structs.replace(
+        rows_of(Group(tokens=[9], parents=chain(1), context=0, table=[2])),
+        needs_best=np.array([False]),
+        allowed_starts=np.array([0, 5], dtype=np.int32),
+        allowed_token_ids=np.arange(0, 320, 64, dtype=np.int32) + 3,
+    )
+    model = EmulatedModel([program], weights)
+    runs = [model.run(1, kv, rows, seed=seed) for seed in range(20)]
+    assert all(run.bits == runs[0].bits for run in runs)
+
+
 def test_a_row_has_the_same_bits_alone_in_company_and_in_any_bucket():
     plain = tiny_weights(
         4, "qwen3", hidden_size=64, num_heads=4, head_dim=64, vocab_size=203, has_tied_head=False

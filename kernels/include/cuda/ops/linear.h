@@ -10,8 +10,8 @@
 
 namespace headrace {
 
-// Column groups whose sums a warp holds at once: the more, the more products are under way beside one another, as
-// far as registers go.
+// Column groups of a tile that comes in one load whose sums a warp holds at once: the more, the more products are under way
+// beside one another, as far as registers go. Tiles of several loads take all in one pass (most_columns of k_blocks.py).
 constexpr int most_groups(Format f, int row_tiles) { return row_tiles == 1 ? 6 : is_float(f) ? 4 : 2; }
 
 // Where the warps' sums of `kGroups` column groups meet: so many at once as there is room for. Sinks take pairs of
@@ -268,7 +268,7 @@ __device__ __forceinline__ void linear_pass(const Worker& w, const Sink& sink, i
 // to be. Where there are several loads, rows are at most kRowChunk and all column groups go in one pass.
 template <Format F, int kRows, int kIn, int kColumns, uint32_t kLoadUnits, uint32_t kInputUnits, class Source, class Sink, class PageOf>
 __device__ __forceinline__ void linear_tile(Worker w, const Source source, const Sink sink, int r_begin, int r_end,
-                                            const PageOf& page_of, SharedAddress input, bool is_new_input, uint32_t parity) {
+                                            const PageOf& page_of, SharedAddress input, bool is_new_input) {
     using Layout = InputLayout<F, kRows>;
     constexpr uint32_t kUnits = num_units(F, kIn), kLoads = (kUnits + kLoadUnits - 1) / kLoadUnits;
     constexpr int kGroups = (kColumns + kColumnGroup - 1) / kColumnGroup;
@@ -276,6 +276,9 @@ __device__ __forceinline__ void linear_tile(Worker w, const Source source, const
     constexpr int kAtOnce = kGroups < kMost ? kGroups : kMost, kRest = kGroups % kAtOnce;
     constexpr int kPasses = (kGroups + kAtOnce - 1) / kAtOnce;
     const int rows = w.step.num_rows < r_end ? w.step.num_rows : r_end;
+    // One more with each tile that is computed, and not with those that are left out. A call's first tile stages its input,
+    // after a barrier, so that calls may begin with either.
+    const uint32_t parity = w.loads / kLoads;
     if constexpr (kLoads > 1) {
         const int count = rows - r_begin;
         constexpr bool kStagesAll = kInputUnits >= kUnits;
