@@ -10,7 +10,7 @@ Row = Sequence[int | None]
 Grid = Sequence[Row]
 """By layer."""
 
-_MOST_PIECES = 4
+_MOST_PIECES, _MOST_LAYER_GROUPS = 4, 2
 _CONSTANT_BYTES = 60 * 1024
 """Of the 64 KB that a kernel has; parameters and the compiler's own numbers take some."""
 
@@ -36,6 +36,8 @@ class Literals:
     def number(self, grid: Grid) -> str:
         """Of type uint32_t; 0 where all is None."""
         groups = _layer_groups(grid)
+        if len(groups) > _MOST_LAYER_GROUPS and not any(stride for _, _, stride in groups):
+            return self.of_layer(groups)
         text, start = "", 0
         for end, row, stride in groups:
             value = self.of_worker(row)
@@ -45,6 +47,20 @@ class Literals:
             text += value if end == len(grid) else f"layer < {end}u ? {value} : "
             start = end
         return f"({text})" if len(groups) > 1 else text
+
+    def of_layer(self, groups: Sequence[tuple[int, Row, int]]) -> str:
+        """By a layer's number the place of its row among those that there are. As comparisons, a compiler would
+        make a jump table of them."""
+        rows: list[tuple[int, ...]] = []
+        places, start = [], 0
+        for end, row, _ in groups:
+            filled = tuple((value or 0) % 2**32 for value in row)
+            if filled not in rows:
+                rows.append(filled)
+            places += [rows.index(filled)] * (end - start)
+            start = end
+        table = self.table([value for row in rows for value in row])
+        return f"{table}[{self.table(places)}[layer] * {len(rows[0])}u + w.sm]"
 
     def of_worker(self, row: Row) -> str:
         pieces = _pieces(row)

@@ -12,7 +12,7 @@ namespace headrace {
 
 // Column groups of a tile that comes in one load whose sums a warp holds at once: the more, the more products are under way
 // beside one another, as far as registers go. Tiles of several loads take all in one pass (most_columns of k_blocks.py).
-constexpr int most_groups(Format f, int row_tiles) { return row_tiles == 1 ? 6 : is_float(f) ? 4 : 2; }
+constexpr int most_groups(Format f, int row_tiles) { return is_float(f) ? 4 : row_tiles == 1 ? 6 : 2; }
 
 // Where the warps' sums of `kGroups` column groups meet: so many at once as there is room for. Sinks take pairs of
 // groups, a thread a row and column of each.
