@@ -49,8 +49,8 @@ class Literals:
         return f"({text})" if len(groups) > 1 else text
 
     def of_layer(self, groups: Sequence[tuple[int, Row, int]]) -> str:
-        """By a layer's number the place of its row among those that there are. Of comparisons a compiler would
-        make a jump table."""
+        """By a layer's number the place of its row among those that there are. A compiler would turn
+        comparisons into a jump table."""
         rows: list[tuple[int, ...]] = []
         places, start = [], 0
         for end, row, _ in groups:
