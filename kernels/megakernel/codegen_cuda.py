@@ -14,12 +14,13 @@ import msgspec
 from megakernel.artifact import WeightLayout, lay_out_weights, matrix_names
 from megakernel.buffer_layout import lay_out_buffers
 from megakernel.codegen_limits import CodegenError
-from megakernel.cuda_call_source import ATTENDED, HEAD_SUMS, CallContext, CallSource
+from megakernel.cuda_call_source import HEAD_SUMS, CallContext, CallSource
 from megakernel.cuda_calls import Call, Loop, Operands, calls_of
 from megakernel.cuda_constants import ASSERTION, RESERVED_BYTES, THREADS_A_BLOCK
 from megakernel.cuda_counters import counters_of
 from megakernel.cuda_limits import check_cuda_programs
 from megakernel.cuda_literals import Literals
+from megakernel.cuda_tags import ATTENDED, MOST_TAGGED_ROWS, Tags, tags_of, without_needless
 from megakernel.program import (
     Geometry,
     Op,
@@ -35,6 +36,9 @@ class GeneratedCuda(msgspec.Struct, frozen=True, kw_only=True):
     buffer_offsets: Mapping[str, int]
     """Bytes from the start of the activations, by buffer name."""
     activation_bytes: int
+    tags: tuple[Tags, ...]
+    """By program: what is in memory of their own, as its values carry numbers."""
+    tagged_bytes: int
     num_counters: int
     """Of all buckets: see counters_of."""
     shared_bytes: int
@@ -46,8 +50,11 @@ class GeneratedCuda(msgspec.Struct, frozen=True, kw_only=True):
         return f"step_rows{bucket}"
 
 
-def generate_cuda(programs: Sequence[Program], formats: Mapping[str, str]) -> GeneratedCuda:
-    """One source for all of an artifact's programs, ascending by bucket. Raises CodegenError."""
+def generate_cuda(
+    programs: Sequence[Program], formats: Mapping[str, str], most_tagged_rows: int = MOST_TAGGED_ROWS
+) -> GeneratedCuda:
+    """One source for all of an artifact's programs, ascending by bucket. Activations are tagged in those
+    of at most so many rows. Raises CodegenError."""
     check_cuda_programs(programs)
     layout = lay_out_weights(programs[0], formats, "cuda")
     offsets, end = lay_out_buffers(programs, _LINE_BYTES)
@@ -62,7 +69,11 @@ def generate_cuda(programs: Sequence[Program], formats: Mapping[str, str]) -> Ge
     for program in programs:
         first_counters.append(num_counters)
         num_counters += counters_of(program)
-    writer = _Source(programs, layout, offsets, first_counters)
+    tags, tagged_bytes = [], 0
+    for program in programs:
+        tags.append(tags_of(program, _formats(program, layout), tagged_bytes, most_tagged_rows))
+        tagged_bytes += tags[-1].num_bytes
+    writer = _Source(programs, layout, offsets, first_counters, tags)
     source = "\n".join(writer.lines()) + "\n"
     first = programs[0]
     return GeneratedCuda(
@@ -70,6 +81,8 @@ def generate_cuda(programs: Sequence[Program], formats: Mapping[str, str]) -> Ge
         layout=layout,
         buffer_offsets=offsets,
         activation_bytes=activation_bytes,
+        tags=tuple(tags),
+        tagged_bytes=max(tagged_bytes, _LINE_BYTES),
         num_counters=num_counters,
         shared_bytes=RESERVED_BYTES + max(p.num_pages * p.page_bytes for p in programs),
         num_blocks=len(first.workers),
@@ -84,6 +97,11 @@ def qkv_columns(geometry: Geometry) -> int:
     return q_columns(geometry) + 2 * geometry.num_kv_heads * geometry.head_dim
 
 
+def _formats(program: Program, layout: WeightLayout) -> dict[int, str]:
+    """By op, what its matrices are packed as."""
+    return {op.index: layout.at(*names).format if (names := matrix_names(op)) else "" for op in program.ops}
+
+
 class _Source:
     def __init__(
         self,
@@ -91,11 +109,13 @@ class _Source:
         layout: WeightLayout,
         offsets: Mapping[str, int],
         first_counters: Sequence[int],
+        tags: Sequence[Tags],
     ) -> None:
         self.programs = programs
         self.layout = layout
         self.offsets = offsets
         self.first_counters = first_counters
+        self.tags = tags
 
     def lines(self) -> Iterator[str]:
         first = self.programs[0]
@@ -109,8 +129,8 @@ class _Source:
             f"using Shape = AttentionShape<{geometry.num_heads}, {geometry.num_kv_heads}, "
             f"{geometry.head_dim}, {first.split_tokens}>;"
         )
-        for program, first_counter in zip(self.programs, self.first_counters, strict=True):
-            yield from _Bucket(self, program, first_counter).lines()
+        for bucket in zip(self.programs, self.first_counters, self.tags, strict=True):
+            yield from _Bucket(self, *bucket).lines()
         yield "}  // namespace"
         for program, first_counter in zip(self.programs, self.first_counters, strict=True):
             yield from self.kernel(program, first_counter)
@@ -145,17 +165,19 @@ class _Source:
 class _Bucket:
     """One bucket's two roles."""
 
-    def __init__(self, source: _Source, program: Program, first_counter: int) -> None:
+    def __init__(self, source: _Source, program: Program, first_counter: int, tags: Tags) -> None:
         self.source = source
-        self.program = program
+        self.program = without_needless(program, tags)
+        self.tags = tags
         self.bucket = program.bucket
         self.literals = Literals(f"kLiterals{program.bucket}_")
         self.context = CallContext(
-            program=program,
+            program=self.program,
             layout=source.layout,
             offsets=source.offsets,
             literals=self.literals,
             first_counter=first_counter,
+            tags=tags,
         )
 
     def lines(self) -> Iterator[str]:
@@ -185,6 +207,11 @@ class _Bucket:
             numbers["bias"] = layout.at(*op.biases).offset
         for index, name in enumerate(op.head_norms):
             numbers[f"head_norm{index}"] = layout.at(name).offset
+        if op.index in self.tags.writers:
+            numbers["input_tag"] = self.tags.writers[op.index]
+        if op.index in self.tags.held:
+            numbers["held_tag"] = self.tags.held[op.index]
+        numbers["output_tag"] = op.index
         return Operands((formats, op.epilogue, op.prologue, op.in_features, op.out_features), numbers)
 
     def part(self, part: Call | Loop, role: str) -> Iterator[str]:

@@ -10,6 +10,7 @@ from megakernel.cuda_calls import Call, Pattern, Run, WaitAt, pattern_of
 from megakernel.cuda_constants import ROW_CHUNK
 from megakernel.cuda_counters import head_arrivals_at, row_chunks, split_arrivals_at
 from megakernel.cuda_literals import Literals
+from megakernel.cuda_tags import ATTENDED, TaggedBuffer, Tags, read_by, written_by
 from megakernel.program import (
     Epilogue,
     Opcode,
@@ -22,8 +23,6 @@ from megakernel.program import (
     split_blocks,
 )
 
-ATTENDED = "attended"
-"""Of the activations: attention's output of heads, splits merged."""
 HEAD_SUMS = "head_sums"
 """Of the activations: QKV's sums, of heads that several tiles make up."""
 
@@ -37,6 +36,7 @@ class CallContext(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """Bytes from the start of the activations, by buffer name, of ATTENDED and of HEAD_SUMS."""
     literals: Literals
     first_counter: int
+    tags: Tags
 
 
 class CallSource:
@@ -47,6 +47,7 @@ class CallSource:
         self.program = context.program
         self.layout = context.layout
         self.literals = context.literals
+        self.tags = context.tags
         self.call = call
         self.op = context.program.ops[call.op]
 
@@ -62,7 +63,10 @@ class CallSource:
         )
 
     def consume(self) -> list[str]:
-        lines = ["trace(w, kBegun);", *self.prefetch(), *self.waits(), "trace(w, kWaited);"]
+        lines = ["trace(w, kBegun);", *self.prefetch(), *self.waits()]
+        if self.tagged_input is not None:
+            lines.append("source.rows.await(w);")
+        lines.append("trace(w, kWaited);")
         lines += self.attention() if self.call.opcode is Opcode.ATTENTION else self.loop(self.consume_tile())
         lines += self.signal()
         return self.where_run(lines)
@@ -241,6 +245,39 @@ class CallSource:
     def vector(self, name: str) -> str:
         return f"reinterpret_cast<const float*>(w.step.weights + {self.number(name)})"
 
+    @property
+    def tagged_input(self) -> TaggedBuffer | None:
+        return self.tags.buffers.get(read_by(self.program, self.op))
+
+    @property
+    def tagged_output(self) -> TaggedBuffer | None:
+        return self.tags.buffers.get(written_by(self.program, self.op))
+
+    def tag(self, name: str) -> str:
+        """Of one of the op's numbers."""
+        value, stride = self.call.numbers[name], self.call.strides.get(name, 0)
+        return f"Tag{{{self.tags.num_ops}u, {value}u, {stride}u, {'layer' if stride else '0u'}}}"
+
+    def rows(self) -> str:
+        """What a linear op reads."""
+        op = self.op
+        if (tagged := self.tagged_input) is not None:
+            rows = f"reinterpret_cast<const uint2*>(w.step.tagged + w.zero() + {tagged.offset})"
+            name = "TaggedFloats" if tagged.holds == "floats" else "TaggedPairs"
+            return f"{name}<{op.in_features}>{{{rows}, {self.tag('input_tag')}}}"
+        source = self.attended() if op.prologue is Prologue.COMBINE else self.buffer(op.input)
+        return f"FloatRows<{op.in_features}>{{{source}}}"
+
+    def to(self, name: str, n0: str = "") -> str:
+        """Where an op writes `name`, from element `n0` of a row on."""
+        if (tagged := self.tagged_output) is None:
+            return f"FloatsTo{{{self.context.offsets[name]}{f' + {n0} * 4' if n0 else ''}}}"
+        if tagged.holds == "floats":
+            kind, from_n0 = "TaggedFloatsTo", f" + {n0} * 8" if n0 else ""
+        else:
+            kind, from_n0 = f"TaggedPairsTo<Format::k{tagged.format}>", f" + {n0} * 4" if n0 else ""
+        return f"{kind}{{{tagged.offset}{from_n0}, {self.tag('output_tag')}}}"
+
     def buffer(self, index: int) -> str:
         return self.buffer_named(self.program.buffers[index].name)
 
@@ -257,7 +294,7 @@ class CallSource:
                 return [
                     f"const uint32_t n0 = tile * {call.tile_columns};",
                     f"embed_tile<{self.format}, {geometry.hidden_size}>(w, {self.number('weights')}, n0, "
-                    f"n0 + {call.columns}, {self.buffer(op.output)});",
+                    f"n0 + {call.columns}, {self.to(self.program.buffers[op.output].name)});",
                     "w.next(false);",
                 ]
             case _:
@@ -270,12 +307,14 @@ class CallSource:
         arrivals = self.context.first_counter + split_arrivals_at(program)
         queries, splits = program.buffers[op.input], program.buffers[op.output]
         offsets = self.context.offsets
+        heads = self.to(ATTENDED)
         attended = (
-            f"{offsets[queries.name]}, {offsets[splits.name]}, {splits.columns}, {offsets[ATTENDED]}, "
+            f"{offsets[queries.name]}, {offsets[splits.name]}, {splits.columns}, {heads}, "
             f"w.step.counters + {arrivals}, {program.bucket}"
         )
+        kind = f"Attended<{heads.partition('{')[0]}>"
         return [
-            f"attention_tiles<Shape>(w, {self.number('layer')}, tiles, begun, Attended{{{attended}}}, "
+            f"attention_tiles<Shape>(w, {self.number('layer')}, tiles, begun, {kind}{{{attended}}}, "
             f"w.page({page}, {program.page_bytes}));",
             "w.instruction += count;",
         ]
@@ -298,23 +337,27 @@ class CallSource:
         return [*self.place(), *self.where_needed([statement, f"w.next({loads}, {loads});"], skip)]
 
     def input(self) -> str:
-        op, program = self.op, self.program
-        source = self.buffer(op.input)
-        match op.prologue:
-            case Prologue.RMS_NORM:
-                eps = _f32(program.geometry.rms_norm_eps)
-                is_one_tile = _bool(max(run.count for run in self.call.all_runs()) == 1)
-                return f"Normed<{op.in_features}, {is_one_tile}>(w, {source}, {self.vector('norm')}, {eps})"
-            case Prologue.COMBINE:
-                return f"Plain<{op.in_features}>{{{self.attended()}}}"
-            case _:
-                return f"Plain<{op.in_features}>{{{source}}}"
+        op, rows = self.op, self.rows()
+        kind = rows.partition("{")[0]
+        if op.prologue is not Prologue.RMS_NORM:
+            return f"Plain<{kind}>{{{rows}}}"
+        eps = _f32(self.program.geometry.rms_norm_eps)
+        is_one_tile = _bool(max(run.count for run in self.call.all_runs()) == 1)
+        return f"Normed<{op.in_features}, {is_one_tile}, {kind}>(w, {rows}, {self.vector('norm')}, {eps})"
 
     def sink(self, *, is_normed: bool) -> str:
         op, call, program, geometry = self.op, self.call, self.program, self.program.geometry
         template = f"{call.columns}, {_bool(is_normed)}"
         columns = program.buffers[op.output].columns
+        name = program.buffers[op.output].name
+        is_tagged = self.tagged_output is not None
         match op.epilogue:
+            case Epilogue.RESIDUAL if is_tagged:
+                added_to = f"{self.to(name, 'n0')}, {columns}, {self.tag('held_tag')}"
+                return f"TaggedResidual<{template}>{{{{}}, {added_to}}}"
+            case Epilogue.SWIGLU if self.tagged_output is not None:
+                template += f", Format::k{self.tagged_output.format}"
+                return f"TaggedSwiGlu<{template}>{{{{}}, {self.to(name, 'n0 / 2')}, {columns}}}"
             case Epilogue.STORE:
                 return f"Store<{template}>{{{{}}, {self.buffer(op.output)} + n0, {columns}}}"
             case Epilogue.RESIDUAL:

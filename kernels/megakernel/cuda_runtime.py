@@ -17,6 +17,7 @@ from megakernel.cuda_kv_pool import CudaKvPool
 from megakernel.cuda_memory import HostStaging, Staging, place_arrays, runs_of
 from megakernel.cuda_multi_step import CudaRun, RunMemory, RunTables, step_tables
 from megakernel.cuda_rows import Limits, StepAsk, StepTables, read_rows
+from megakernel.cuda_tags import PACKET_BYTES, Tags, values_of
 from megakernel.head import Reductions
 from megakernel.model.rope import rope_frequencies
 from megakernel.model.shape import ModelShape
@@ -35,6 +36,7 @@ class _Bucket(msgspec.Struct, eq=False):
     program: Program
     kernel: Kernel
     first_counter: int
+    tags: Tags
     epoch: int = 0
 
 
@@ -223,8 +225,14 @@ class CudaRuntime:
 
     def buffer(self, name: str, bucket: int) -> FloatArray:
         """A copy of a buffer between ops, `[bucket, columns]`, as the last step left it."""
-        program = next(program for program in self.compiled.programs if program.bucket == bucket)
+        index = self.compiled.buckets.index(bucket)
+        program, tags = self.compiled.programs[index], self.compiled.tags[index]
         columns = next(buffer.columns for buffer in program.buffers if buffer.name == name)
+        if (tagged := tags.buffers.get(name)) is not None:
+            packets = np.empty(tagged.num_bytes(bucket) // PACKET_BYTES, dtype=np.uint64)
+            self._driver.copy_to_host(self._stream, packets, self._tagged + tagged.offset)
+            self._driver.synchronize(self._stream)
+            return values_of(tagged, packets).reshape(bucket, columns)
         held = np.empty((bucket, columns), dtype=np.float32)
         start = self._activations + self.compiled.buffer_offsets[name]
         self._driver.copy_to_host(self._stream, held, start)
@@ -246,9 +254,13 @@ class CudaRuntime:
         driver, compiled, shape = self._driver, self.compiled, self._shape
         kernels = driver.load(compiled.cubin, compiled.kernel_names, compiled.grid)
         self._buckets = [
-            _Bucket(program, kernels[name], first)
-            for program, name, first in zip(
-                compiled.programs, compiled.kernel_names, compiled.first_counters, strict=True
+            _Bucket(program, kernels[name], first, tags)
+            for program, name, first, tags in zip(
+                compiled.programs,
+                compiled.kernel_names,
+                compiled.first_counters,
+                compiled.tags,
+                strict=True,
             )
         ]
         self._stream = driver.new_stream()
@@ -257,6 +269,7 @@ class CudaRuntime:
         if compiled.fill_weights is not None:
             self._upload_weights(compiled.fill_weights)
         self._activations = driver.allocate(compiled.activation_bytes)
+        self._tagged = driver.allocate(compiled.tagged_bytes)
         self._kv = CudaKvPool(driver, shape, self._limits.num_slots, self.max_rows)
         self._logits = driver.allocate(4 * self.max_rows * shape.vocab_size)
         self._stats = driver.allocate(4 * self.max_rows * 3 * self._limits.num_spans)
@@ -269,6 +282,7 @@ class CudaRuntime:
         self._arguments = StepArguments(
             weights=self._weights,
             activations=self._activations,
+            tagged=self._tagged,
             kv=self._kv.address,
             turns=self._upload_turns(),
             counters=driver.allocate(4 * (compiled.num_counters + EXTRA_COUNTERS)),
@@ -367,7 +381,7 @@ class CudaRuntime:
         """What stopped the kernel, and before which steps of its bucket; from now on no step runs."""
         if self._failure.code:
             epoch = (bucket.epoch - 1) & 0xFFFFFFFF if epoch is None else epoch
-            said = describe_failure(self._failure, bucket.program, bucket.first_counter, epoch)
+            said = describe_failure(self._failure, bucket.program, bucket.tags, bucket.first_counter, epoch)
             limit_s = self._arguments.timeout_ns / 1e9
             self._problem = f"{bucket.kernel.name} gave up after {limit_s:g} s: {said}"
         else:

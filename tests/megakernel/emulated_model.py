@@ -10,6 +10,15 @@ from megakernel.codegen_cuda import GeneratedCuda, generate_cuda
 from megakernel.cuda_arguments import EXTRA_COUNTERS, StepArguments
 from megakernel.cuda_rows import Limits, StepAsk, read_rows
 from megakernel.cuda_runtime import turns_of
+from megakernel.cuda_tags import (
+    MOST_TAGGED_ROWS,
+    PACKET_BYTES,
+    TaggedBuffer,
+    Tags,
+    numbers_of,
+    op_of,
+    values_of,
+)
 from megakernel.emulation import (
     STORE,
     Counts,
@@ -46,6 +55,9 @@ class EmulatedStep(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """Between ops and of the head, by name, [rows, columns]."""
     offsets: Mapping[str, int]
     """Of buffers between ops, into the activations."""
+    tagged: np.ndarray
+    """The region of those that are of `tags`, packets of uint64."""
+    tags: Tags
     counts: Counts
     journal: Journal
 
@@ -61,17 +73,26 @@ class EmulatedStep(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 
     @property
     def bits(self) -> bytes:
-        """All of it."""
-        return b"".join(array.tobytes() for array in self.regions.values())
+        """All of it, but for tags: they tell steps apart."""
+        between = (self.buffers[name] for name in sorted(self.buffers))
+        return b"".join(array.tobytes() for array in (*self.regions.values(), *between))
 
 
 class EmulatedModel:
     """Programs of one artifact, their weights and counters in emulated device memory."""
 
-    def __init__(self, programs: list[Program], weights, flags: Sequence[str] = (), edit=None) -> None:
+    def __init__(
+        self,
+        programs: list[Program],
+        weights,
+        flags: Sequence[str] = (),
+        edit=None,
+        most_tagged_rows: int = MOST_TAGGED_ROWS,
+    ) -> None:
         """`edit` changes the generated source: how tests plant faults."""
         self.programs = {program.bucket: program for program in programs}
-        self.generated: GeneratedCuda = generate_cuda(programs, weights.formats)
+        self.generated: GeneratedCuda = generate_cuda(programs, weights.formats, most_tagged_rows)
+        self.tags = dict(zip(self.programs, self.generated.tags, strict=True))
         source = edit(self.generated.source) if edit else self.generated.source
         self.emulation: Emulation = build_emulation(source, extra_flags=flags)
         self.packed = device_array(self.generated.layout.num_bytes, np.uint8)
@@ -79,6 +100,7 @@ class EmulatedModel:
         geometry = programs[0].geometry
         self.turns = device_copy(turns_of(rope_frequencies(weights.shape), 0, geometry.max_context_tokens))
         self.counters = device_array(self.generated.num_counters + EXTRA_COUNTERS, np.uint32)
+        self.tagged = device_array(self.generated.tagged_bytes // PACKET_BYTES, np.uint64)
         self.epochs = dict.fromkeys(self.programs, 0)
 
     def run(
@@ -93,6 +115,7 @@ class EmulatedModel:
         mutable = {
             "kv": device_copy(np.stack(kv.layers), np.float16),
             "counters": self.counters,
+            "tagged": self.tagged,
             "failure": device_array(8, np.uint32),
         }
         constants |= {"weights": self.packed, "turns": self.turns}
@@ -123,12 +146,15 @@ class EmulatedModel:
             journal=journal if has_journal else None,
         )
         assert not has_journal or counts.stores <= MOST_STORES
+        buffers = self._buffers(program, written, len(rows.token_ids))
         self.epochs[bucket] += 1
         return EmulatedStep(
             asked=asked,
             regions={**written, "kv": mutable["kv"]},
-            buffers=self._buffers(program, written, len(rows.token_ids)),
+            buffers=buffers,
             offsets=self.generated.buffer_offsets,
+            tagged=self.tagged,
+            tags=self.tags[bucket],
             counts=counts,
             journal=journal[: counts.stores],
         )
@@ -164,11 +190,24 @@ class EmulatedModel:
     ) -> dict[str, np.ndarray]:
         found = {"logits": written["logits"], "head_stats": written["stats"]}
         for buffer in program.buffers:
-            if buffer.space is Space.ACTIVATION:
+            if (tagged := self.tags[program.bucket].buffers.get(buffer.name)) is not None:
+                found[buffer.name] = self._tagged(program.bucket, tagged)[:rows]
+            elif buffer.space is Space.ACTIVATION:
                 start = self.generated.buffer_offsets[buffer.name] // 4
                 own = written["activations"][start : start + program.bucket * buffer.columns]
                 found[buffer.name] = own.reshape(program.bucket, -1)[:rows]
         return found
+
+    def _tagged(self, bucket: int, buffer: TaggedBuffer) -> np.ndarray:
+        """NaN where this step wrote nothing."""
+        start = buffer.offset // PACKET_BYTES
+        packets = self.tagged[start : start + buffer.num_bytes(bucket) // PACKET_BYTES]
+        tags = self.tags[bucket]
+        values = values_of(buffer, packets).copy()
+        of_ops = [op_of(tags, int(number), self.epochs[bucket]) for number in numbers_of(packets)]
+        is_old = np.asarray(of_ops) >= tags.num_ops
+        values[np.repeat(is_old, len(values) // len(packets))] = np.nan
+        return values.reshape(bucket, -1)
 
 
 def at_least_one(table: np.ndarray) -> np.ndarray:

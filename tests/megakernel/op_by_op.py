@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 
 from megakernel.cuda_arguments import RowFlag
+from megakernel.cuda_tags import PACKET_BYTES, TaggedBuffer, numbers_of, values_of
 from megakernel.head import reduce_rows
 from megakernel.program import Epilogue, Instruction, Op, Opcode, Program, Prologue, Space
 from megakernel.vm_ops import execute
@@ -30,20 +31,24 @@ class Stored(msgspec.Struct, frozen=True, eq=False):
     values: np.ndarray
 
 
-def stored(step: EmulatedStep, region: str) -> Stored:
-    array = step.regions[region]
+def stored(step: EmulatedStep, array: np.ndarray) -> Stored:
+    """`array`: the region's. Stores of two elements at once are two stores."""
     start, item = array.ctypes.data, array.itemsize
     journal = step.journal
     journal = journal[(journal["address"] >= start) & (journal["address"] < start + array.nbytes)]
-    assert (journal["num_bytes"] == item).all()
-    element = ((journal["address"] - start) // item).astype(np.int64)
+    count = journal["num_bytes"].astype(np.int64) // item
+    assert (journal["num_bytes"] == count * item).all()
+    assert np.isin(count, (1, 2)).all()
+    place = np.repeat(np.arange(len(journal)), count)
+    second = np.arange(len(place)) - np.repeat(np.cumsum(count) - count, count)
+    element = ((journal["address"][place] - start) // item).astype(np.int64) + second
     order = np.argsort(element, kind="stable")
     ordered = element[order]
     first = np.searchsorted(ordered, ordered)
     nth = np.empty(len(element), np.int64)
     nth[order] = np.arange(len(element)) - first
-    values = np.ascontiguousarray(journal["value"][:, :item]).view(array.dtype)[:, 0]
-    return Stored(element, nth, values)
+    values = np.ascontiguousarray(journal["value"][:, : 2 * item]).view(array.dtype)
+    return Stored(element, nth, values[place, second])
 
 
 class OpByOp:
@@ -62,7 +67,8 @@ class OpByOp:
         self.found = found
         self.rows = step.num_rows
         self.state = VmState(program, weights, exact, step)
-        self.activations = stored(found, "activations")
+        self.activations = stored(found, found.regions["activations"])
+        self.tagged = stored(found, found.tagged)
         self.written = dict.fromkeys(range(len(program.buffers)), 0)
         """By buffer: ops that have."""
 
@@ -102,6 +108,9 @@ class OpByOp:
         if opcode in (Opcode.EMBED, Opcode.ATTENTION, Opcode.LINEAR_PARTIAL):
             return self.compare(op, output, expected, tolerances)
         match op.epilogue:
+            case Epilogue.SWIGLU if (pairs := self.pairs_of(output)) is not None:
+                rounded = op_tolerances.rounded(expected, tolerances, pairs.format)
+                return self.compare(op, output, expected, rounded)
             case Epilogue.RESIDUAL:
                 return self.compare(op, output, expected, op_tolerances.residual(expected, tolerances))
             case Epilogue.ROPE_APPEND:
@@ -162,6 +171,8 @@ class OpByOp:
         buffer, nth = self.program.buffers[index], self.written[index]
         assert buffer.space is Space.ACTIVATION
         self.written[index] += 1
+        if (tagged := self.found.tags.buffers.get(buffer.name)) is not None:
+            return self.next_tagged(tagged, nth)
         start = self.found.offsets[buffer.name] // 4
         stores, size = self.activations, self.program.bucket * buffer.columns
         mine = (stores.element >= start) & (stores.element < start + size) & (stores.nth == nth)
@@ -170,6 +181,23 @@ class OpByOp:
         whole = version.reshape(self.program.bucket, -1)
         assert np.isnan(whole[self.rows :]).all(), f"{buffer.name}: rows past the step's"
         return whole[: self.rows]
+
+    def next_tagged(self, buffer: TaggedBuffer, nth: int) -> Float32Array:
+        stores, bucket = self.tagged, self.program.bucket
+        start, size = buffer.offset // PACKET_BYTES, buffer.num_bytes(bucket) // PACKET_BYTES
+        mine = (stores.element >= start) & (stores.element < start + size) & (stores.nth == nth)
+        version = np.full((size, bucket * buffer.columns // size), np.nan, np.float32)
+        values = values_of(buffer, np.ascontiguousarray(stores.values[mine]))
+        version[stores.element[mine] - start] = values.reshape(-1, version.shape[1])
+        assert len(set(numbers_of(stores.values[mine]).tolist())) <= 1, "tags differ"
+        whole = version.reshape(bucket, -1)
+        assert np.isnan(whole[self.rows :]).all(), "rows past the step's"
+        return whole[: self.rows]
+
+    def pairs_of(self, index: int) -> TaggedBuffer | None:
+        """Of a buffer whose values are stored as the next op takes them."""
+        tagged = self.found.tags.buffers.get(self.program.buffers[index].name)
+        return tagged if tagged is not None and tagged.holds == "pairs" else None
 
     def compare_kv(self, op: Op, tolerances: np.ndarray) -> float:
         """K and V may be either of two float16 where what is rounded is next to their middle."""
@@ -193,8 +221,8 @@ class OpByOp:
             if buffer.space is Space.ACTIVATION:
                 version = self.next_version(index)
                 assert np.isnan(version).all(), f"{buffer.name} is written once more"
-        assert (stored(self.found, "kv").nth == 0).all()
-        assert (stored(self.found, "logits").nth == 0).all()
+        for region in ("kv", "logits"):
+            assert (stored(self.found, self.found.regions[region]).nth == 0).all()
 
     def needed_columns(self, opcode: Opcode, instructions: list[Instruction]) -> np.ndarray:
         """[vocab] logits that are computed, of all rows: tiles that any row needs; with K-tiles all."""

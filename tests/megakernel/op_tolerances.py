@@ -147,6 +147,12 @@ def swiglu(program: Program, values: Float64Array, of_sums: Float64Array) -> Flo
     return tolerances.reshape(len(values), -1)
 
 
+def rounded(values: Float64Array, tolerances: Float64Array, format: str) -> Float64Array:
+    """Once more to 16 bits, as matrices of that format are multiplied by."""
+    half_a_step, smallest = (2.0**-11, 2.0**-25) if format == "F16" else (2.0**-8, 2.0**-134)
+    return tolerances + half_a_step * (np.abs(values) + tolerances) + smallest
+
+
 def rotated(state: VmState, op: Op, values: Float64Array, of_sums: Float64Array) -> Float64Array:
     """[rows, Q columns then K and V]: bias and norm of a head, then each element turns with its partner."""
     geometry, dim = state.program.geometry, state.program.geometry.head_dim

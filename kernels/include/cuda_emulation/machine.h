@@ -25,6 +25,7 @@ struct Copy;
 enum class Op : uint8_t {
     kNone, kLoadShared, kStoreShared, kLoadGlobal, kStoreGlobal, kLoadConstant, kPrefetch,
     kLoadSharedAcquire, kAddSharedRelease, kLoadAcquire, kAddRelease, kAddAcquireRelease, kCompareExchange, kStoreSystem,
+    kLoadTagged, kStoreTagged,
     kCopyAsync, kCopyAsyncArrive, kCopyBulk, kFenceAsyncShared,
     kMbarrierInit, kFenceMbarrierInit, kMbarrierArrive, kMbarrierTryWait,
     kSyncWarp, kSyncThreads, kShuffleXor, kShuffle, kBallot, kMmaBf16, kMmaF16, kLoadMatrix,
@@ -33,6 +34,7 @@ enum class Op : uint8_t {
 constexpr const char* kOpNames[] = {
     "nothing", "load_shared", "store_shared", "load_global", "store_global", "load_constant", "prefetch",
     "load_shared_acquire", "add_shared_release", "load_acquire", "add_release", "add_acquire_release", "compare_exchange", "store_system",
+    "load_tagged", "store_tagged",
     "copy_async_16", "copy_async_arrive", "copy_bulk", "fence_async_shared",
     "mbarrier_init", "fence_mbarrier_init", "mbarrier_arrive", "mbarrier_try_wait",
     "sync_warp", "sync_threads", "shuffle_xor", "shuffle", "ballot", "mma_bf16", "mma_f16", "load_matrix_x4",

@@ -38,6 +38,10 @@ HEADRACE_OPERATION uint32_t add_acquire_release(uint32_t* to, uint32_t value);
 HEADRACE_OPERATION uint32_t compare_exchange(uint32_t* at, uint32_t expected, uint32_t desired);
 HEADRACE_OPERATION void store_system(uint32_t* to, uint32_t value);
 
+// 8 or 16 bytes to `found`: one or two of a value and its number.
+HEADRACE_OPERATION void load_tagged(const void* from, uint32_t num_bytes, uint32_t tag, void* found);
+HEADRACE_OPERATION void store_tagged(void* to, const void* both);
+
 HEADRACE_OPERATION void copy_async(uint32_t to, const void* from);
 HEADRACE_OPERATION void copy_async_arrive(uint32_t mbarrier);
 HEADRACE_OPERATION void copy_bulk(uint32_t to, const void* from, uint32_t num_bytes, uint32_t mbarrier);

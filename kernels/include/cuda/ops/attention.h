@@ -8,6 +8,7 @@
 #pragma once
 
 #include "cuda/ops/attention_split.h"
+#include "cuda/tagged.h"
 
 namespace headrace {
 
@@ -57,18 +58,22 @@ __device__ __forceinline__ void begin_attention(const Worker& w, int layer, cons
 
 // Where queries come from, where partial results go, and what becomes of them. Buffers are told by bytes into the
 // activations, and their addresses computed where they are used, as registers are few.
+template <class Heads>
 struct Attended {
     int64_t queries;     // [rows][kHeads][kDim]
     int64_t splits;      // [rows][columns]: for each block and head the maximum, the sum, and values
     int64_t columns;
-    int64_t heads;       // [rows][kHeads][kDim]: splits merged
+    Heads heads;         // [rows][kHeads][kDim]: splits merged
     uint32_t* arrivals;  // [kKvHeads][bucket] of splits that are there, 0 between ops
     int32_t bucket;
 
     template <class Shape>
-    static __device__ __forceinline__ float* of_group(const Worker& w, int64_t buffer, int row, uint32_t kv_head) {
-        return reinterpret_cast<float*>(w.step.activations + w.zero() + buffer) +
-               static_cast<uint32_t>(row * Shape::kKvHeads + kv_head) * Shape::kElements;
+    static __device__ __forceinline__ uint32_t first_of_group(const Worker& w, int row, uint32_t kv_head) {
+        return static_cast<uint32_t>(row * Shape::kKvHeads + kv_head) * Shape::kElements + w.zero();
+    }
+    template <class Shape>
+    __device__ __forceinline__ const float* queries_of(const Worker& w, int row, uint32_t kv_head) const {
+        return reinterpret_cast<const float*>(w.step.activations + queries) + first_of_group<Shape>(w, row, kv_head);
     }
     template <class Shape>
     __device__ __forceinline__ float* splits_of(const Worker& w, int row, int block, uint32_t kv_head) const {
@@ -78,22 +83,22 @@ struct Attended {
 };
 
 // A row's splits of a KV head's group, merged in ascending order.
-template <class Shape>
-__device__ __forceinline__ void merge_splits(const Worker& w, const AttentionTiles& tiles, const Attended& attended, int row,
+template <class Shape, class Heads>
+__device__ __forceinline__ void merge_splits(const Worker& w, const AttentionTiles& tiles, const Attended<Heads>& attended, int row,
                                              uint32_t kv_head, int num_splits) {
     constexpr int kDim = Shape::kDim, kAtOnce = 8;
     constexpr uint32_t kHeadBytes = (kDim + 2) * 4, kBlockBytes = Shape::kHeads * kHeadBytes;
-    const uint8_t* of_row = reinterpret_cast<const uint8_t*>(attended.splits_of<Shape>(w, row, 0, kv_head));
+    const uint8_t* of_row = reinterpret_cast<const uint8_t*>(attended.template splits_of<Shape>(w, row, 0, kv_head));
     const uint32_t first_block = tiles.first_block(row), num_blocks = tiles.num_blocks;
 #pragma unroll 1
-    for (int item = w.thread; item < Shape::kElements; item += kConsumers) {
+    for (int item = w.thread * 2; item < Shape::kElements; item += kConsumers * 2) {
         const uint8_t* of_head = ptx::settled_pointer(of_row + item / kDim * kHeadBytes);
         const uint8_t* of_element = ptx::settled_pointer(of_head + 8 + item % kDim * 4);
-        float largest = -__builtin_huge_valf(), total = 0, mixed = 0;
+        float largest = -__builtin_huge_valf(), total = 0;
+        float2 mixed{0, 0};
 #pragma unroll 1
         for (int split0 = 0; split0 < num_splits; split0 += kAtOnce) {
-            float2 extremes[kAtOnce];
-            float values[kAtOnce];
+            float2 extremes[kAtOnce], values[kAtOnce];
 #pragma unroll
             for (int i = 0; i < kAtOnce; i++) {
                 // In place of splits past the last, the last again, without weight.
@@ -102,30 +107,33 @@ __device__ __forceinline__ void merge_splits(const Worker& w, const AttentionTil
                 if (block >= num_blocks) block -= num_blocks;
                 const uint64_t at = static_cast<uint64_t>(block) * kBlockBytes;
                 extremes[i] = ptx::load_global(reinterpret_cast<const float2*>(of_head + at));
-                values[i] = ptx::load_global(reinterpret_cast<const float*>(of_element + at));
+                values[i] = ptx::load_global(reinterpret_cast<const float2*>(of_element + at));
                 if (!is_there) extremes[i] = {-__builtin_huge_valf(), 0};
             }
             float top = largest;
 #pragma unroll
             for (int i = 0; i < kAtOnce; i++) top = fmaxf(top, extremes[i].x);
             const float kept = exp_f32(largest - top);
-            largest = top, total *= kept, mixed *= kept;
+            largest = top, total *= kept, mixed.x *= kept, mixed.y *= kept;
 #pragma unroll
             for (int i = 0; i < kAtOnce; i++) {
                 const float share = exp_f32(extremes[i].x - top);
                 total = fma_f32(share, extremes[i].y, total);
-                mixed = fma_f32(share, values[i], mixed);
+                mixed.x = fma_f32(share, values[i].x, mixed.x);
+                mixed.y = fma_f32(share, values[i].y, mixed.y);
             }
         }
-        ptx::store_global(Attended::of_group<Shape>(w, attended.heads, row, kv_head) + item, mixed * divide_f32(1, total));
+        const float scale = divide_f32(1, total);
+        attended.heads.store_two(w, attended.template first_of_group<Shape>(w, row, kv_head) + item, mixed.x * scale,
+                                 mixed.y * scale);
     }
 }
 
 // After an SM's splits of up to 32 rows: who brings the last of a row's splits of a KV head merges all of them. Each warp
 // counts a tile's splits as arrived, so that eight tiles' counters are waited for at once; and only now, as an
 // acquiring one would hold up the loads of splits to come.
-template <class Shape>
-__device__ __forceinline__ void merge_rows(const Worker& w, const AttentionTiles& tiles, const Attended& attended,
+template <class Shape, class Heads>
+__device__ __forceinline__ void merge_rows(const Worker& w, const AttentionTiles& tiles, const Attended<Heads>& attended,
                                            int row0) {
     const int num_splits = AttendingRow::num_splits<Shape>(w, w.lane);
     if (!ptx::ballot(num_splits > 1)) return;
@@ -166,9 +174,9 @@ __device__ __forceinline__ void merge_rows(const Worker& w, const AttentionTiles
 
 // After the wait: all splits that the SM's tiles have of up to 32 rows from row0 on. What of the first is yet to come, and
 // each next one as registers become free; so loads are on their way all the time.
-template <class Shape>
+template <class Shape, class Heads>
 __device__ __forceinline__ void attend_rows(const Worker& w, int layer, const AttentionTiles& tiles, FirstSplit<Shape>& begun,
-                                            const Attended& attended, SharedAddress page, int row0) {
+                                            const Attended<Heads>& attended, SharedAddress page, int row0) {
     constexpr int kItems = Shape::kItems;
     SplitCursor<Shape> at = begun.at;
     const SharedAddress weights = w.shared + kSumsAt + w.warp * (Shape::kGroup * Shape::kTokens * 4);
@@ -177,7 +185,7 @@ __device__ __forceinline__ void attend_rows(const Worker& w, int layer, const At
         return (i + 1) * kConsumers <= static_cast<uint32_t>(Shape::kElements) || w.thread + i * kConsumers < Shape::kElements;
     };
     const auto load_queries = [&](const SplitCursor<Shape>& of) {
-        const float* from = Attended::of_group<Shape>(w, attended.queries, row0 + of.row(), of.kv_head(tiles));
+        const float* from = attended.template queries_of<Shape>(w, row0 + of.row(), of.kv_head(tiles));
 #pragma unroll
         for (int i = 0; i < kItems; i++)
             if (has_item(i)) held[i] = ptx::load_global(from + w.thread + i * kConsumers);
@@ -232,8 +240,8 @@ __device__ __forceinline__ void attend_rows(const Worker& w, int layer, const At
         const int row = row0 + at.row();
         const uint32_t kv_head = at.kv_head(tiles);
         const bool is_only = AttendingRow::num_splits<Shape>(w, at.row()) == 1;
-        merge_warps<Shape>(w, partial, attended.splits_of<Shape>(w, row, tiles.block_of(row, at.split), kv_head),
-                           is_only ? Attended::of_group<Shape>(w, attended.heads, row, kv_head) : nullptr);
+        merge_warps<Shape>(w, partial, attended.template splits_of<Shape>(w, row, tiles.block_of(row, at.split), kv_head),
+                           is_only, attended.heads, attended.template first_of_group<Shape>(w, row, kv_head));
         if (!next.rows) break;
         if (!Shape::kIsDouble) {
             store_queries(0);
@@ -246,9 +254,9 @@ __device__ __forceinline__ void attend_rows(const Worker& w, int layer, const At
     merge_rows<Shape>(w, tiles, attended, row0);
 }
 
-template <class Shape>
+template <class Shape, class Heads>
 __device__ __forceinline__ void attention_tiles(const Worker w, int layer, const AttentionTiles tiles, FirstSplit<Shape>& begun,
-                                                const Attended attended, SharedAddress page) {
+                                                const Attended<Heads> attended, SharedAddress page) {
     if (begun.at.rows) attend_rows<Shape>(w, layer, tiles, begun, attended, page, 0);
     if (attended.bucket > static_cast<int>(kLanes)) {
 #pragma unroll 1

@@ -187,36 +187,38 @@ __device__ __forceinline__ void write_nothing(const Worker& w, SharedAddress to,
         ptx::store_shared(extremes + i * 8, float2{-__builtin_huge_valf(), 0});
 }
 
-// The warps' partial results of a split, merged in order, to the row's output of that split; to `heads`, too, if it is
-// the row's only one.
-template <class Shape>
-__device__ __forceinline__ void merge_warps(const Worker& w, SharedAddress partial, float* out, float* heads) {
+// The warps' partial results of a split, merged in order, to the row's output of that split; if it is the row's only one also
+// to `heads`, from element `first` on. A thread has two neighbouring elements.
+template <class Shape, class Heads>
+__device__ __forceinline__ void merge_warps(const Worker& w, SharedAddress partial, float* out, bool is_only, const Heads& heads,
+                                            uint32_t first) {
     constexpr int kDim = Shape::kDim, kHead = kDim + 2;
 #pragma unroll 1
-    for (int item = w.thread; item < Shape::kElements; item += kConsumers) {
+    for (int item = w.thread * 2; item < Shape::kElements; item += kConsumers * 2) {
         const int head = item / kDim, element = item % kDim;
-        float2 extremes[kConsumerWarps];
-        float values[kConsumerWarps];
+        float2 extremes[kConsumerWarps], values[kConsumerWarps];
 #pragma unroll
         for (uint32_t i = 0; i < kConsumerWarps; i++) {
             extremes[i] = ptx::load_shared<float2>(partial + Shape::kExtremesAt + (i * Shape::kGroup + head) * 8);
-            values[i] = ptx::load_shared<float>(partial + (i * Shape::kElements + item) * 4);
+            values[i] = ptx::load_shared<float2>(partial + (i * Shape::kElements + item) * 4);
         }
-        float largest = extremes[0].x, sum = 0, mixed = 0;
+        float largest = extremes[0].x, sum = 0;
+        float2 mixed{0, 0};
 #pragma unroll
         for (uint32_t i = 1; i < kConsumerWarps; i++) largest = fmaxf(largest, extremes[i].x);
 #pragma unroll
         for (uint32_t i = 0; i < kConsumerWarps; i++) {
             const float weight = exp_f32(extremes[i].x - largest);
             sum = fma_f32(weight, extremes[i].y, sum);
-            mixed = fma_f32(weight, values[i], mixed);
+            mixed.x = fma_f32(weight, values[i].x, mixed.x);
+            mixed.y = fma_f32(weight, values[i].y, mixed.y);
         }
-        ptx::store_global(out + head * kHead + 2 + element, mixed);
-        if (heads) ptx::store_global(heads + item, mixed * divide_f32(1, sum));
-        if (element == 0) {
-            ptx::store_global(out + head * kHead, largest);
-            ptx::store_global(out + head * kHead + 1, sum);
+        if (is_only) {
+            const float scale = divide_f32(1, sum);
+            heads.store_two(w, first + item, mixed.x * scale, mixed.y * scale);
         }
+        ptx::store_global(reinterpret_cast<float2*>(out + head * kHead + 2 + element), mixed);
+        if (element == 0) ptx::store_global(reinterpret_cast<float2*>(out + head * kHead), float2{largest, sum});
     }
 }
 

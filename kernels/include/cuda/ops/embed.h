@@ -1,8 +1,7 @@
 // Rows of the embedding, out of the order in which the head multiplies them.
 #pragma once
 
-#include "cuda/barrier.h"
-#include "cuda/packed.h"
+#include "cuda/tagged.h"
 
 namespace headrace {
 
@@ -35,13 +34,12 @@ __device__ __forceinline__ float packed_element(const uint8_t* matrix, int64_t c
     }
 }
 
-template <Format F, int kIn>
-__device__ __forceinline__ void embed_tile(const Worker w, int64_t table, uint32_t n0, uint32_t n1, float* hidden) {
+template <Format F, int kIn, class Out>
+__device__ __forceinline__ void embed_tile(const Worker w, int64_t table, uint32_t n0, uint32_t n1, const Out hidden) {
     for (int row = 0; row < w.step.num_rows; row++) {
         const int token = ptx::load_settled(w.step.token_ids + row);
         for (uint32_t k = n0 + w.thread; k < n1; k += kConsumers)
-            ptx::store_global(hidden + static_cast<int64_t>(row) * kIn + k,
-                              packed_element<F, kIn>(w.step.weights + table, token, k));
+            hidden.store(w, static_cast<int64_t>(row) * kIn + k, packed_element<F, kIn>(w.step.weights + table, token, k));
     }
     report_progress(w);
 }

@@ -1,8 +1,7 @@
 // What becomes of a finished tile: one sink an epilogue.
 #pragma once
 
-#include "cuda/barrier.h"
-#include "cuda/packed.h"
+#include "cuda/tagged.h"
 
 namespace headrace {
 
@@ -27,7 +26,7 @@ __device__ __forceinline__ float scaled(const Worker& w, const Place& at, float 
 // all sums of a chunk of rows, without a barrier between.
 struct SimpleSink {
     struct Held {};
-    __device__ __forceinline__ Held fetch(const Place&) const { return {}; }
+    __device__ __forceinline__ Held fetch(const Worker&, const Place&) const { return {}; }
     __device__ __forceinline__ void end(const Worker&, int, int) const {}
 };
 
@@ -58,7 +57,7 @@ struct Residual : SimpleSink {
     float* out;
     int64_t row_columns;
 
-    __device__ __forceinline__ Held fetch(const Place& at) const {
+    __device__ __forceinline__ Held fetch(const Worker&, const Place& at) const {
         const float* from = to(at);
         return {at.is_row && is_within<kColumns>(at.column) ? ptx::load_global(from) : 0,
                 at.is_row && is_within<kColumns>(at.column + 16) ? ptx::load_global(from + 16) : 0};
@@ -73,6 +72,40 @@ struct Residual : SimpleSink {
     __device__ __forceinline__ float* to(const Place& at) const { return out + at.step_row() * row_columns + at.column; }
 };
 
+// The same of values that carry numbers: those held are of another op than those stored.
+template <int kColumns, bool kIsNormed>
+struct TaggedResidual : SimpleSink {
+    struct Held {
+        uint2 low, high;
+    };
+    TaggedFloatsTo out;  // the tile's first column
+    int64_t row_columns;
+    Tag held_tag;
+
+    __device__ __forceinline__ Held fetch(const Worker& w, const Place& at) const {
+        const uint32_t tag = held_tag.of(w);
+        Held held{{0, tag}, {0, tag}};
+        const uint2* from = out.at(w, index(at));
+        if (at.is_row && is_within<kColumns>(at.column)) held.low = ptx::load_tagged(from, tag);
+        if (at.is_row && is_within<kColumns>(at.column + 16)) held.high = ptx::load_tagged(from + 16, tag);
+        return held;
+    }
+    __device__ __forceinline__ void put(const Worker& w, const Place& at, float low, float high, Held held) const {
+        if (!at.is_row) return;
+        const uint2* from = out.at(w, index(at));
+        const uint32_t tag = held_tag.of(w);
+        settle(w, held.low, from, tag), settle(w, held.high, from + 16, tag);
+        if (is_within<kColumns>(at.column)) out.store(w, index(at), bits_float(held.low.x) + scaled<kIsNormed>(w, at, low));
+        if (is_within<kColumns>(at.column + 16))
+            out.store(w, index(at) + 16, bits_float(held.high.x) + scaled<kIsNormed>(w, at, high));
+    }
+
+   private:
+    __device__ __forceinline__ int64_t index(const Place& at) const { return at.step_row() * row_columns + at.column; }
+};
+
+__device__ __forceinline__ float swiglu(float gate, float up) { return divide_f32(gate, 1 + exp_f32(-gate)) * up; }
+
 // Column groups of gate and up alternate.
 template <int kColumns, bool kIsNormed>
 struct SwiGlu : SimpleSink {
@@ -84,8 +117,21 @@ struct SwiGlu : SimpleSink {
         if (!at.is_row) return;
         gate = scaled<kIsNormed>(w, at, gate);
         up = scaled<kIsNormed>(w, at, up);
-        const float mixed = divide_f32(gate, 1 + exp_f32(-gate)) * up;
-        ptx::store_global(out + at.step_row() * row_columns + at.column / 32 * 16 + at.column % 16, mixed);
+        ptx::store_global(out + at.step_row() * row_columns + at.column / 32 * 16 + at.column % 16, swiglu(gate, up));
+    }
+};
+
+template <int kColumns, bool kIsNormed, Format F>
+struct TaggedSwiGlu : SimpleSink {
+    static_assert(kColumns % 32 == 0);
+    TaggedPairsTo<F> out;
+    int64_t row_columns;
+
+    __device__ __forceinline__ void put(const Worker& w, const Place& at, float gate, float up, Held) const {
+        const float mixed = swiglu(scaled<kIsNormed>(w, at, gate), scaled<kIsNormed>(w, at, up));
+        const float next = ptx::shuffle_xor(mixed, 1);
+        if (at.is_row && at.column % 2 == 0)
+            out.store_two(w, at.step_row() * row_columns + at.column / 32 * 16 + at.column % 16, mixed, next);
     }
 };
 

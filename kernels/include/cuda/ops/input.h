@@ -4,8 +4,7 @@
 // left in kScalesAt. So one pass over a row does, and products need not wait for the mean of its squares.
 #pragma once
 
-#include "cuda/barrier.h"
-#include "cuda/packed.h"
+#include "cuda/tagged.h"
 
 namespace headrace {
 
@@ -22,40 +21,24 @@ struct InputLayout {
     static __device__ __forceinline__ uint32_t sums_at(uint32_t units) { return kChunk * row_bytes(units); }
 };
 
-constexpr uint32_t kStagedBlock = 256;  // elements that a warp stages at once
-
-struct Eight {
-    float x[8];
-};
-
-__device__ __forceinline__ Eight load_eight(const float* from) {
-    const float4 low = ptx::load_global(reinterpret_cast<const float4*>(from));
-    const float4 high = ptx::load_global(reinterpret_cast<const float4*>(from) + 1);
-    return {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
-}
-
 // The input as it is.
-template <int kIn>
+template <class Rows>
 struct Plain {
     static constexpr bool kIsNormed = false;
-    const float* rows;  // [rows][kIn]
-
-    __device__ __forceinline__ Eight load(const Worker&, int row, uint32_t k) const {
-        return load_eight(rows + static_cast<int64_t>(row) * kIn + k);
-    }
+    Rows rows;
 };
 
 // RMS norm but for the scale. Made before the wait for the rows: weights are sent for then, those of the warp's first block
 // of K to registers. Not where several tiles are to come: they would be kept there.
-template <int kIn, bool kIsOfOneTile>
+template <int kIn, bool kIsOfOneTile, class Rows>
 struct Normed {
     static constexpr bool kIsNormed = true, kHasFirst = kIsOfOneTile;
-    const float* rows;
+    Rows rows;
     const float* weight;
     float eps;
     Eight first;
 
-    __device__ __forceinline__ Normed(const Worker& w, const float* of_rows, const float* of_weight, float epsilon)
+    __device__ __forceinline__ Normed(const Worker& w, const Rows& of_rows, const float* of_weight, float epsilon)
         : rows(of_rows), weight(of_weight), eps(epsilon), first{} {
         const uint32_t k = w.warp * kStagedBlock + w.lane * 8;
         if (kHasFirst && k < kIn) {
@@ -67,20 +50,12 @@ struct Normed {
             ptx::prefetch(weight + line);
     }
 
-    __device__ __forceinline__ Eight load(const Worker&, int row, uint32_t k) const {
-        return load_eight(rows + static_cast<int64_t>(row) * kIn + k);
-    }
     __device__ __forceinline__ Eight weights(uint32_t k) const {
         const float4 low = ptx::load_constant(reinterpret_cast<const float4*>(weight + k));
         const float4 high = ptx::load_constant(reinterpret_cast<const float4*>(weight + k) + 1);
         return {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
     }
 };
-
-template <Format F>
-__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
-    return F == Format::kF16 ? ptx::pack_f16x2(low, high) : ptx::pack_bf16x2(low, high);
-}
 
 template <Format F>
 __device__ __forceinline__ float sum_of_pair(uint32_t pair) {
@@ -97,6 +72,7 @@ __device__ __forceinline__ float sum_of_pair(uint32_t pair) {
 template <Format F, int kRows, int kIn, uint32_t kUnits, class Source>
 __device__ __forceinline__ void stage_input(const Worker& w, const Source source, int r0, int count, uint32_t u0, SharedAddress to) {
     using Layout = InputLayout<F, kRows>;
+    using Rows = decltype(source.rows);
     constexpr uint32_t kBlocks = (kUnits * unit_k(F) + kStagedBlock - 1) / kStagedBlock;  // of a row
     constexpr uint32_t kAllBlocks = (kIn + kStagedBlock - 1) / kStagedBlock;
     static_assert(!Source::kIsNormed || kAllBlocks <= kLanes, "a norm's squares: a lane a block, see kSquaresAt");
@@ -110,14 +86,15 @@ __device__ __forceinline__ void stage_input(const Worker& w, const Source source
     for (uint32_t block0 = w.warp; block0 < kBlocks; block0 += kBlocksAtOnce * kConsumerWarps) {
 #pragma unroll 1
         for (int row0 = 0; row0 < count; row0 += kRowsAtOnce) {
-            Eight x[kBlocksAtOnce][kRowsAtOnce];
+            const auto is_in = [&](uint32_t block, uint32_t k, int row) { return block < kBlocks && k < kIn && row < count; };
+            typename Rows::Raw x[kBlocksAtOnce][kRowsAtOnce];
 #pragma unroll
             for (uint32_t b = 0; b < kBlocksAtOnce; b++)
 #pragma unroll
                 for (int r = 0; r < kRowsAtOnce; r++) {
                     const uint32_t block = block0 + b * kConsumerWarps, k = first + block * kStagedBlock + w.lane * 8;
                     x[b][r] = {};
-                    if (block < kBlocks && k < kIn && row0 + r < count) x[b][r] = source.load(w, r0 + row0 + r, k);
+                    if (is_in(block, k, row0 + r)) x[b][r] = source.rows.load(w, r0 + row0 + r, k);
                 }
 #pragma unroll
             for (uint32_t b = 0; b < kBlocksAtOnce; b++) {
@@ -135,8 +112,10 @@ __device__ __forceinline__ void stage_input(const Worker& w, const Source source
                 for (int r = 0; r < kRowsAtOnce; r++) {
                     const int row = row0 + r;
                     if (row >= count) break;
-                    Eight& own = x[b][r];
+                    if (is_in(block, k, row)) source.rows.settle(w, x[b][r], r0 + row, k);
+                    uint4 packed;
                     if constexpr (Source::kIsNormed) {
+                        Eight own = Rows::floats(x[b][r]);
                         float squares = 0;
 #pragma unroll
                         for (int e = 0; e < 8; e++) {
@@ -148,13 +127,14 @@ __device__ __forceinline__ void stage_input(const Worker& w, const Source source
                         // The last part of K may have fewer blocks: those past them are other rows' places.
                         if (w.lane == 0 && k < kIn)
                             ptx::store_shared(w.shared + kSquaresAt + (row * kAllBlocks + k / kStagedBlock) * 4, squares);
+                        packed = rounded<F>(own);
+                    } else {
+                        packed = rounded<F>(x[b][r]);
                     }
-                    const uint4 rounded = {pack_pair<F>(own.x[0], own.x[1]), pack_pair<F>(own.x[2], own.x[3]),
-                                           pack_pair<F>(own.x[4], own.x[5]), pack_pair<F>(own.x[6], own.x[7])};
-                    if (is_staged) ptx::store_shared(to + row * Layout::row_bytes(kUnits) + in_row * 2, rounded);
+                    if (is_staged) ptx::store_shared(to + row * Layout::row_bytes(kUnits) + in_row * 2, packed);
                     if constexpr (is_4bit(F)) {
-                        float sum = (sum_of_pair<F>(rounded.x) + sum_of_pair<F>(rounded.y)) +
-                                    (sum_of_pair<F>(rounded.z) + sum_of_pair<F>(rounded.w));
+                        float sum = (sum_of_pair<F>(packed.x) + sum_of_pair<F>(packed.y)) +
+                                    (sum_of_pair<F>(packed.z) + sum_of_pair<F>(packed.w));
 #pragma unroll
                         for (uint32_t mask = 1; mask < scale_group(F) / 8; mask *= 2) sum += ptx::shuffle_xor(sum, mask);
                         if (is_staged && k % scale_group(F) == 0)

@@ -221,7 +221,7 @@ __device__ __forceinline__ void linear_pass(const Worker& w, const Sink& sink, i
     typename Sink::Held held[Where::kBatches];
 #pragma unroll
     for (int batch = 0; batch < Where::kBatches; batch++)
-        held[batch] = sink.fetch(place_of<Where>(w, r0, count, group0 + batch * kAtOnce, group0 + kGroups));
+        held[batch] = sink.fetch(w, place_of<Where>(w, r0, count, group0 + batch * kAtOnce, group0 + kGroups));
     float c[kGroups][kTiles][4] = {};
     add_products(c);
 
