@@ -125,13 +125,12 @@ class CallSource:
 
     def signal(self) -> Iterator[str]:
         signals = [run.signal for run in self.call.all_runs()]
-        if max(signals) < 0:
-            return
-        if min(signals) < 0:
-            yield f"if ({self.literal(lambda run: int(run.signal >= 0))})"
-        first = self.context.first_counter
-        counter = self.literal(lambda run: first + run.signal if run.signal >= 0 else None)
-        yield f"signal_counter(w, {counter});"
+        if max(signals) >= 0:
+            if min(signals) < 0:
+                yield f"if ({self.literal(lambda run: int(run.signal >= 0))})"
+            first = self.context.first_counter
+            counter = self.literal(lambda run: first + run.signal if run.signal >= 0 else None)
+            yield f"signal_counter(w, {counter});"
         yield "trace(w, kSignalled, 1);"
 
     @property

@@ -52,6 +52,8 @@ extern "C" __global__ void __launch_bounds__(288, 1) everything(const __grid_con
     ptx::load_global_if(a.words[4] > 0, reinterpret_cast<const uint4*>(a.bytes), held);
     ptx::store_global(reinterpret_cast<uint4*>(a.bytes), held);
     a.floats[0] = ptx::load_constant_early(reinterpret_cast<const float4*>(a.bytes)).x;
+    uint2* tagged = reinterpret_cast<uint2*>(a.bytes);
+    ptx::store_tagged(tagged, ptx::load_tagged(tagged + 1, 3).x, ptx::load_tagged_two(tagged + 2, 5).w);
     ptx::copy_async_16(s + 16, a.bytes), ptx::copy_async_arrive(s), ptx::fence_async_shared();
     ptx::copy_async_commit(), ptx::copy_async_wait<3>();
     ptx::mbarrier_arrive(s), ptx::mbarrier_arrive_expect(s, 64), ptx::copy_bulk(s + 64, a.bytes, 64, s);

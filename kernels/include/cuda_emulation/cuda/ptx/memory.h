@@ -69,13 +69,13 @@ __device__ HEADRACE_ALWAYS_INLINE void store_global(T* to, T value) {
     emulation::keep_store(to, &value, sizeof value);
 }
 
-__device__ HEADRACE_ALWAYS_INLINE uint2 load_tagged(const uint2* from, uint32_t tag) {
+__device__ HEADRACE_ALWAYS_INLINE uint2 load_tagged(const uint2* from, [[maybe_unused]] uint32_t tag) {
     uint2 found;
     emulation::load_tagged(from, sizeof found, tag, &found);
     return found;
 }
 
-__device__ HEADRACE_ALWAYS_INLINE uint4 load_tagged_two(const uint2* from, uint32_t tag) {
+__device__ HEADRACE_ALWAYS_INLINE uint4 load_tagged_two(const uint2* from, [[maybe_unused]] uint32_t tag) {
     uint4 found;
     emulation::load_tagged(from, sizeof found, tag, &found);
     return found;
