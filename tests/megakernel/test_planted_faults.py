@@ -27,7 +27,7 @@ from tests.megakernel.op_by_op import check_ops
 from tests.megakernel.test_cuda_kernels import AT_ONCE, check_whole_step, model_of
 
 CASES = {"K in blocks": 31, "bucket 32": 33}
-CASE_OF_INPUT_IN_BLOCKS, CASE_OF_ONE_BIT = 18, 45
+CASE_OF_INPUT_IN_BLOCKS, CASE_OF_ONE_BIT, CASE_OF_FEW_ROWS = 18, 45, 16
 CASES_WITH_PARTS_OF_HEADS = {"K in blocks": 16, "K whole": 30}
 NUM_INTERLEAVINGS = 30
 NUM_CASES = 48
@@ -220,6 +220,21 @@ def test_an_input_that_is_not_waited_for_is_caught(tmp_path):
     flags = with_fault(tmp_path, "cuda/ops/input.h", right, "    if constexpr (Source::kIsNormed) {")
     with pytest.raises((EmulationError, AssertionError)):
         check_interleavings(draw_case(CASE_OF_INPUT_IN_BLOCKS), flags=flags)
+
+
+TAG_FAULTS = {
+    "numbers that nobody looks at": ("    if (!missing()) return;\n", "    return;\n"),
+    "one of two numbers not looked at": ("(found[i].y ^ tag) | (found[i].w ^ tag)", "found[i].y ^ tag"),
+}
+"""What is replaced of tagged.h, and by what."""
+
+
+@pytest.mark.parametrize("fault", TAG_FAULTS)
+def test_faults_of_values_that_carry_numbers_are_caught(fault, tmp_path):
+    flags = with_fault(tmp_path, "cuda/tagged.h", *TAG_FAULTS[fault])
+    case = draw_case(CASE_OF_FEW_ROWS)
+    with pytest.raises((EmulationError, AssertionError)):
+        check_interleavings(case, flags=flags)
 
 
 LAST = "const bool is_last = ptx::add_acquire_release(arrived, kColumns) == kDim - kColumns;"
