@@ -264,11 +264,15 @@ class CallSource:
             rows = f"reinterpret_cast<const uint2*>(w.step.tagged + w.zero() + {tagged.offset})"
             name = "TaggedFloats" if tagged.holds == "floats" else "TaggedPairs"
             return f"{name}<{op.in_features}>{{{rows}, {self.tag('input_tag')}}}"
-        source = self.attended() if op.prologue is Prologue.COMBINE else self.buffer(op.input)
-        return f"FloatRows<{op.in_features}>{{{source}}}"
+        name = read_by(self.program, op)
+        kind, element = ("PairRows", "uint32_t") if name in self.tags.pairs else ("FloatRows", "float")
+        return f"{kind}<{op.in_features}>{{{self.buffer_named(name, element)}}}"
 
     def to(self, name: str, n0: str = "") -> str:
         """Where an op writes `name`, from element `n0` of a row on."""
+        if name in self.tags.pairs:
+            kind = f"PairsTo<Format::k{self.tags.pairs[name]}>"
+            return f"{kind}{{{self.context.offsets[name]}{f' + {n0} * 2' if n0 else ''}}}"
         if (tagged := self.tagged_output) is None:
             return f"FloatsTo{{{self.context.offsets[name]}{f' + {n0} * 4' if n0 else ''}}}"
         if tagged.holds == "floats":
@@ -280,11 +284,9 @@ class CallSource:
     def buffer(self, index: int) -> str:
         return self.buffer_named(self.program.buffers[index].name)
 
-    def buffer_named(self, name: str) -> str:
-        return f"reinterpret_cast<float*>(w.step.activations + w.zero() + {self.context.offsets[name]})"
-
-    def attended(self) -> str:
-        return self.buffer_named(ATTENDED)
+    def buffer_named(self, name: str, element: str = "float") -> str:
+        at = f"w.step.activations + w.zero() + {self.context.offsets[name]}"
+        return f"reinterpret_cast<{element}*>({at})"
 
     def consume_tile(self) -> list[str]:
         op, call, geometry = self.op, self.call, self.program.geometry
@@ -354,9 +356,9 @@ class CallSource:
             case Epilogue.RESIDUAL if is_tagged:
                 added_to = f"{self.to(name, 'n0')}, {columns}, {self.tag('held_tag')}"
                 return f"TaggedResidual<{template}>{{{{}}, {added_to}}}"
-            case Epilogue.SWIGLU if self.tagged_output is not None:
-                template += f", Format::k{self.tagged_output.format}"
-                return f"TaggedSwiGlu<{template}>{{{{}}, {self.to(name, 'n0 / 2')}, {columns}}}"
+            case Epilogue.SWIGLU if is_tagged or name in self.tags.pairs:
+                to = self.to(name, "n0 / 2")
+                return f"SwiGluPairs<{template}, {to.partition('{')[0]}>{{{{}}, {to}, {columns}}}"
             case Epilogue.STORE:
                 return f"Store<{template}>{{{{}}, {self.buffer(op.output)} + n0, {columns}}}"
             case Epilogue.RESIDUAL:

@@ -17,7 +17,7 @@ from megakernel.cuda_kv_pool import CudaKvPool
 from megakernel.cuda_memory import HostStaging, Staging, place_arrays, runs_of
 from megakernel.cuda_multi_step import CudaRun, RunMemory, RunTables, step_tables
 from megakernel.cuda_rows import Limits, StepAsk, StepTables, read_rows
-from megakernel.cuda_tags import PACKET_BYTES, Tags, values_of
+from megakernel.cuda_tags import PACKET_BYTES, Tags, rounded_values, values_of
 from megakernel.head import Reductions
 from megakernel.model.rope import rope_frequencies
 from megakernel.model.shape import ModelShape
@@ -233,11 +233,11 @@ class CudaRuntime:
             self._driver.copy_to_host(self._stream, packets, self._tagged + tagged.offset)
             self._driver.synchronize(self._stream)
             return values_of(tagged, packets).reshape(bucket, columns)
-        held = np.empty((bucket, columns), dtype=np.float32)
-        start = self._activations + self.compiled.buffer_offsets[name]
+        start, format = self._activations + self.compiled.buffer_offsets[name], tags.pairs.get(name)
+        held = np.empty((bucket, columns), dtype=np.float32 if format is None else np.uint16)
         self._driver.copy_to_host(self._stream, held, start)
         self._driver.synchronize(self._stream)
-        return held
+        return held if format is None else rounded_values(format, held)
 
     def close(self) -> None:
         """Frees all memory; may be called twice."""

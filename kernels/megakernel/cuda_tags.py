@@ -1,7 +1,8 @@
-"""Which activations of a CUDA program carry their op's number: see kernels/include/cuda/tagged.h.
+"""Which activations of a CUDA program are not plain floats: see kernels/include/cuda/tagged.h.
 
-Who reads them looks at the values themselves and waits for no counter. That takes more bytes, so it is for
-steps of few rows.
+What only one op multiplies, and multiplies as it is, is stored in 16 bits. In steps of few rows values carry
+their op's number: who reads them looks at the values themselves and waits for no counter, which takes more
+bytes.
 """
 
 from collections.abc import Iterator, Mapping
@@ -49,6 +50,9 @@ class Tags(msgspec.Struct, frozen=True):
     counters: Mapping[int, frozenset[int]]
     """By op: those that it alone signals."""
     num_bytes: int
+    pairs: Mapping[str, str]
+    """By name: buffers of two bytes an element, where they would have floats, and the format of the matrices
+    that they are multiplied by."""
 
     def is_needless(self, op: int, counter: int) -> bool:
         """Whether a wait of the op for that counter says no more than its tagged input does."""
@@ -67,9 +71,17 @@ def op_of(tags: Tags, number: int, epoch: int) -> int:
 def values_of(buffer: TaggedBuffer, packets: npt.NDArray[np.uint64]) -> npt.NDArray[np.float32]:
     """Without their numbers, in order."""
     low = (packets & 0xFFFFFFFF).astype(np.uint32)
-    if buffer.holds == "floats":
-        return low.view(np.float32)
-    return float_values(low.view(np.uint8), "F16" if buffer.format == "F16" else "BF16")
+    return (
+        low.view(np.float32)
+        if buffer.holds == "floats"
+        else rounded_values(buffer.format, low.view(np.uint16))
+    )
+
+
+def rounded_values(format: str, halves: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
+    """What matrices of the format are multiplied by."""
+    raw = np.ascontiguousarray(halves).reshape(-1).view(np.uint8)
+    return float_values(raw, "F16" if format == "F16" else "BF16").reshape(halves.shape)
 
 
 def numbers_of(packets: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint32]:
@@ -77,9 +89,13 @@ def numbers_of(packets: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint32]:
 
 
 def tags_of(program: Program, formats: Mapping[int, str], start: int, most_rows: int) -> Tags:
-    """None of a program of more than `most_rows`. `formats`: of each op's matrices, "" where it has none;
-    `start`: bytes of earlier programs' buffers."""
-    found = dict(_buffers(program, formats)) if program.bucket <= most_rows else {}
+    """None is tagged of a program of more than `most_rows`. `formats`: of each op's matrices, "" where it has
+    none; `start`: bytes of earlier programs' buffers."""
+    found = dict(_buffers(program, formats))
+    pairs = {}
+    if program.bucket > most_rows:
+        pairs = {name: buffer.format for name, buffer in found.items() if buffer.holds == "pairs"}
+        found = {}
     buffers, end = {}, start
     for name, buffer in found.items():
         buffers[name] = msgspec.structs.replace(buffer, offset=end)
@@ -93,7 +109,7 @@ def tags_of(program: Program, formats: Mapping[int, str], start: int, most_rows:
             if op.epilogue is Epilogue.RESIDUAL and op.kind is OpKind.LINEAR:
                 held[op.index] = last[target]
             last[target] = op.index
-    return Tags(len(program.ops), buffers, writers, held, _counters(program), end - start)
+    return Tags(len(program.ops), buffers, writers, held, _counters(program), end - start, pairs)
 
 
 def without_needless(program: Program, tags: Tags) -> Program:

@@ -17,6 +17,7 @@ from megakernel.cuda_tags import (
     Tags,
     numbers_of,
     op_of,
+    rounded_values,
     values_of,
 )
 from megakernel.emulation import (
@@ -192,6 +193,11 @@ class EmulatedModel:
         for buffer in program.buffers:
             if (tagged := self.tags[program.bucket].buffers.get(buffer.name)) is not None:
                 found[buffer.name] = self._tagged(program.bucket, tagged)[:rows]
+            elif buffer.name in self.tags[program.bucket].pairs:
+                start = self.generated.buffer_offsets[buffer.name] // 2
+                halves = written["activations"].view(np.uint16)
+                own = halves[start : start + rows * buffer.columns].reshape(rows, -1)
+                found[buffer.name] = rounded_values(self.tags[program.bucket].pairs[buffer.name], own)
             elif buffer.space is Space.ACTIVATION:
                 start = self.generated.buffer_offsets[buffer.name] // 4
                 own = written["activations"][start : start + program.bucket * buffer.columns]

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from megakernel.cuda_arguments import RowFlag
-from megakernel.cuda_tags import PACKET_BYTES, TaggedBuffer, numbers_of, values_of
+from megakernel.cuda_tags import PACKET_BYTES, TaggedBuffer, numbers_of, rounded_values, values_of
 from megakernel.head import reduce_rows
 from megakernel.program import Epilogue, Instruction, Op, Opcode, Program, Prologue, Space
 from megakernel.vm_ops import execute
@@ -108,8 +108,8 @@ class OpByOp:
         if opcode in (Opcode.EMBED, Opcode.ATTENTION, Opcode.LINEAR_PARTIAL):
             return self.compare(op, output, expected, tolerances)
         match op.epilogue:
-            case Epilogue.SWIGLU if (pairs := self.pairs_of(output)) is not None:
-                rounded = op_tolerances.rounded(expected, tolerances, pairs.format)
+            case Epilogue.SWIGLU if (format := self.format_of_pairs(output)) is not None:
+                rounded = op_tolerances.rounded(expected, tolerances, format)
                 return self.compare(op, output, expected, rounded)
             case Epilogue.RESIDUAL:
                 return self.compare(op, output, expected, op_tolerances.residual(expected, tolerances))
@@ -173,11 +173,14 @@ class OpByOp:
         self.written[index] += 1
         if (tagged := self.found.tags.buffers.get(buffer.name)) is not None:
             return self.next_tagged(tagged, nth)
-        start = self.found.offsets[buffer.name] // 4
-        stores, size = self.activations, self.program.bucket * buffer.columns
+        start, format = self.found.offsets[buffer.name] // 4, self.found.tags.pairs.get(buffer.name)
+        stores, size = self.activations, self.program.bucket * buffer.columns // (1 if format is None else 2)
         mine = (stores.element >= start) & (stores.element < start + size) & (stores.nth == nth)
-        version = np.full(size, np.nan, np.float32)
-        version[stores.element[mine] - start] = stores.values[mine]
+        values = stores.values[mine].reshape(-1, 1)
+        if format is not None:
+            values = rounded_values(format, np.ascontiguousarray(values).view(np.uint16))
+        version = np.full((size, values.shape[1]), np.nan, np.float32)
+        version[stores.element[mine] - start] = values
         whole = version.reshape(self.program.bucket, -1)
         assert np.isnan(whole[self.rows :]).all(), f"{buffer.name}: rows past the step's"
         return whole[: self.rows]
@@ -194,10 +197,12 @@ class OpByOp:
         assert np.isnan(whole[self.rows :]).all(), "rows past the step's"
         return whole[: self.rows]
 
-    def pairs_of(self, index: int) -> TaggedBuffer | None:
+    def format_of_pairs(self, index: int) -> str | None:
         """Of a buffer whose values are stored as the next op takes them."""
-        tagged = self.found.tags.buffers.get(self.program.buffers[index].name)
-        return tagged if tagged is not None and tagged.holds == "pairs" else None
+        name, tags = self.program.buffers[index].name, self.found.tags
+        if (tagged := tags.buffers.get(name)) is not None and tagged.holds == "pairs":
+            return tagged.format
+        return tags.pairs.get(name)
 
     def compare_kv(self, op: Op, tolerances: np.ndarray) -> float:
         """K and V may be either of two float16 where what is rounded is next to their middle."""

@@ -137,6 +137,19 @@ struct TaggedPairs {
     }
 };
 
+// The same without numbers, for many rows.
+template <int kIn>
+struct PairRows {
+    using Raw = uint4;
+    const uint32_t* rows;
+
+    __device__ __forceinline__ void await(const Worker&) const {}
+    __device__ __forceinline__ Raw load(const Worker&, int row, uint32_t k) const {
+        return ptx::load_global(reinterpret_cast<const uint4*>(rows + (row * kIn + k) / 2));
+    }
+    __device__ __forceinline__ void settle(const Worker&, Raw&, int, uint32_t) const {}
+};
+
 template <Format F>
 __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
     return F == Format::kF16 ? ptx::pack_f16x2(low, high) : ptx::pack_bf16x2(low, high);
@@ -153,6 +166,11 @@ __device__ __forceinline__ uint4 rounded(const FourPairs& raw) {
     return {raw.found[0].x, raw.found[0].z, raw.found[1].x, raw.found[1].z};
 }
 
+template <Format>
+__device__ __forceinline__ uint4 rounded(const uint4& pairs) {
+    return pairs;
+}
+
 // Where an op writes floats, or pairs that the next one reads: `to`, bytes into the activations or those that are tagged, is where
 // element 0 goes.
 struct FloatsTo {
@@ -167,6 +185,15 @@ struct FloatsTo {
     // An even number's element and the one after it.
     __device__ __forceinline__ void store_two(const Worker& w, int64_t element, float low, float high) const {
         ptx::store_global(reinterpret_cast<float2*>(at(w, element)), float2{low, high});
+    }
+};
+
+template <Format F>
+struct PairsTo {
+    int64_t to;
+
+    __device__ __forceinline__ void store_two(const Worker& w, int64_t element, float low, float high) const {
+        ptx::store_global(reinterpret_cast<uint32_t*>(w.step.activations + to) + element / 2, pack_pair<F>(low, high));
     }
 };
 

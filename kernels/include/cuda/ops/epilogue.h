@@ -121,10 +121,11 @@ struct SwiGlu : SimpleSink {
     }
 };
 
-template <int kColumns, bool kIsNormed, Format F>
-struct TaggedSwiGlu : SimpleSink {
+// To pairs of neighbours.
+template <int kColumns, bool kIsNormed, class Out>
+struct SwiGluPairs : SimpleSink {
     static_assert(kColumns % 32 == 0);
-    TaggedPairsTo<F> out;
+    Out out;
     int64_t row_columns;
 
     __device__ __forceinline__ void put(const Worker& w, const Place& at, float gate, float up, Held) const {

@@ -78,8 +78,9 @@ __device__ __forceinline__ void stage_input(const Worker& w, const Source source
     static_assert(!Source::kIsNormed || kAllBlocks <= kLanes, "a norm's squares: a lane a block, see kSquaresAt");
     constexpr uint32_t kBlocksOfWarp = (kBlocks + kConsumerWarps - 1) / kConsumerWarps;
     // Loads that are on their way at once.
-    constexpr int kRowsAtOnce = Layout::kChunk < 4 ? Layout::kChunk : 4;
-    constexpr uint32_t kMostAtOnce = 4 / kRowsAtOnce;
+    constexpr int kMost = sizeof(typename Rows::Raw) > 16 ? 4 : 8;
+    constexpr int kRowsAtOnce = Layout::kChunk < kMost ? Layout::kChunk : kMost;
+    constexpr uint32_t kMostAtOnce = kMost / kRowsAtOnce;
     constexpr uint32_t kBlocksAtOnce = kBlocksOfWarp < kMostAtOnce ? kBlocksOfWarp : kMostAtOnce;
     const uint32_t first = u0 * unit_k(F);
 #pragma unroll 1
