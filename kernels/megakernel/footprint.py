@@ -102,7 +102,7 @@ def cuda_linear_footprint(
     are stored in these formats."""
     return Footprint(
         weight_stage_bytes=weight_tile_bytes(stored, columns, k),
-        input_bytes=input_tile_bytes(input_k, rows),
+        input_bytes=input_tile_bytes(input_k, rows, stored),
         output_bytes=output_tile_bytes(columns, rows),
     )
 

@@ -66,7 +66,7 @@ def k_blocks(
     rounds = max(1, load_bytes // weight_tile_bytes(stored, columns, round_k))
     if input_is_small:
         return KBlocks(min(k, rounds * round_k), k)
-    input_rounds = int(machine.usable_bytes * _INPUT_SHARE) // input_tile_bytes(round_k, rows)
+    input_rounds = int(machine.usable_bytes * _INPUT_SHARE) // input_tile_bytes(round_k, rows, stored)
     rounds = max(1, min(rounds, input_rounds))
     loads = max(1, input_rounds // rounds)
     return KBlocks(min(k, rounds * round_k), min(k, loads * rounds * round_k))

@@ -63,6 +63,9 @@ extern "C" __global__ void __launch_bounds__(288, 1) everything(const __grid_con
     ptx::load_matrix_x4(r, s + 16 * ptx::lane());
     ptx::mma_bf16(c, r[0], r[1], r[2], r[3], r[0], r[1]);
     ptx::mma_f16(c, r[0], r[1], r[2], r[3], r[0], r[1]);
+    int32_t sums[4] = {1, 2, 3, 4};
+    ptx::mma_s8(sums, r[0], r[1], r[2], r[3], r[0], r[1], sums);
+    c[3] += static_cast<float>(sums[0] + sums[1] + sums[2] + sums[3]);
     ptx::sync_warp();
     c[0] += ptx::shuffle_xor(c[1], 1) + ptx::shuffle(c[2], 3);
     r[0] = ptx::shuffle_xor(r[1], 1) + ptx::shuffle(r[2], 3) + ptx::ballot(c[0] > 0) + ptx::lowest_bit(r[1]);

@@ -68,7 +68,6 @@ struct FloatRows {
         return {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
     }
     __device__ __forceinline__ void settle(const Worker&, Raw&, int, uint32_t) const {}
-    static __device__ __forceinline__ const Eight& floats(const Raw& raw) { return raw; }
 };
 
 // A warp looks at one value until it is there, as all of them together would keep L2 busy. Begins what wait_counter does for
@@ -83,13 +82,15 @@ __device__ __forceinline__ void await_first(const Worker& w, const Rows& rows, u
 
 constexpr uint32_t kStagedBlock = 256;  // elements that a warp stages at once
 
+struct EightTagged {
+    uint4 found[4];
+};
+
 // [rows][kIn] floats.
 template <int kIn>
 struct TaggedFloats {
     static constexpr uint32_t kElements = kIn;
-    struct Raw {
-        uint4 found[4];
-    };
+    using Raw = EightTagged;
     const uint2* rows;
     Tag tag;
 
@@ -103,15 +104,6 @@ struct TaggedFloats {
     }
     __device__ __forceinline__ void settle(const Worker& w, Raw& raw, int row, uint32_t k) const {
         headrace::settle(w, raw.found, at(row, k), tag.of(w));
-    }
-    static __device__ __forceinline__ Eight floats(const Raw& raw) {
-        Eight eight;
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            eight.x[2 * i] = bits_float(raw.found[i].x);
-            eight.x[2 * i + 1] = bits_float(raw.found[i].z);
-        }
-        return eight;
     }
 };
 
@@ -169,6 +161,28 @@ __device__ __forceinline__ uint4 rounded(const FourPairs& raw) {
 template <Format>
 __device__ __forceinline__ uint4 rounded(const uint4& pairs) {
     return pairs;
+}
+
+__device__ __forceinline__ const Eight& floats(const Eight& own) { return own; }
+
+__device__ __forceinline__ Eight floats(const EightTagged& raw) {
+    Eight eight;
+#pragma unroll
+    for (int i = 0; i < 4; i++) eight.x[2 * i] = bits_float(raw.found[i].x), eight.x[2 * i + 1] = bits_float(raw.found[i].z);
+    return eight;
+}
+
+// Of pairs for quantized weights: bfloat16.
+__device__ __forceinline__ Eight floats(const uint4& pairs) {
+    const uint32_t words[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
+    Eight eight;
+#pragma unroll
+    for (int i = 0; i < 4; i++) eight.x[2 * i] = bits_float(words[i] << 16), eight.x[2 * i + 1] = bits_float(words[i] & 0xffff0000u);
+    return eight;
+}
+
+__device__ __forceinline__ Eight floats(const FourPairs& raw) {
+    return floats(uint4{raw.found[0].x, raw.found[0].z, raw.found[1].x, raw.found[1].z});
 }
 
 // Where an op writes floats, or pairs that the next one reads: `to`, bytes into the activations or those that are tagged, is where

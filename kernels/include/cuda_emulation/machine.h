@@ -28,7 +28,7 @@ enum class Op : uint8_t {
     kLoadTagged, kStoreTagged,
     kCopyAsync, kCopyAsyncArrive, kCopyBulk, kFenceAsyncShared,
     kMbarrierInit, kFenceMbarrierInit, kMbarrierArrive, kMbarrierTryWait,
-    kSyncWarp, kSyncThreads, kShuffleXor, kShuffle, kBallot, kMmaBf16, kMmaF16, kLoadMatrix,
+    kSyncWarp, kSyncThreads, kShuffleXor, kShuffle, kBallot, kMmaBf16, kMmaF16, kMmaS8, kLoadMatrix,
     kNanoseconds, kSleep, kTrap,
 };
 constexpr const char* kOpNames[] = {
@@ -37,7 +37,7 @@ constexpr const char* kOpNames[] = {
     "load_tagged", "store_tagged",
     "copy_async_16", "copy_async_arrive", "copy_bulk", "fence_async_shared",
     "mbarrier_init", "fence_mbarrier_init", "mbarrier_arrive", "mbarrier_try_wait",
-    "sync_warp", "sync_threads", "shuffle_xor", "shuffle", "ballot", "mma_bf16", "mma_f16", "load_matrix_x4",
+    "sync_warp", "sync_threads", "shuffle_xor", "shuffle", "ballot", "mma_bf16", "mma_f16", "mma_s8", "load_matrix_x4",
     "nanoseconds", "sleep_ns", "trap",
 };
 inline const char* name_of(Op op) { return kOpNames[static_cast<int>(op)]; }

@@ -59,6 +59,7 @@ HEADRACE_OPERATION uint32_t shuffle(uint32_t value, uint32_t lane);
 HEADRACE_OPERATION uint32_t ballot(bool value);
 enum class MmaType { kBf16, kF16 };
 HEADRACE_OPERATION void mma(MmaType type, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+HEADRACE_OPERATION void mma_s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const int32_t (&c)[4]);
 HEADRACE_OPERATION void load_matrix_x4(uint32_t (&r)[4], uint32_t row);
 
 HEADRACE_OPERATION uint64_t nanoseconds();

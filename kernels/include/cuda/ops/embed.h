@@ -10,24 +10,25 @@ template <Format F, int kIn>
 __device__ __forceinline__ float packed_element(const uint8_t* matrix, int64_t column, uint32_t k) {
     const uint8_t* unit = matrix + column / 16 * group_bytes(F, kIn) + static_cast<int64_t>(k / unit_k(F)) * unit_bytes(F);
     const uint32_t in_unit = k % unit_k(F), in_group = in_unit % 32;
-    const uint32_t step = in_unit / 32 * 2 + in_group % 8 / 4;
     const uint32_t lane = column % 8 * 4 + in_group / 8;
-    const uint32_t i = (in_group % 4 / 2) * 2 + column % 16 / 8, e = in_group % 2;
     if constexpr (is_float(F)) {
+        const uint32_t step = in_unit / 32 * 2 + in_group % 8 / 4, i = (in_group % 4 / 2) * 2 + column % 16 / 8, e = in_group % 2;
         const uint16_t bits = ptx::load_constant(reinterpret_cast<const uint16_t*>(unit + 512 * step + 16 * lane + 4 * i + 2 * e));
         return F == Format::kF16 ? ptx::half_to_float(bits) : ptx::bf16_to_float(bits);
     } else {
         const uint32_t of_column = (column % 8 * scale_groups(F) + in_unit / scale_group(F)) * 2 + column % 16 / 8;
         const uint8_t* scale = unit + weight_bytes(F) + of_column * scale_bytes(F);
         const float d = ptx::half_to_float(ptx::load_constant(reinterpret_cast<const uint16_t*>(scale)));
+        const uint32_t half = in_group % 8 / 4, byte = in_group % 4;
         if constexpr (is_8bit(F)) {
-            const uint32_t word =
-                ptx::load_constant(reinterpret_cast<const uint32_t*>(unit + 512 * (step / 2) + 16 * lane + 8 * (step % 2) + i / 2 * 4));
-            return d * (static_cast<float>(word >> 8 * (2 * (i % 2) + e) & 0xff) - 128);
+            const uint32_t word = ptx::load_constant(
+                reinterpret_cast<const uint32_t*>(unit + 512 * (in_unit / 32) + 16 * lane + 8 * half + column % 16 / 8 * 4));
+            return d * static_cast<int8_t>(word >> 8 * byte);
         } else {
-            const uint32_t word =
-                ptx::load_constant(reinterpret_cast<const uint32_t*>(unit + 512 * (step / 4) + 16 * lane + 4 * (step % 4)));
-            const float q = static_cast<float>(word >> (16 * e + 4 * i) & 15);
+            const uint32_t word = ptx::load_constant(
+                reinterpret_cast<const uint32_t*>(unit + 512 * (in_unit / 64) + 16 * lane + 8 * (in_unit / 32 % 2) + 4 * half));
+            const uint32_t bits = word >> 8 * byte;
+            const float q = static_cast<float>(column % 16 < 8 ? bits & 15 : (bits >> 4 & 15) ^ 8);
             if constexpr (!has_minima(F)) return d * (q - 8);
             return d * q + ptx::half_to_float(ptx::load_constant(reinterpret_cast<const uint16_t*>(scale + 2)));
         }

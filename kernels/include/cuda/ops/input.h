@@ -1,4 +1,5 @@
-// A linear op's input rows, as the tensor cores read them: rounded to 16 bits, in shared memory.
+// A linear op's input rows, as the tensor cores read them, in shared memory: rounded to 16 bits, or for quantized weights
+// as numbers n of 15 bits, by scale group, times a power of two: 256 * high + low, each a signed byte.
 //
 // RMS norm is split: rows are weighted and rounded here, their sums of products scaled afterwards by what is
 // left in kScalesAt. So one pass over a row does, and products need not wait for the mean of its squares.
@@ -9,17 +10,74 @@
 namespace headrace {
 
 // Where one op's input lies in shared memory. Rows are padded by half of a 128-byte line: the eight rows and
-// four lanes that read at once then meet all banks. Behind the rows: sums of each scale group, for formats
-// whose values have an offset, [groups][row tiles * 8] floats.
+// four lanes that read floats at once then meet all banks. For quantized weights every 64 elements of a row have their high
+// bytes, then their low ones; eight elements of each of the two groups of 32 lie side by side, as a lane takes them. Behind
+// the rows: for each scale group and row its scale, and where weights have an offset the sum of n.
 template <Format F, int kRows>
 struct InputLayout {
     static constexpr int kChunk = kRows < kRowChunk ? kRows : kRowChunk;
-    static constexpr int kTiles = (kChunk + 7) / 8;  // of 8 rows
-    static constexpr int kSumsARow = kTiles * 8;
+    static constexpr int kTileRows = is_quantized(F) ? 4 : 8;  // of a matrix instruction: two bytes are two columns
+    static constexpr int kTiles = (kChunk + kTileRows - 1) / kTileRows;
+    static constexpr int kScaleBytes = is_4bit(F) ? 8 : 4;
+    static constexpr int kGroupBytes = kTiles * kTileRows * kScaleBytes;
 
     static __device__ __forceinline__ uint32_t row_bytes(uint32_t units) { return units * unit_k(F) * 2 + 64; }
-    static __device__ __forceinline__ uint32_t sums_at(uint32_t units) { return kChunk * row_bytes(units); }
+    static __device__ __forceinline__ uint32_t scales_at(uint32_t units) { return kChunk * row_bytes(units); }
 };
+
+constexpr float kMagic = 12582912;  // 1.5 * 2^23: floats next to it are 1 apart, and their last bits an integer
+constexpr uint32_t kMagicBits = 0x4b400000;
+
+// Of eight elements, by two words each: high bytes, low bytes; and what n is to be multiplied by, and their sum.
+struct Quantized {
+    uint32_t high[2], low[2];
+    float scale;
+    uint32_t sum;
+};
+
+// `largest`: bits of the greatest absolute value of the scale group; of what is no number or infinite there, too. Scales are
+// powers of two by which |n| stays at most 2^14.
+__device__ __forceinline__ Quantized quantized(const Eight& own, uint32_t largest) {
+    const uint32_t exponent = largest >> 23 > 14 ? largest >> 23 : 14;
+    const float inverse = bits_float((267 - exponent) << 23);
+    uint32_t n[8], sum = 0;
+#pragma unroll
+    for (int e = 0; e < 8; e++) {
+        n[e] = float_bits(fma_f32(own.x[e], inverse, kMagic));
+        sum += n[e] - kMagicBits;
+    }
+    Quantized made;
+    made.scale = exponent == 255 ? bits_float(0x7fc00000u) : bits_float((exponent - 13) << 23);
+    made.sum = sum;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const uint32_t* of = n + 4 * i;
+        made.low[i] = ptx::permute_bytes(ptx::permute_bytes(of[0], of[1], 0x0040u), ptx::permute_bytes(of[2], of[3], 0x0040u), 0x5410u);
+        made.high[i] = ptx::permute_bytes(ptx::permute_bytes(of[0] + 128, of[1] + 128, 0x0051u),
+                                          ptx::permute_bytes(of[2] + 128, of[3] + 128, 0x0051u), 0x5410u);
+    }
+    return made;
+}
+
+__device__ __forceinline__ uint32_t greater(uint32_t a, uint32_t b) { return a > b ? a : b; }
+
+// The greatest over the lanes that share a scale group, and the sum.
+template <Format F>
+__device__ __forceinline__ uint32_t largest_of_group(const Eight& own) {
+    uint32_t largest = 0;
+#pragma unroll
+    for (int e = 0; e < 8; e++) largest = greater(largest, float_bits(own.x[e]) & 0x7fffffffu);
+#pragma unroll
+    for (uint32_t mask = 1; mask < scale_group(F) / 8; mask *= 2) largest = greater(largest, ptx::shuffle_xor(largest, mask));
+    return largest;
+}
+
+template <Format F>
+__device__ __forceinline__ float sum_of_group(uint32_t sum) {
+#pragma unroll
+    for (uint32_t mask = 1; mask < scale_group(F) / 8; mask *= 2) sum += ptx::shuffle_xor(sum, mask);
+    return bits_float(kMagicBits + sum) - kMagic;
+}
 
 // The input as it is.
 template <class Rows>
@@ -56,13 +114,6 @@ struct Normed {
         return {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
     }
 };
-
-template <Format F>
-__device__ __forceinline__ float sum_of_pair(uint32_t pair) {
-    const uint16_t low = pair & 0xffff, high = pair >> 16;
-    return F == Format::kF16 ? ptx::half_to_float(low) + ptx::half_to_float(high)
-                             : ptx::bf16_to_float(low) + ptx::bf16_to_float(high);
-}
 
 // Rows [r0, r0 + count) over units [u0, u0 + kUnits) into `to`; all consumers. Ends with all of it visible to them, but for
 // the scales, which are there after the barrier that follows the last of K. Elements past kIn are zeros.
@@ -114,9 +165,13 @@ __device__ __forceinline__ void stage_input(const Worker& w, const Source source
                     const int row = row0 + r;
                     if (row >= count) break;
                     if (is_in(block, k, row)) source.rows.settle(w, x[b][r], r0 + row, k);
-                    uint4 packed;
+                    const uint32_t to_row = to + row * Layout::row_bytes(kUnits);
+                    if constexpr (!Source::kIsNormed && !is_quantized(F)) {
+                        if (is_staged) ptx::store_shared(to_row + in_row * 2, rounded<F>(x[b][r]));
+                        continue;
+                    }
+                    Eight own = floats(x[b][r]);
                     if constexpr (Source::kIsNormed) {
-                        Eight own = Rows::floats(x[b][r]);
                         float squares = 0;
 #pragma unroll
                         for (int e = 0; e < 8; e++) {
@@ -128,19 +183,23 @@ __device__ __forceinline__ void stage_input(const Worker& w, const Source source
                         // The last part of K may have fewer blocks: those past them are other rows' places.
                         if (w.lane == 0 && k < kIn)
                             ptx::store_shared(w.shared + kSquaresAt + (row * kAllBlocks + k / kStagedBlock) * 4, squares);
-                        packed = rounded<F>(own);
-                    } else {
-                        packed = rounded<F>(x[b][r]);
                     }
-                    if (is_staged) ptx::store_shared(to + row * Layout::row_bytes(kUnits) + in_row * 2, packed);
-                    if constexpr (is_4bit(F)) {
-                        float sum = (sum_of_pair<F>(packed.x) + sum_of_pair<F>(packed.y)) +
-                                    (sum_of_pair<F>(packed.z) + sum_of_pair<F>(packed.w));
-#pragma unroll
-                        for (uint32_t mask = 1; mask < scale_group(F) / 8; mask *= 2) sum += ptx::shuffle_xor(sum, mask);
-                        if (is_staged && k % scale_group(F) == 0)
-                            ptx::store_shared(
-                                to + Layout::sums_at(kUnits) + (in_row / scale_group(F) * Layout::kSumsARow + row) * 4, sum);
+                    if constexpr (is_quantized(F)) {
+                        const Quantized n = quantized(own, largest_of_group<F>(own));
+                        const uint32_t at = to_row + in_row / 64 * 128 + in_row / 8 % 4 * 16 + in_row / 32 % 2 * 8;
+                        if (is_staged) ptx::store_shared(at, uint2{n.high[0], n.high[1]});
+                        if (is_staged) ptx::store_shared(at + 64, uint2{n.low[0], n.low[1]});
+                        const uint32_t scales = to + Layout::scales_at(kUnits) + in_row / scale_group(F) * Layout::kGroupBytes +
+                                                row * Layout::kScaleBytes;
+                        const bool is_first = is_staged && k % scale_group(F) == 0;
+                        if constexpr (is_4bit(F)) {
+                            const float sum = sum_of_group<F>(n.sum);
+                            if (is_first) ptx::store_shared(scales, float2{n.scale, sum});
+                        } else {
+                            if (is_first) ptx::store_shared(scales, n.scale);
+                        }
+                    } else {
+                        if (is_staged) ptx::store_shared(to_row + in_row * 2, rounded<F>(own));
                     }
                 }
             }
