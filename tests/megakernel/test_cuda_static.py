@@ -52,5 +52,5 @@ def test_kernels_of_real_models_keep_to_their_means(
     record_figure(
         f"{shape} {machine} rows {bucket:2}{' usual' * is_usual}: {code.num_bytes / 1024:.0f} KiB of code, "
         f"{kernel.registers} registers, {generated.shared_bytes} B of shared memory, "
-        f"{code.count(TENSOR_CORE)} HMMA, {code.count(ASYNC_COPY)} LDGSTS"
+        f"{code.count(TENSOR_CORE)} MMA, {code.count(ASYNC_COPY)} LDGSTS"
     )
