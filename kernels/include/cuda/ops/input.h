@@ -170,7 +170,12 @@ __device__ __forceinline__ void stage_input(const Worker& w, const Source source
                         if (is_staged) ptx::store_shared(to_row + in_row * 2, rounded<F>(x[b][r]));
                         continue;
                     }
-                    Eight own = floats(x[b][r]);
+                    // What is not normed comes in 16 bits, whatever it is stored in.
+                    Eight own;
+                    if constexpr (Source::kIsNormed)
+                        own = floats(x[b][r]);
+                    else
+                        own = floats(rounded<F>(x[b][r]));
                     if constexpr (Source::kIsNormed) {
                         float squares = 0;
 #pragma unroll
