@@ -64,7 +64,8 @@ def k_blocks(
     while round_k > STAGED_BLOCK and weight_tile_bytes(stored, columns, round_k) > load_bytes:
         round_k //= 2  # some warps have nothing of a load then
     rounds = max(1, load_bytes // weight_tile_bytes(stored, columns, round_k))
-    if input_is_small:
+    least = cuda_linear_footprint(columns=columns, k=round_k, input_k=k, rows=rows, stored=stored)
+    if input_is_small and page_needs(least, machine.page_bytes).total <= machine.num_pages:
         return KBlocks(min(k, rounds * round_k), k)
     input_rounds = int(machine.usable_bytes * _INPUT_SHARE) // input_tile_bytes(round_k, rows, stored)
     rounds = max(1, min(rounds, input_rounds))
