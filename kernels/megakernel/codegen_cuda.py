@@ -14,13 +14,14 @@ import msgspec
 from megakernel.artifact import WeightLayout, lay_out_weights, matrix_names
 from megakernel.buffer_layout import lay_out_buffers
 from megakernel.codegen_limits import CodegenError
-from megakernel.cuda_call_source import HEAD_SUMS, CallContext, CallSource
+from megakernel.cuda_call_source import HEAD_SUMS, CallContext, CallSource, shape_name
 from megakernel.cuda_calls import Call, Loop, Operands, calls_of
 from megakernel.cuda_constants import ASSERTION, RESERVED_BYTES, THREADS_A_BLOCK
 from megakernel.cuda_counters import counters_of
 from megakernel.cuda_limits import check_cuda_programs
 from megakernel.cuda_literals import Literals
 from megakernel.cuda_tags import ATTENDED, MOST_TAGGED_ROWS, Tags, tags_of, without_needless
+from megakernel.footprint import stages_attention
 from megakernel.program import (
     Geometry,
     Op,
@@ -125,10 +126,9 @@ class _Source:
         yield ASSERTION
         yield "namespace {"
         yield "using namespace headrace;"
-        yield (
-            f"using Shape = AttentionShape<{geometry.num_heads}, {geometry.num_kv_heads}, "
-            f"{geometry.head_dim}, {first.split_tokens}>;"
-        )
+        of_model = f"{geometry.num_heads}, {geometry.num_kv_heads}, {geometry.head_dim}, {first.split_tokens}"
+        for is_staged in sorted({stages_attention(program) for program in self.programs}):
+            yield f"using {shape_name(is_staged)} = AttentionShape<{of_model}, {str(is_staged).lower()}>;"
         for bucket in zip(self.programs, self.first_counters, self.tags, strict=True):
             yield from _Bucket(self, *bucket).lines()
         yield "}  // namespace"

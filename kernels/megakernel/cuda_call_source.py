@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import msgspec
 
 from megakernel.artifact import WeightLayout, matrix_names
+from megakernel.codegen_limits import CodegenError
 from megakernel.cuda_calls import Call, Pattern, Run, WaitAt, pattern_of
 from megakernel.cuda_constants import ROW_CHUNK
 from megakernel.cuda_counters import head_arrivals_at, row_chunks, split_arrivals_at
 from megakernel.cuda_literals import Literals
 from megakernel.cuda_tags import ATTENDED, TaggedBuffer, Tags, read_by, written_by
+from megakernel.footprint import stages_attention
 from megakernel.program import (
     Epilogue,
     Opcode,
@@ -37,6 +39,11 @@ class CallContext(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     literals: Literals
     first_counter: int
     tags: Tags
+
+
+def shape_name(is_staged: bool) -> str:
+    """Of the sources' AttentionShape."""
+    return "StagedShape" if is_staged else "Shape"
 
 
 class CallSource:
@@ -103,8 +110,10 @@ class CallSource:
             blocks = split_blocks("cuda", max_splits(self.program), parts)
             dealing = f"{parts}, {blocks}, {row_step(self.program)}"
             yield f"const AttentionTiles tiles = {{{self.first}, {self.stride}, count, {dealing}}};"
-            yield "FirstSplit<Shape> begun{};"
-            yield f"begin_attention<Shape>(w, {self.number('layer')}, tiles, begun);"
+            shape = shape_name(stages_attention(self.program))
+            yield f"FirstSplit<{shape}> begun{{}};"
+            page = self.attention_page()
+            yield f"begin_attention<{shape}>(w, {self.number('layer')}, tiles, begun, {page});"
 
     def waits(self) -> Iterator[str]:
         """A worker's first wait with the others' first, and so on."""
@@ -302,9 +311,8 @@ class CallSource:
                 return self.linear()
 
     def attention(self) -> list[str]:
-        """All of an SM's tiles in one call, in which they share a page."""
+        """All of an SM's tiles in one call, in which they share their pages."""
         op, program = self.op, self.program
-        page = self.literal(lambda run: run.pages[PageRole.INPUT][0])
         arrivals = self.context.first_counter + split_arrivals_at(program)
         queries, splits = program.buffers[op.input], program.buffers[op.output]
         offsets = self.context.offsets
@@ -313,12 +321,18 @@ class CallSource:
             f"{offsets[queries.name]}, {offsets[splits.name]}, {splits.columns}, {heads}, "
             f"w.step.counters + {arrivals}, {program.bucket}"
         )
-        kind = f"Attended<{heads.partition('{')[0]}>"
+        kind, shape = f"Attended<{heads.partition('{')[0]}>", shape_name(stages_attention(program))
         return [
-            f"attention_tiles<Shape>(w, {self.number('layer')}, tiles, begun, {kind}{{{attended}}}, "
-            f"w.page({page}, {program.page_bytes}));",
+            f"attention_tiles<{shape}>(w, {self.number('layer')}, tiles, begun, {kind}{{{attended}}}, "
+            f"{self.attention_page()});",
             "w.instruction += count;",
         ]
+
+    def attention_page(self) -> str:
+        if any(len(set(run.pages[PageRole.INPUT])) > 1 for run in self.call.all_runs()):
+            raise CodegenError(f"{self.op.name}: tiles of an SM have pages of their own")
+        first = self.literal(lambda run: run.pages[PageRole.INPUT][0])
+        return f"w.page({first}, {self.program.page_bytes})"
 
     def linear(self) -> list[str]:
         op, call, program = self.op, self.call, self.program

@@ -12,6 +12,8 @@ from megakernel.footprint_cuda import (
     attention_bytes,
     input_tile_bytes,
     output_tile_bytes,
+    staged_tokens_bytes,
+    stages_tokens,
     weight_tile_bytes,
 )
 from megakernel.machine import Machine
@@ -107,12 +109,26 @@ def cuda_linear_footprint(
     )
 
 
-def cuda_attention_footprint(geometry: Geometry) -> Footprint:
-    """Of one KV head, whatever the rows."""
-    group = geometry.num_heads // geometry.num_kv_heads
-    return Footprint(
-        weight_stage_bytes=0, input_bytes=attention_bytes(group, geometry.head_dim), output_bytes=0
-    )
+def cuda_attention_footprint(
+    geometry: Geometry, rows: int, split_tokens: int, usable_bytes: int
+) -> Footprint:
+    """Of one KV head, in a bucket of so many rows on SMs with so much memory for pages."""
+    needed = attention_bytes(geometry.num_heads // geometry.num_kv_heads, geometry.head_dim)
+    staged = needed + staged_tokens_bytes(split_tokens, geometry.head_dim)
+    if stages_tokens(rows, usable_bytes, staged):
+        needed = staged
+    return Footprint(weight_stage_bytes=0, input_bytes=needed, output_bytes=0)
+
+
+def stages_attention(program: Program) -> bool:
+    """Whether a GPU's program has keys and values in pages."""
+    group = program.geometry.num_heads // program.geometry.num_kv_heads
+    return _of_attention(program).input_bytes > attention_bytes(group, program.geometry.head_dim)
+
+
+def _of_attention(program: Program) -> Footprint:
+    usable_bytes = program.num_pages * program.page_bytes
+    return cuda_attention_footprint(program.geometry, program.bucket, program.split_tokens, usable_bytes)
 
 
 def _cuda_footprint(
@@ -122,7 +138,7 @@ def _cuda_footprint(
     columns = instruction.n1 - instruction.n0
     match instruction.opcode:
         case Opcode.ATTENTION:
-            return cuda_attention_footprint(program.geometry)
+            return _of_attention(program)
         case Opcode.EMBED:
             return Footprint(weight_stage_bytes=0, input_bytes=0, output_bytes=0)
         case _:

@@ -6,6 +6,9 @@ from megakernel.packing import GROUP
 
 _ROW_PADDING = 64
 _FLOAT_BYTES = 4
+_KV_ELEMENT_BYTES = 2
+_LEAST_STAGED_ROWS = 4
+_STAGED_SHARE = 0.45
 _SCALE_GROUP = 32
 """Or more."""
 _QUANTIZED_ROW_TILE = 4
@@ -40,3 +43,15 @@ def output_tile_bytes(columns: int, rows: int) -> int:
 def attention_bytes(group: int, head_dim: int) -> int:
     """What the warps made of a split, for the query heads of a KV head: maximum, sum and values."""
     return NUM_CONSUMER_WARPS * group * (head_dim + 2) * _FLOAT_BYTES
+
+
+def staged_tokens_bytes(split_tokens: int, head_dim: int) -> int:
+    """Keys and values of a split of a KV head."""
+    return 2 * split_tokens * head_dim * _KV_ELEMENT_BYTES
+
+
+def stages_tokens(rows: int, usable_bytes: int, needed_bytes: int) -> bool:
+    """Whether attention of buckets of so many rows has keys and values in shared memory, of which it then
+    needs `needed_bytes`: `HeldTokens` of ops/attention_split.h. Fewer rows have few splits an SM, and memory
+    that is taken is missing for weights that come meanwhile."""
+    return rows >= _LEAST_STAGED_ROWS and needed_bytes <= usable_bytes * _STAGED_SHARE

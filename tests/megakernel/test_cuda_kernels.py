@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from megakernel.cuda_tags import MOST_TAGGED_ROWS
+from megakernel.footprint import stages_attention
 from megakernel.memory import role_of
 from megakernel.pack_cuda import PACKED_FORMATS
 from megakernel.pipeline import compile_program
@@ -96,6 +97,20 @@ def test_numbers_beside_values_change_no_bit(seed):
         for most in (0, MOST_TAGGED_ROWS)
     ]
     assert case.program.bucket <= MOST_TAGGED_ROWS
+    for name in ("logits", "stats", "values", "tokens", "kv"):
+        assert found[0][name].tobytes() == found[1][name].tobytes(), name
+
+
+@pytest.mark.parametrize("seed", [3, 20, 45])
+def test_where_keys_and_values_are_held_changes_no_bit(seed, monkeypatch):
+    found = []
+    for is_staged in (True, False):
+        if not is_staged:
+            monkeypatch.setattr("megakernel.footprint.stages_tokens", lambda *_: False)
+        case = draw_case(seed)
+        assert stages_attention(case.program) == is_staged
+        kv = case.kv()
+        found.append(model_of(case, case.weights()).run(case.program.bucket, kv, case.rows).regions)
     for name in ("logits", "stats", "values", "tokens", "kv"):
         assert found[0][name].tobytes() == found[1][name].tobytes(), name
 

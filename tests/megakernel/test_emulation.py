@@ -106,6 +106,16 @@ def test_pages_pass_from_loader_to_consumers(kernel, seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_threads_wait_for_their_own_copies(seed):
+    values = device_copy(np.arange(NUM_BLOCKS * STEPS * 288 * 4) % 61, np.float32)
+    output = device_array(NUM_BLOCKS * 288, np.float32)
+    counts = launch("copy_own", values, output, steps=STEPS, seed=seed)
+    sums = values.reshape(NUM_BLOCKS, STEPS, 288, 4).sum(axis=(1, 3))
+    np.testing.assert_array_equal(output.reshape(NUM_BLOCKS, 288), sums)
+    assert counts.copies == NUM_BLOCKS * STEPS * 288
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_blocks_hand_over(seed):
     output = device_array(NUM_BLOCKS * 288, np.uint32)
     launch("hand_over", words(), output, steps=STEPS, seed=seed)
@@ -214,6 +224,10 @@ def test_a_seed_finds_the_same_fault_again():
 FAULTS = {
     ("reduce", 1): {RaceError},
     ("exchange", 1): {RaceError},
+    ("copy_own", 1): {InFlightError},
+    ("copy_own", 2): {InFlightError},
+    ("copy_own", 3): {InFlightError, RaceError, UninitialisedError},
+    ("copy_own", 4): {InFlightError},
     ("pipeline_async", 1): {InFlightError, RaceError},
     ("pipeline_async", 2): {InFlightError, RaceError, UninitialisedError},
     ("pipeline_async", 3): {RaceError},

@@ -18,6 +18,7 @@ from megakernel.emulation_errors import (
     RaceError,
     UninitialisedError,
 )
+from megakernel.footprint import stages_attention
 from megakernel.memory import role_of
 from megakernel.program import Instruction, Opcode, OpKind, PageRole, Program
 from megakernel.schedule_error import ScheduleError
@@ -236,6 +237,26 @@ TAG_FAULTS = {
 def test_faults_of_values_that_carry_numbers_are_caught(fault, tmp_path):
     flags = with_fault(tmp_path, "cuda/tagged.h", *TAG_FAULTS[fault])
     case = draw_case(CASE_OF_FEW_ROWS)
+    with pytest.raises((EmulationError, AssertionError)):
+        check_interleavings(case, flags=flags)
+
+
+STAGING_FAULTS = {
+    "a copy fewer waited for": ("ptx::copy_async_wait<1>()", "ptx::copy_async_wait<2>()"),
+    "values where keys are": ("kPart == Part::kKeys ? 0 : Shape::kPartOfTokens", "0 * Shape::kPartOfTokens"),
+    "warps on top of each other": (
+        "w.warp * (Shape::kTimes * Shape::kTurnBytes)",
+        "w.warp * ((Shape::kTimes - 1) * Shape::kTurnBytes)",
+    ),
+}
+"""What is replaced of ops/attention_split.h, and by what."""
+
+
+@pytest.mark.parametrize("fault", STAGING_FAULTS)
+def test_faults_of_keys_and_values_in_shared_memory_are_caught(fault, tmp_path):
+    flags = with_fault(tmp_path, "cuda/ops/attention_split.h", *STAGING_FAULTS[fault])
+    case = draw_case(CASES["bucket 32"])
+    assert stages_attention(case.program)
     with pytest.raises((EmulationError, AssertionError)):
         check_interleavings(case, flags=flags)
 

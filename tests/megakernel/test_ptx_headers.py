@@ -55,7 +55,7 @@ extern "C" __global__ void __launch_bounds__(288, 1) everything(const __grid_con
     uint2* tagged = reinterpret_cast<uint2*>(a.bytes);
     ptx::store_tagged(tagged, ptx::load_tagged(tagged + 1, 3).x, ptx::load_tagged_two(tagged + 2, 5).w);
     ptx::copy_async_16(s + 16, a.bytes), ptx::copy_async_arrive(s), ptx::fence_async_shared();
-    ptx::copy_async_commit(), ptx::copy_async_wait<3>();
+    ptx::copy_async_commit(), ptx::copy_async_wait<3>(), ptx::copy_async_pace<3>();
     ptx::mbarrier_arrive(s), ptx::mbarrier_arrive_expect(s, 64), ptx::copy_bulk(s + 64, a.bytes, 64, s);
     while (!ptx::mbarrier_try_wait(s, 0)) ptx::sleep_ns(20);
     uint32_t r[4];

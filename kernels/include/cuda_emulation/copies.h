@@ -9,13 +9,15 @@
 namespace headrace::emulation {
 
 // Copies of 16 bytes are a list, and complete together, with the arrival that was asked for them; a thread's such lists
-// one after the other.
+// one after the other. Those that no arrival was asked for complete when their thread has waited for their group, and not
+// before: until then nobody could use them anyway.
 struct Copy {
     Lane* lane;
     uint32_t to, num_bytes;
     const char* from;
     const Memory* memory;
     Copy* next;         // of the same list
+    uint32_t group;     // of its thread's
     // Of a list's first:
     Copy* next_batch;   // of the same thread
     Mbarrier* mbarrier;
@@ -92,6 +94,7 @@ inline void check_fenced(const Cell& cell, const void* address) {
 inline void begin_copy(Copy& copy, uint32_t to, const void* from, uint32_t num_bytes, bool is_bulk) {
     copy.lane = self;
     copy.site = self->site;
+    copy.group = self->num_groups;
     copy.to = checked_offset<16>(to);
     copy.num_bytes = num_bytes;
     copy.from = static_cast<const char*>(from);
@@ -144,10 +147,10 @@ inline void check_not_copied(const void* to, uint64_t num_bytes) {
     }
 }
 
-inline void finish_copy(const Copy& copy, const Mbarrier& mbarrier) {
+// `done`: who may use it.
+inline void finish_copy(const Copy& copy, const Record& done) {
     Block& block = *copy.lane->block;
     memcpy(block.shared + copy.to, copy.from, copy.num_bytes);
-    const Record done = {mbarrier.phase + 1, 1, static_cast<uint16_t>(mbarrier.who), kAllBytes, Kind::kWrite, copy.site};
     for (uint32_t i = 0; i < copy.num_bytes / 4; i++) {
         Cell& cell = block.shadow[copy.to / 4 + i];
         cell.write = done;
@@ -159,6 +162,10 @@ inline void finish_copy(const Copy& copy, const Mbarrier& mbarrier) {
     read.kind = Kind::kRead;
     Cell* cells = global_cell(*copy.memory, copy.from);
     for (uint32_t i = 0; i < copy.num_bytes / 4; i++) add_record(cells[i], read);
+}
+
+inline void finish_copy(const Copy& copy, const Mbarrier& mbarrier) {
+    finish_copy(copy, {mbarrier.phase + 1, 1, static_cast<uint16_t>(mbarrier.who), kAllBytes, Kind::kWrite, copy.site});
 }
 
 inline void make_completable(Copy& copy) { copies.completable[copies.num_completable++] = &copy; }
@@ -227,6 +234,29 @@ void copy_async_arrive(uint32_t at) {
         make_completable(first);
     }
     self->last_batch = &first;
+}
+
+void copy_async_commit() {
+    begin(Op::kCopyAsyncCommit, 0, HEADRACE_SITE());
+    self->num_groups++;
+}
+
+void copy_async_wait(uint32_t num_groups) {
+    begin(Op::kCopyAsyncWait, num_groups, HEADRACE_SITE());
+    switch_point();
+    Record done = record_of(*self, Kind::kWrite, kAllBytes);
+    touch();
+    for (Copy** at = &self->unclaimed; *at;) {
+        Copy& copy = **at;
+        if (copy.group + num_groups >= self->num_groups) {
+            at = &copy.next;
+            continue;
+        }
+        *at = copy.next;
+        done.site = copy.site;
+        finish_copy(copy, done);
+        copies.drop(copy);
+    }
 }
 
 void copy_bulk(uint32_t to, const void* from, uint32_t num_bytes, uint32_t at) {

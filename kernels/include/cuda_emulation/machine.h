@@ -26,7 +26,7 @@ enum class Op : uint8_t {
     kNone, kLoadShared, kStoreShared, kLoadGlobal, kStoreGlobal, kLoadConstant, kPrefetch,
     kLoadSharedAcquire, kAddSharedRelease, kLoadAcquire, kAddRelease, kAddAcquireRelease, kCompareExchange, kStoreSystem,
     kLoadTagged, kStoreTagged,
-    kCopyAsync, kCopyAsyncArrive, kCopyBulk, kFenceAsyncShared,
+    kCopyAsync, kCopyAsyncArrive, kCopyAsyncCommit, kCopyAsyncWait, kCopyBulk, kFenceAsyncShared,
     kMbarrierInit, kFenceMbarrierInit, kMbarrierArrive, kMbarrierTryWait,
     kSyncWarp, kSyncThreads, kShuffleXor, kShuffle, kBallot, kMmaBf16, kMmaF16, kMmaS8, kLoadMatrix,
     kNanoseconds, kSleep, kTrap,
@@ -35,7 +35,7 @@ constexpr const char* kOpNames[] = {
     "nothing", "load_shared", "store_shared", "load_global", "store_global", "load_constant", "prefetch",
     "load_shared_acquire", "add_shared_release", "load_acquire", "add_release", "add_acquire_release", "compare_exchange", "store_system",
     "load_tagged", "store_tagged",
-    "copy_async_16", "copy_async_arrive", "copy_bulk", "fence_async_shared",
+    "copy_async_16", "copy_async_arrive", "copy_async_commit", "copy_async_wait", "copy_bulk", "fence_async_shared",
     "mbarrier_init", "fence_mbarrier_init", "mbarrier_arrive", "mbarrier_try_wait",
     "sync_warp", "sync_threads", "shuffle_xor", "shuffle", "ballot", "mma_bf16", "mma_f16", "mma_s8", "load_matrix_x4",
     "nanoseconds", "sleep_ns", "trap",
@@ -89,8 +89,9 @@ struct Lane {
     Op op;
     uint32_t site, operand[2];
     uint64_t address;
-    // Copies: issued but not yet handed to an mbarrier; handed over, oldest first.
+    // Copies: issued but not yet handed to an mbarrier, latest first; handed over, oldest first.
     Copy *unclaimed, *first_batch, *last_batch;
+    uint32_t num_groups;  // of copies that it has ended
 };
 
 struct Warp {

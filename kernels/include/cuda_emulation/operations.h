@@ -44,6 +44,8 @@ HEADRACE_OPERATION void store_tagged(void* to, const void* both);
 
 HEADRACE_OPERATION void copy_async(uint32_t to, const void* from);
 HEADRACE_OPERATION void copy_async_arrive(uint32_t mbarrier);
+HEADRACE_OPERATION void copy_async_commit();
+HEADRACE_OPERATION void copy_async_wait(uint32_t num_groups);
 HEADRACE_OPERATION void copy_bulk(uint32_t to, const void* from, uint32_t num_bytes, uint32_t mbarrier);
 HEADRACE_OPERATION void fence_async_shared();
 

@@ -97,6 +97,32 @@ constexpr uint32_t kLandedAt = 0, kProgressAt = 32, kAskedAt = 48, kFreeAt = 64,
 
 }  // namespace
 
+// out[block][thread] = sum of in[block][step][thread], four floats each, which every thread copies for itself a step ahead.
+// Faults: 1 waits that leave the copies to be used under way; 2 copies of no group; 3 a neighbour's copies; 4 the next
+// copies go where these are.
+KERNEL copy_own(const __grid_constant__ Arguments a) {
+    const auto place_of = [&](uint32_t step) {
+        return ptx::shared_base() + ((a.fault == 4 ? 0 : step % 2) * kThreads + ptx::thread()) * 16;
+    };
+    const auto copy = [&](uint32_t step) {
+        if (step < a.steps)
+            ptx::copy_async_16(place_of(step), in<float4>(a) + (ptx::block() * a.steps + step) * kThreads + ptx::thread());
+        if (a.fault != 2) ptx::copy_async_commit();  // of nothing, too
+    };
+    float sum = 0;
+    copy(0);
+    for (uint32_t step = 0; step < a.steps; step++) {
+        copy(step + 1);
+        if (a.fault == 1)
+            ptx::copy_async_wait<2>();
+        else
+            ptx::copy_async_wait<1>();
+        const float4 four = ptx::load_shared<float4>(place_of(step) ^ (a.fault == 3 ? 16 : 0));
+        sum += four.x + four.y + four.z + four.w;
+    }
+    ptx::store_global(out<float>(a) + ptx::block() * kThreads + ptx::thread(), sum);
+}
+
 // Pages of 4 KB pass through shared memory: a loader warp copies, consumers add up. out[block][256] sums.
 // Faults: 1 a page is used again too early; 2 consumers wait until copies are asked for, not until they are complete;
 // 3 they tell what they have read by a plain store; 4 arrivals off by one; 5 progress is told before the page is read;
@@ -289,4 +315,5 @@ KERNEL convert(const __grid_constant__ Arguments a) {
     }
 }
 
-HEADRACE_KERNELS(reduce, exchange, convert, multiply_bf16, multiply_f16, pipeline_async, pipeline_bulk, hand_over, pass_on, take_turns)
+HEADRACE_KERNELS(reduce, exchange, convert, multiply_bf16, multiply_f16, copy_own, pipeline_async, pipeline_bulk, hand_over, pass_on,
+                 take_turns)

@@ -2,9 +2,9 @@
 // values by split and query head; and the merging of a row's splits, once all are there.
 //
 // A split's tokens are shared out among the consumer warps, and what each makes of its tokens is merged in order.
-// Keys and values come straight into registers, as every byte is used once a row. They are loaded one split ahead:
-// keys of the next split once this one's scores are known, its values once this one's are mixed; of an SM's first split
-// what earlier steps committed comes while queries are waited for.
+// Keys and values are loaded one split ahead: keys of the next split once this one's scores are known, its values once
+// this one's are mixed; of an SM's first split what earlier steps committed comes while queries are waited for. Where
+// tokens of a split are, in the pool, is asked for a split before that.
 #pragma once
 
 #include "cuda/ops/attention_split.h"
@@ -17,7 +17,7 @@ template <class Shape>
 struct FirstSplit {
     SplitCursor<Shape> at;
     int num_tokens, num_committed;  // as of its share
-    uint4 keys[Shape::kTimes], values[Shape::kTimes];
+    HeldTokens<Shape> held;
 };
 
 // Tokens before context_lengths were written before the step began: by earlier launches, or by earlier steps of this one,
@@ -25,10 +25,11 @@ struct FirstSplit {
 // loaded before this step's own tokens are waited for.
 template <class Shape>
 __device__ __forceinline__ void begin_attention(const Worker& w, int layer, const AttentionTiles& tiles,
-                                                FirstSplit<Shape>& begun, int row0 = 0) {
+                                                FirstSplit<Shape>& begun, SharedAddress page, int row0 = 0) {
     sync_consumers();  // the rows before, of this op or of another, are done with
     if (w.warp == 0) AttendingRow::store(w, row0);
     sync_consumers();
+    begun.held = HeldTokens<Shape>::in(w, page);
     begun.at = SplitCursor<Shape>::begin(w, tiles, row0);
     begun.at.advance(w, tiles, row0);
     if (!begun.at.rows) return;
@@ -41,8 +42,9 @@ __device__ __forceinline__ void begin_attention(const Worker& w, int layer, cons
             begun.num_tokens = share.num_tokens, begun.num_committed = share.num_committed;
             store_slots<Shape>(w, share.slot(w));
             const int early = share.num_committed - static_cast<int>(w.lane / Shape::kLanesAToken);
-            load_tokens<Shape, true, true>(w, keys, begun.keys, begun.values,
-                                           [=](int turn) { return turn * Shape::kTokensAtOnce < early; });
+            const auto is_early = [=](int turn) { return turn * Shape::kTokensAtOnce < early; };
+            load_tokens<Shape, Part::kKeys>(w, keys, begun.held, is_early);
+            load_tokens<Shape, Part::kValues>(w, keys, begun.held, is_early);
         } else if (share.num_tokens > 0 && share.rest != kNoIndex) {
             const uint4* key = at_slot<Shape>(keys, share.slot(w));
 #pragma unroll
@@ -180,7 +182,7 @@ __device__ __forceinline__ void attend_rows(const Worker& w, int layer, const At
     constexpr int kItems = Shape::kItems;
     SplitCursor<Shape> at = begun.at;
     const SharedAddress weights = w.shared + kSumsAt + w.warp * (Shape::kGroup * Shape::kTokens * 4);
-    float held[kItems];
+    float queries[kItems];
     const auto has_item = [&](int i) {
         return (i + 1) * kConsumers <= static_cast<uint32_t>(Shape::kElements) || w.thread + i * kConsumers < Shape::kElements;
     };
@@ -188,7 +190,7 @@ __device__ __forceinline__ void attend_rows(const Worker& w, int layer, const At
         const float* from = attended.template queries_of<Shape>(w, row0 + of.row(), of.kv_head(tiles));
 #pragma unroll
         for (int i = 0; i < kItems; i++)
-            if (has_item(i)) held[i] = ptx::load_global(from + w.thread + i * kConsumers);
+            if (has_item(i)) queries[i] = ptx::load_global(from + w.thread + i * kConsumers);
     };
     const auto queries_at = [&](uint32_t parity) {
         return w.shared + kSumsAt + Shape::kQueriesAt + (Shape::kIsDouble ? parity * Shape::kQueryBytes : 0);
@@ -197,14 +199,21 @@ __device__ __forceinline__ void attend_rows(const Worker& w, int layer, const At
 #pragma unroll
         for (int i = 0; i < kItems; i++)
             if (has_item(i))
-                ptx::store_shared(queries_at(parity) + (w.thread + i * kConsumers) * 4, held[i]);
+                ptx::store_shared(queries_at(parity) + (w.thread + i * kConsumers) * 4, queries[i]);
     };
     load_queries(at);
+    SplitCursor<Shape> next = at;
+    next.advance(w, tiles, row0);
+    Share<Shape> share{};
+    if (next.rows) share = Share<Shape>::of(w, next.row(), next.split);
+    HeldTokens<Shape>& held = begun.held;
     int num_tokens = begun.num_tokens;
     if (num_tokens > 0 && begun.num_committed <= (Shape::kTimes - 1) * Shape::kTokensAtOnce + Shape::kTokensATime - 1) {
         const int early = begun.num_committed - static_cast<int>(w.lane / Shape::kLanesAToken);
-        load_tokens<Shape, true, true>(w, keys_of<Shape>(w, layer, at.kv_head(tiles)), begun.keys, begun.values,
-                                       [=](int turn) { return turn * Shape::kTokensAtOnce >= early; });
+        const auto is_late = [=](int turn) { return turn * Shape::kTokensAtOnce >= early; };
+        const uint8_t* keys = keys_of<Shape>(w, layer, at.kv_head(tiles));
+        load_tokens<Shape, Part::kKeys>(w, keys, held, is_late);
+        load_tokens<Shape, Part::kValues>(w, keys, held, is_late);
     }
     store_queries(0);
     sync_consumers();
@@ -214,26 +223,29 @@ __device__ __forceinline__ void attend_rows(const Worker& w, int layer, const At
         const SharedAddress partial = Shape::kIsDouble && parity ? w.shared + kSumsAt + Shape::kSecondAt : page;
         const SharedAddress mixed = partial + w.warp * (Shape::kElements * 4);
         const SharedAddress extremes = partial + Shape::kExtremesAt + w.warp * (Shape::kGroup * 8);
-        SplitCursor<Shape> next = at;
-        next.advance(w, tiles, row0);
-        Share<Shape> share{};
-        if (next.rows) share = Share<Shape>::of(w, next.row(), next.split);
+        SplitCursor<Shape> after = next;
+        Share<Shape> later{};
+        if (next.rows) after.advance(w, tiles, row0);
+        if (after.rows) later = Share<Shape>::of(w, after.row(), after.split);
+        held.await_all_but_last();
         if (num_tokens > 0)
-            weigh_tokens<Shape>(w, begun.keys, num_tokens, queries_at(parity), weights, extremes);
+            weigh_tokens<Shape>(w, held, num_tokens, queries_at(parity), weights, extremes);
         const uint8_t* keys = keys_of<Shape>(w, layer, next.kv_head(tiles));
         if (Shape::kIsDouble) load_queries(next.rows ? next : at);
         const auto is_wanted = [=](int) { return share.num_tokens > 0; };
         if (next.rows) {
             store_slots<Shape>(w, share.slot(w));
-            load_tokens<Shape, true, false>(w, keys, begun.keys, begun.values, is_wanted);
+            load_tokens<Shape, Part::kKeys>(w, keys, held, is_wanted);
         } else {
+            held.end_loads();
             ptx::sync_warp();  // the warp's weights are there
         }
+        held.await_all_but_last();
         if (num_tokens > 0)
-            mix_tokens<Shape>(w, begun.values, num_tokens, weights, mixed);
+            mix_tokens<Shape>(w, held, num_tokens, weights, mixed);
         else
             write_nothing<Shape>(w, mixed, extremes);
-        if (next.rows) load_tokens<Shape, false, true>(w, keys, begun.keys, begun.values, is_wanted);
+        if (next.rows) load_tokens<Shape, Part::kValues>(w, keys, held, is_wanted);
         if (Shape::kIsDouble && next.rows) store_queries(parity ^ 1);
         sync_consumers();
         if (!Shape::kIsDouble) load_queries(next.rows ? next : at);
@@ -247,8 +259,8 @@ __device__ __forceinline__ void attend_rows(const Worker& w, int layer, const At
             store_queries(0);
             sync_consumers();
         }
-        at = next;
         num_tokens = share.num_tokens;
+        at = next, next = after, share = later;
         parity ^= 1;
     }
     merge_rows<Shape>(w, tiles, attended, row0);
@@ -261,7 +273,7 @@ __device__ __forceinline__ void attention_tiles(const Worker w, int layer, const
     if (attended.bucket > static_cast<int>(kLanes)) {
 #pragma unroll 1
         for (int row0 = kLanes; row0 < w.step.num_rows; row0 += kLanes) {
-            begin_attention<Shape>(w, layer, tiles, begun, row0);
+            begin_attention<Shape>(w, layer, tiles, begun, page, row0);
             if (begun.at.rows) attend_rows<Shape>(w, layer, tiles, begun, attended, page, row0);
         }
     }

@@ -75,19 +75,69 @@ __device__ __forceinline__ void store_slots(const Worker& w, uint32_t own) {
     ptx::sync_warp();
 }
 
-// The lane's 16 bytes of its tokens' keys, and of their values, in those turns that are wanted.
-template <class Shape, bool kIsKeys, bool kIsValues, class IsWanted>
-__device__ __forceinline__ void load_tokens(const Worker& w, const uint8_t* from, uint4 (&keys)[Shape::kTimes],
-                                            uint4 (&values)[Shape::kTimes], const IsWanted is_wanted) {
+enum class Part { kKeys, kValues };
+
+// A lane's 16 bytes of each of its tokens' keys and values, from when they are asked for until they are used.
+//
+// In registers they cost no memory, which then takes weights of ops to come. But the hardware counts what a thread waits
+// for with few counters, and the compiler takes one for all loads that a loop leaves under way: whatever it waits for,
+// it waits for all of them. That is no loss where an SM has a split or two.
+template <class Shape, bool kIsStaged = Shape::kIsStaged>
+struct HeldTokens {
+    uint4 keys[Shape::kTimes], values[Shape::kTimes];
+
+    static __device__ __forceinline__ HeldTokens in(const Worker&, SharedAddress) { return {}; }
+    template <Part kPart>
+    __device__ __forceinline__ void load(int turn, bool is_wanted, const uint4* from) {
+        ptx::load_global_if(is_wanted, from, kPart == Part::kKeys ? keys[turn] : values[turn]);
+    }
+    __device__ __forceinline__ void end_loads() const {}
+    __device__ __forceinline__ void await_all_but_last() const {}
+    template <Part kPart>
+    __device__ __forceinline__ uint4 of(int turn) const {
+        return kPart == Part::kKeys ? keys[turn] : values[turn];
+    }
+};
+
+// In shared memory, brought by asynchronous copies, of which a thread can wait for the older ones alone. A lane uses
+// only what it has itself asked for, so no barrier is needed.
+template <class Shape>
+struct HeldTokens<Shape, true> {
+    SharedAddress own;
+
+    // Behind what the warps make of a split.
+    static __device__ __forceinline__ HeldTokens in(const Worker& w, SharedAddress page) {
+        return {page + Shape::kPartialBytes + w.warp * (Shape::kTimes * Shape::kTurnBytes) + w.lane * 16};
+    }
+    template <Part kPart>
+    __device__ __forceinline__ SharedAddress at(int turn) const {
+        return own + turn * Shape::kTurnBytes + (kPart == Part::kKeys ? 0 : Shape::kPartOfTokens);
+    }
+    template <Part kPart>
+    __device__ __forceinline__ void load(int turn, bool is_wanted, const uint4* from) const {
+        if (is_wanted) ptx::copy_async_16(at<kPart>(turn), from);
+    }
+    __device__ __forceinline__ void end_loads() const { ptx::copy_async_commit(); }
+    __device__ __forceinline__ void await_all_but_last() const { ptx::copy_async_wait<1>(); }
+    template <Part kPart>
+    __device__ __forceinline__ uint4 of(int turn) const {
+        return ptx::load_shared<uint4>(at<kPart>(turn));
+    }
+};
+
+// The lane's 16 bytes of its tokens' keys, or of their values, in those turns that are wanted.
+template <class Shape, Part kPart, class IsWanted>
+__device__ __forceinline__ void load_tokens(const Worker& w, const uint8_t* from, HeldTokens<Shape>& held,
+                                            const IsWanted is_wanted) {
     uint32_t slots[Shape::kTimes];
     load_words(slots_at<Shape>(w) + w.lane / Shape::kLanesAToken * (Shape::kTimes * 4), slots);
     from = ptx::settled_pointer(from + w.lane % Shape::kLanesAToken * 16);
 #pragma unroll
     for (int i = 0; i < Shape::kTimes; i++) {
         const uint4* key = at_slot<Shape>(from, slots[i]);
-        if constexpr (kIsKeys) ptx::load_global_if(is_wanted(i), key, keys[i]);
-        if constexpr (kIsValues) ptx::load_global_if(is_wanted(i), key + Shape::kValuesAt / 16, values[i]);
+        held.template load<kPart>(i, is_wanted(i), kPart == Part::kKeys ? key : key + Shape::kValuesAt / 16);
     }
+    held.end_loads();
 }
 
 // A warp's turns, or the first half of them where the others have no tokens.
@@ -103,7 +153,7 @@ __device__ __forceinline__ void for_turns(bool is_whole, const Turn& turn) {
 
 // A warp's weights of its tokens, by head: [head of the group][kTokens]; maximum and sum of each to `extremes`.
 template <class Shape>
-__device__ __forceinline__ void weigh_tokens(const Worker& w, const uint4 (&keys)[Shape::kTimes], int num_tokens,
+__device__ __forceinline__ void weigh_tokens(const Worker& w, const HeldTokens<Shape>& held, int num_tokens,
                                              SharedAddress queries, SharedAddress weights, SharedAddress extremes) {
     constexpr int kTimes = Shape::kTimes, kAtOnce = Shape::kHeadsAtOnce;
     const uint32_t chunk = w.lane % Shape::kLanesAToken;
@@ -115,7 +165,7 @@ __device__ __forceinline__ void weigh_tokens(const Worker& w, const uint4 (&keys
         for (int h = 0; h < kAtOnce; h++) load_words(queries + ((head0 + h) * Shape::kDim + chunk * 8) * 4, query[h]);
         for_turns<kTimes>(is_whole, [&](int i) {
             float key[8];
-            unpack_halves(keys[i], key);
+            unpack_halves(held.template of<Part::kKeys>(i), key);
 #pragma unroll
             for (int h = 0; h < kAtOnce; h++)
 #pragma unroll
@@ -140,7 +190,7 @@ __device__ __forceinline__ void weigh_tokens(const Worker& w, const uint4 (&keys
 
 // A warp's values, mixed by weight: [head of the group][kDim].
 template <class Shape>
-__device__ __forceinline__ void mix_tokens(const Worker& w, const uint4 (&values)[Shape::kTimes], int num_tokens,
+__device__ __forceinline__ void mix_tokens(const Worker& w, const HeldTokens<Shape>& held, int num_tokens,
                                            SharedAddress weights, SharedAddress to) {
     constexpr int kTimes = Shape::kTimes, kAtOnce = Shape::kHeadsAtOnce, kTokensATime = Shape::kTokensATime;
     constexpr int kLeft = kTokensATime < 8 ? 8 / kTokensATime : 1;  // elements of a lane once lanes are summed
@@ -157,7 +207,7 @@ __device__ __forceinline__ void mix_tokens(const Worker& w, const uint4 (&values
             load_words(weights + ((head0 + h) * Shape::kTokens + of_token * kTimes) * 4, weight[h]);
         for_turns<kTimes>(is_whole, [&](int i) {
             float value[8];
-            unpack_halves(values[i], value);
+            unpack_halves(held.template of<Part::kValues>(i), value);
 #pragma unroll
             for (int h = 0; h < kAtOnce; h++)
 #pragma unroll

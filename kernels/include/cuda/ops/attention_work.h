@@ -6,9 +6,11 @@
 namespace headrace {
 
 // Of a split, a warp takes kTokensATime neighbours out of every kTokensAtOnce tokens: so a short one keeps all warps busy.
-template <int kHeads_, int kKvHeads_, int kDim_, int kSplitTokens_>
+// If kIsStaged, keys and values are loaded into shared memory: see HeldTokens.
+template <int kHeads_, int kKvHeads_, int kDim_, int kSplitTokens_, bool kIsStaged_>
 struct AttentionShape {
     static constexpr int kHeads = kHeads_, kKvHeads = kKvHeads_, kDim = kDim_, kSplitTokens = kSplitTokens_;
+    static constexpr bool kIsStaged = kIsStaged_;
     static constexpr int kGroup = kHeads / kKvHeads;  // query heads of a KV head
     static constexpr int kElements = kGroup * kDim;   // of a row's queries for a KV head
     static constexpr int kLanesAToken = kDim / 8;     // each has 8 of its elements, 16 bytes
@@ -18,14 +20,18 @@ struct AttentionShape {
     static constexpr int kTokens = kTimes * kTokensATime;  // of a split, a warp's
     static constexpr int kHalfTokens = kSplitTokens / 2;
     static constexpr int kSlotBytes = 4 * kKvHeads * kDim, kValuesAt = kSlotBytes / 2;
-    // That share the unpacking of keys and values: two where registers allow it.
-    static constexpr int kHeadsAtOnce = kGroup == 2 || (kGroup % 2 == 0 && kTimes <= 4) ? 2 : 1;
+    // That share the unpacking of keys and values: as many as registers allow.
+    static constexpr int kHeadsAtOnce = kIsStaged && kGroup % 3 == 0                              ? 3
+                                        : kGroup == 2 || (kGroup % 2 == 0 && (kTimes <= 4 || kIsStaged)) ? 2
+                                                                                                 : 1;
     static constexpr int kItems = (kElements + kConsumers - 1) / kConsumers;  // a thread's, of kElements
 
     // What the warps make of a split, in shared memory: [warp][head of the group][kDim] floats, then
     // [warp][head of the group] maximum and sum.
     static constexpr uint32_t kExtremesAt = kConsumerWarps * kElements * 4;
     static constexpr uint32_t kPartialBytes = kExtremesAt + kConsumerWarps * kGroup * 8;
+    // Behind them, if kIsStaged: [keys, values][warp][turn of loading][lane] of 16 bytes.
+    static constexpr uint32_t kTurnBytes = kLanes * 16, kPartOfTokens = kConsumerWarps * kTimes * kTurnBytes;
     // In the sums of linear ops: weights of a warp's tokens, [warp][head of the group][kTokens]; their slots,
     // [warp][kTokens]; queries; and a second set of queries and of partial results, if there is room, so that a split need
     // not wait for its predecessor's merge.

@@ -39,7 +39,7 @@ __device__ __forceinline__ void load_units(const Worker& w, int64_t offset, uint
                 for (uint32_t j = 0; j < kCopyGroupBytes; j += kLanes * 16)
                     if (base + j < run) ptx::copy_async_16(to + i * run + base + j, from + i * kGroupBytes + base + j);
                 ptx::copy_async_commit();
-                ptx::copy_async_wait<kBytesInFlight / kCopyGroupBytes - 1>();
+                ptx::copy_async_pace<kBytesInFlight / kCopyGroupBytes - 1>();
             }
         }
         ptx::copy_async_arrive(w.landed());

@@ -19,10 +19,17 @@ __device__ __forceinline__ void copy_async_arrive(SharedAddress mbarrier) {
 // Ends a group of this thread's copy_async_16.
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Until at most `kGroups` of the thread's groups, the last ones, are under way.
+// Until at most `kGroups` of the thread's groups, the last ones, are under way: the thread may use what the others
+// brought, nobody else may.
 template <int kGroups>
 __device__ __forceinline__ void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
+// The same, for the pace alone: who uses what was brought waits for the mbarrier it is to arrive at.
+template <int kGroups>
+__device__ __forceinline__ void copy_async_pace() {
+    copy_async_wait<kGroups>();
 }
 
 // Hopper: counts `bytes` towards what mbarrier_arrive_expect announced. Shared memory that was written otherwise

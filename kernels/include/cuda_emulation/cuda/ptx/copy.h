@@ -9,11 +9,16 @@ __device__ HEADRACE_ALWAYS_INLINE void copy_async_16(SharedAddress to, const voi
 
 __device__ HEADRACE_ALWAYS_INLINE void copy_async_arrive(SharedAddress mbarrier) { emulation::copy_async_arrive(mbarrier); }
 
-// Which copies are done is for the seed to say; nobody may rely on these for more than the pace.
-__device__ HEADRACE_ALWAYS_INLINE void copy_async_commit() {}
+__device__ HEADRACE_ALWAYS_INLINE void copy_async_commit() { emulation::copy_async_commit(); }
 
 template <int kGroups>
-__device__ HEADRACE_ALWAYS_INLINE void copy_async_wait() {}
+__device__ HEADRACE_ALWAYS_INLINE void copy_async_wait() {
+    emulation::copy_async_wait(kGroups);
+}
+
+// Which copies are done is for the seed to say.
+template <int kGroups>
+__device__ HEADRACE_ALWAYS_INLINE void copy_async_pace() {}
 
 __device__ HEADRACE_ALWAYS_INLINE void copy_bulk(SharedAddress to, const void* from, uint32_t bytes, SharedAddress mbarrier) {
     emulation::copy_bulk(to, from, bytes, mbarrier);
