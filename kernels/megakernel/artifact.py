@@ -132,9 +132,12 @@ def packed_formats(shape: ModelShape, formats: Mapping[str, str], backend: Backe
 
 
 def _segments(op: Op, program: Program, formats: Mapping[str, str], packing: _Packing) -> Iterable[Segment]:
+    # Norms first: then they lie at one distance from layer to layer, and so does the one after the last.
+    if op.norm:
+        yield _vector((op.norm,), program.geometry)
     if names := matrix_names(op):
         yield _matrix(op, names, program, formats, packing)
-    for vector in (op.biases, (op.norm,) if op.norm else (), *((name,) for name in op.head_norms)):
+    for vector in (op.biases, *((name,) for name in op.head_norms)):
         if vector:
             yield _vector(vector, program.geometry)
 

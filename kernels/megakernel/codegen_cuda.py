@@ -16,11 +16,19 @@ from megakernel.buffer_layout import lay_out_buffers
 from megakernel.codegen_limits import CodegenError
 from megakernel.cuda_call_source import HEAD_SUMS, CallContext, CallSource, shape_name
 from megakernel.cuda_calls import Call, Loop, Operands, calls_of
-from megakernel.cuda_constants import ASSERTION, RESERVED_BYTES, THREADS_A_BLOCK
+from megakernel.cuda_constants import ASSERTION, RESERVED_BYTES, SQUARED_COLUMNS, THREADS_A_BLOCK
 from megakernel.cuda_counters import counters_of
 from megakernel.cuda_limits import check_cuda_programs
 from megakernel.cuda_literals import Literals
-from megakernel.cuda_tags import ATTENDED, MOST_TAGGED_ROWS, Tags, tags_of, without_needless
+from megakernel.cuda_tags import (
+    ATTENDED,
+    MOST_TAGGED_ROWS,
+    SQUARES,
+    WEIGHTED,
+    Tags,
+    tags_of,
+    without_needless,
+)
 from megakernel.footprint import stages_attention
 from megakernel.program import (
     Geometry,
@@ -65,7 +73,10 @@ def generate_cuda(
     most_rows, geometry = programs[-1].bucket, programs[0].geometry
     offsets[HEAD_SUMS] = end + 4 * most_rows * q_columns(geometry)
     # Sums of heads that several QKV tiles make up: see PartOfHead of ops/epilogue.h.
-    activation_bytes = offsets[HEAD_SUMS] + 4 * most_rows * qkv_columns(geometry)
+    end = offsets[HEAD_SUMS] + 4 * most_rows * qkv_columns(geometry)
+    offsets[WEIGHTED] = -(-end // _LINE_BYTES) * _LINE_BYTES
+    offsets[SQUARES] = offsets[WEIGHTED] + 2 * most_rows * geometry.hidden_size
+    activation_bytes = offsets[SQUARES] + 4 * most_rows * geometry.hidden_size // SQUARED_COLUMNS
     first_counters, num_counters = [], 0
     for program in programs:
         first_counters.append(num_counters)
@@ -212,7 +223,14 @@ class _Bucket:
         if op.index in self.tags.held:
             numbers["held_tag"] = self.tags.held[op.index]
         numbers["output_tag"] = op.index
-        return Operands((formats, op.epilogue, op.prologue, op.in_features, op.out_features), numbers)
+        copied_as = ""
+        if (reader := self.tags.normed_by.get(op.index)) is not None:
+            normed_by = self.program.ops[reader]
+            numbers["next_norm"] = layout.at(normed_by.norm).offset
+            copied_as = layout.at(*matrix_names(normed_by)).format
+        is_copied = op.index in self.tags.normed_by.values()
+        sizes = op.in_features, op.out_features
+        return Operands((formats, op.epilogue, op.prologue, *sizes, copied_as, is_copied), numbers)
 
     def part(self, part: Call | Loop, role: str) -> Iterator[str]:
         if isinstance(part, Call):

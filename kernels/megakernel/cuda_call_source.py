@@ -11,7 +11,7 @@ from megakernel.cuda_calls import Call, Pattern, Run, WaitAt, pattern_of
 from megakernel.cuda_constants import ROW_CHUNK
 from megakernel.cuda_counters import head_arrivals_at, row_chunks, split_arrivals_at
 from megakernel.cuda_literals import Literals
-from megakernel.cuda_tags import ATTENDED, TaggedBuffer, Tags, read_by, written_by
+from megakernel.cuda_tags import ATTENDED, SQUARES, WEIGHTED, TaggedBuffer, Tags, read_by, written_by
 from megakernel.footprint import stages_attention
 from megakernel.program import (
     Epilogue,
@@ -304,7 +304,7 @@ class CallSource:
                 return [
                     f"const uint32_t n0 = tile * {call.tile_columns};",
                     f"embed_tile<{self.format}, {geometry.hidden_size}>(w, {self.number('weights')}, n0, "
-                    f"n0 + {call.columns}, {self.to(self.program.buffers[op.output].name)});",
+                    f"n0 + {call.columns}, {self.to(self.program.buffers[op.output].name)}, {self.copy()});",
                     "w.next(false);",
                 ]
             case _:
@@ -351,8 +351,23 @@ class CallSource:
         skip = [f"report_progress(w, {loads});"]
         return [*self.place(), *self.where_needed([statement, f"w.next({loads}, {loads});"], skip)]
 
+    def copy(self) -> str:
+        """What becomes of an op's output besides."""
+        if (reader := self.tags.normed_by.get(self.op.index)) is None:
+            return "NotNormed{}"
+        format = self.layout.at(*matrix_names(self.program.ops[reader])).format
+        to, squares = self.context.offsets[WEIGHTED], self.context.offsets[SQUARES]
+        columns = self.program.buffers[self.op.output].columns
+        return f"NormedTo<Format::k{format}>{{{to}, {squares}, {columns}, {self.vector('next_norm')}}}"
+
     def input(self) -> str:
-        op, rows = self.op, self.rows()
+        op = self.op
+        if op.index in self.tags.normed_by.values():
+            kind = f"PairRows<{op.in_features}>"
+            rows, squares = self.buffer_named(WEIGHTED, "uint32_t"), self.buffer_named(SQUARES)
+            eps = _f32(self.program.geometry.rms_norm_eps)
+            return f"Weighted<{op.in_features}, {kind}>{{{kind}{{{rows}}}, {squares}, {eps}}}"
+        rows = self.rows()
         kind = rows.partition("{")[0]
         if op.prologue is not Prologue.RMS_NORM:
             return f"Plain<{kind}>{{{rows}}}"
@@ -376,7 +391,9 @@ class CallSource:
             case Epilogue.STORE:
                 return f"Store<{template}>{{{{}}, {self.buffer(op.output)} + n0, {columns}}}"
             case Epilogue.RESIDUAL:
-                return f"Residual<{template}>{{{{}}, {self.buffer(op.output)} + n0, {columns}}}"
+                copy = self.copy()
+                kind = f"Residual<{template}, {copy.partition('{')[0]}>"
+                return f"{kind}{{{{}}, {self.buffer(op.output)} + n0, {columns}, n0, {copy}}}"
             case Epilogue.SWIGLU:
                 return f"SwiGlu<{template}>{{{{}}, {self.buffer(op.output)} + n0 / 2, {columns}}}"
             case Epilogue.LOGITS:

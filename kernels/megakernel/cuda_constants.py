@@ -16,6 +16,8 @@ STAGED_BLOCK = 256
 """`kStagedBlock`: elements of a row's input that a warp stages at once."""
 STATS_SPAN = 32
 """Columns of the head that share statistics: the pair of column groups that an epilogue has in hand."""
+SQUARED_COLUMNS = 16
+"""`kSquaredColumns`: of a row, whose squares who writes them adds up."""
 K_BLOCK = 128
 """K-tiles are whole units of every format."""
 
@@ -23,7 +25,7 @@ ASSERTION = (
     f"static_assert(headrace::kConsumerWarps == {NUM_CONSUMER_WARPS} && "
     f"headrace::kThreads == {THREADS_A_BLOCK} && headrace::kReservedBytes == {RESERVED_BYTES} && "
     f"headrace::kRowChunk == {ROW_CHUNK} && headrace::kLoadsInFlight == {MAX_LOADS_AHEAD + 1} && "
-    f"headrace::kStagedBlock == {STAGED_BLOCK}, "
+    f"headrace::kStagedBlock == {STAGED_BLOCK} && headrace::kSquaredColumns == {SQUARED_COLUMNS}, "
     f'"compiled for other headers");'
 )
 """C++, after the headers."""

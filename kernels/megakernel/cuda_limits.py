@@ -61,10 +61,12 @@ def _check_tiles(program: Program) -> None:
             raise CodegenError(
                 f"{name}: weights are loaded before those of more than {MAX_LOADS_AHEAD} tiles are used"
             )
-        if instruction.opcode in (Opcode.EMBED, Opcode.ATTENTION):
+        if instruction.opcode is Opcode.ATTENTION:
             continue
         if not _is_whole(instruction.n0, instruction.n1, GROUP, op.out_features):
             raise CodegenError(f"{name}: not whole groups of {GROUP} columns")
+        if instruction.opcode is Opcode.EMBED:
+            continue
         dim = program.geometry.head_dim
         has_heads = op.epilogue is Epilogue.ROPE_APPEND
         if has_heads and not is_within_heads(instruction.n0, instruction.n1, dim):

@@ -2,10 +2,10 @@
 
 What only one op multiplies, and multiplies as it is, is stored in 16 bits. In steps of few rows values carry
 their op's number: who reads them looks at the values themselves and waits for no counter, which takes more
-bytes.
+bytes. In steps of more rows, what is normed next is stored a second time, as that op multiplies it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Literal
 
 import msgspec
@@ -53,6 +53,8 @@ class Tags(msgspec.Struct, frozen=True):
     pairs: Mapping[str, str]
     """By name: buffers of two bytes an element, where they would have floats, and the format of the matrices
     that they are multiplied by."""
+    normed_by: Mapping[int, int]
+    """By op that writes what is stored a second time: whose norm that is for."""
 
     def is_needless(self, op: int, counter: int) -> bool:
         """Whether a wait of the op for that counter says no more than its tagged input does."""
@@ -61,6 +63,8 @@ class Tags(msgspec.Struct, frozen=True):
 
 ATTENDED = "attended"
 """Of the activations: attention's output of heads, splits merged."""
+WEIGHTED, SQUARES = "weighted", "squares"
+"""Of the activations: what is normed next, weighted and in 16 bits; sums of SQUARED_COLUMNS squares each."""
 
 
 def op_of(tags: Tags, number: int, epoch: int) -> int:
@@ -109,7 +113,16 @@ def tags_of(program: Program, formats: Mapping[int, str], start: int, most_rows:
             if op.epilogue is Epilogue.RESIDUAL and op.kind is OpKind.LINEAR:
                 held[op.index] = last[target]
             last[target] = op.index
-    return Tags(len(program.ops), buffers, writers, held, _counters(program), end - start, pairs)
+    return Tags(
+        num_ops=len(program.ops),
+        buffers=buffers,
+        writers=writers,
+        held=held,
+        counters=_counters(program),
+        num_bytes=end - start,
+        pairs=pairs,
+        normed_by=_normed_by(program, buffers),
+    )
 
 
 def without_needless(program: Program, tags: Tags) -> Program:
@@ -161,6 +174,23 @@ def _buffers(program: Program, formats: Mapping[int, str]) -> Iterator[tuple[str
         rounded_as = {"f16" if formats[op.index] == "F16" else "bf16" for op in reading}
         if all(_writes_pairs(op) for op in writing) and is_rounded and len(rounded_as) == 1:
             yield name, TaggedBuffer(0, reading[0].in_features, "pairs", formats[reading[0].index])
+
+
+def _normed_by(program: Program, tagged: Collection[str]) -> dict[int, int]:
+    """Of ops whose output one op reads before it is written again, as a norm's input."""
+    found: dict[int, int] = {}
+    last: dict[str, int] = {}
+    readers: dict[int, list[Op]] = {}
+    for op in program.ops:
+        if source := read_by(program, op):
+            readers.setdefault(last.get(source, -1), []).append(op)
+        last[written_by(program, op)] = op.index
+    for op in program.ops:
+        if not _writes_floats(op) or written_by(program, op) in tagged:
+            continue
+        if [reader.prologue for reader in readers.get(op.index, [])] == [Prologue.RMS_NORM]:
+            found[op.index] = readers[op.index][0].index
+    return found
 
 
 def _writes_floats(op: Op) -> bool:

@@ -64,16 +64,16 @@ def _rounded_input(state: VmState, op: Op, row: int, packed_format: str) -> tupl
         x = x * state.weights.vector(op.norm)
     else:
         x = _prologue(state, op, row)
-    return multiplied_as(x, packed_format, is_normed=op.prologue is Prologue.RMS_NORM), scale
+    return multiplied_as(x, packed_format), scale
 
 
-def multiplied_as(x: Float32Array, packed_format: str, *, is_normed: bool) -> Float32Array:
-    """`x`, along its last axis, as CUDA's kernels multiply it: what is not normed comes in 16 bits."""
+def multiplied_as(x: Float32Array, packed_format: str) -> Float32Array:
+    """`x`, along its last axis, as CUDA's kernels multiply it: in 16 bits, or made of these."""
     if packed_format == "F16":
         return round_to_f16_saturating(x)
     if (group := SCALE_GROUPS.get(packed_format)) is None:
         return round_to_bf16(x)
-    return quantize_rows(x if is_normed else round_to_bf16(x), group)
+    return quantize_rows(round_to_bf16(x), group)
 
 
 def quantize_rows(x: Float32Array, group: int) -> Float32Array:

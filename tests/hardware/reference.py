@@ -179,19 +179,19 @@ class _Step:
 
     def mixed(self, at: str, x: torch.Tensor) -> torch.Tensor:
         normed, scale = self.normed(x, at + "mlp_norm")
-        gate = self.held(self.product(normed, at + "gate", is_normed=True) * scale)
-        up = self.held(self.product(normed, at + "up", is_normed=True) * scale)
+        gate = self.held(self.product(normed, at + "gate") * scale)
+        up = self.held(self.product(normed, at + "up") * scale)
         return self.held(gate * torch.sigmoid(gate) * up)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         normed, scale = self.normed(x, "final_norm")
         name = "embed" if self.shape.has_tied_head else "head"
-        return self.held(self.product(normed, name, is_normed=True) * scale)
+        return self.held(self.product(normed, name) * scale)
 
     def projected(
         self, normed: torch.Tensor, scale: torch.Tensor, at: str, part: str, heads: int
     ) -> torch.Tensor:
-        y = self.held(self.product(normed, at + part, is_normed=True) * scale)
+        y = self.held(self.product(normed, at + part) * scale)
         if self.shape.has_qkv_bias:
             y = y + self.weights[f"{at}{part}_bias"]
         y = y.view(len(y), heads, self.shape.head_dim)
@@ -209,12 +209,10 @@ class _Step:
         scale = 1 / (x.square().mean(-1, keepdim=True) + self.shape.rms_norm_eps).sqrt()
         return self.held(x * self.weights[name]), self.held(scale)
 
-    def product(self, x: torch.Tensor, name: str, *, is_normed: bool = False) -> torch.Tensor:
+    def product(self, x: torch.Tensor, name: str) -> torch.Tensor:
         if self.is_rounded:
-            group = self.scale_groups.get(name)
-            if group is None or not is_normed:  # what is not normed comes in 16 bits
-                x = x.to(torch.bfloat16).double()
-            if group is not None:
+            x = x.to(torch.bfloat16).double()
+            if (group := self.scale_groups.get(name)) is not None:
                 x = quantized(x, group)
         return x @ self.weights[name].T
 

@@ -11,10 +11,19 @@ import msgspec
 import numpy as np
 
 from megakernel.cuda_arguments import RowFlag
-from megakernel.cuda_tags import PACKET_BYTES, TaggedBuffer, numbers_of, rounded_values, values_of
+from megakernel.cuda_constants import SQUARED_COLUMNS
+from megakernel.cuda_tags import (
+    PACKET_BYTES,
+    SQUARES,
+    WEIGHTED,
+    TaggedBuffer,
+    numbers_of,
+    rounded_values,
+    values_of,
+)
 from megakernel.head import reduce_rows
 from megakernel.program import Epilogue, Instruction, Op, Opcode, Program, Prologue, Space
-from megakernel.vm_ops import execute
+from megakernel.vm_ops import execute, multiplied_as
 from megakernel.vm_state import Float32Array, OpWeights, VmKv, VmState, VmStep
 from tests.megakernel import op_tolerances
 from tests.megakernel.emulated_model import EmulatedStep
@@ -67,7 +76,13 @@ class OpByOp:
         self.found = found
         self.rows = step.num_rows
         self.state = VmState(program, weights, exact, step)
-        self.activations = stored(found, found.regions["activations"])
+        activations, offsets = found.regions["activations"], found.offsets
+        weighted, squares = offsets[WEIGHTED] // 4, offsets[SQUARES] // 4
+        self.activations = stored(found, activations[:weighted])
+        self.weighted = stored(found, activations[weighted:squares].view(np.uint16))
+        self.squares = stored(found, activations[squares:])
+        self.num_copied = 0
+        """Ops whose output was stored a second time."""
         self.tagged = stored(found, found.tagged)
         self.written = dict.fromkeys(range(len(program.buffers)), 0)
         """By buffer: ops that have."""
@@ -163,6 +178,8 @@ class OpByOp:
         """What the op stored, and from now on what the VM has."""
         found = self.next_version(buffer)
         worst = close(found, expected, tolerances, op.name)
+        if (reader := self.found.tags.normed_by.get(op.index)) is not None:
+            self.check_copy(found, self.program.ops[reader])
         self.state.buffers[buffer][...] = found
         return worst
 
@@ -184,6 +201,27 @@ class OpByOp:
         whole = version.reshape(self.program.bucket, -1)
         assert np.isnan(whole[self.rows :]).all(), f"{buffer.name}: rows past the step's"
         return whole[: self.rows]
+
+    def check_copy(self, rows: Float32Array, reader: Op) -> None:
+        """What the next norm's op reads is what it would have made of the rows itself."""
+        nth, self.num_copied = self.num_copied, self.num_copied + 1
+        format = self.state.weights.matrix(reader, self.program.swiglu_group).packed_format
+        expected = multiplied_as(
+            rows * self.state.weights.vector(reader.norm), "F16" if format == "F16" else "BF16"
+        )
+        copied = self.version(self.weighted, nth, rows.shape[1])
+        np.testing.assert_array_equal(rounded_values(format, copied.astype(np.uint16)), expected)
+        sums = self.version(self.squares, nth, rows.shape[1] // SQUARED_COLUMNS)
+        exact = (rows.astype(np.float64) ** 2).reshape(*sums.shape, SQUARED_COLUMNS).sum(axis=-1)
+        np.testing.assert_allclose(sums, exact, rtol=8 * 2.0**-24, atol=1e-37)
+
+    def version(self, stores: Stored, nth: int, columns: int) -> np.ndarray:
+        """The rows' nth, all there; 0 where nothing was stored."""
+        mine = stores.nth == nth
+        assert mine.sum() == self.rows * columns
+        version = np.zeros(self.rows * columns, stores.values.dtype)
+        version[stores.element[mine]] = stores.values[mine]
+        return version.reshape(self.rows, columns)
 
     def next_tagged(self, buffer: TaggedBuffer, nth: int) -> Float32Array:
         stores, bucket = self.tagged, self.program.bucket
@@ -226,6 +264,7 @@ class OpByOp:
             if buffer.space is Space.ACTIVATION:
                 version = self.next_version(index)
                 assert np.isnan(version).all(), f"{buffer.name} is written once more"
+        assert all((copies.nth < self.num_copied).all() for copies in (self.weighted, self.squares))
         for region in ("kv", "logits"):
             assert (stored(self.found, self.found.regions[region]).nth == 0).all()
 

@@ -59,11 +59,10 @@ def input_of(state: VmState, op: Op, matrix: OpMatrix) -> Input:
         rows = (state.buffers[op.input] * state.weights.vector(op.norm)).astype(np.float64)
     elif op.prologue is Prologue.COMBINE:
         rows, error = _combined(state, op)
-    is_normed = op.prologue is Prologue.RMS_NORM
 
     def rounded(values: Float64Array) -> Float64Array:
         exact = np.ascontiguousarray(values, np.float32)
-        return multiplied_as(exact, matrix.packed_format, is_normed=is_normed).astype(np.float64)
+        return multiplied_as(exact, matrix.packed_format).astype(np.float64)
 
     spread = rounded(rows + error) - rounded(rows - error)
     if matrix.packed_format in SCALE_GROUPS and error.any():

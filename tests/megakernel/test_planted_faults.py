@@ -226,6 +226,12 @@ def test_an_input_that_is_not_waited_for_is_caught(tmp_path):
         check_interleavings(draw_case(CASE_OF_INPUT_IN_BLOCKS), flags=flags)
 
 
+def test_rows_that_are_copied_and_not_waited_for_are_caught(tmp_path):
+    flags = with_fault(tmp_path, "cuda/ops/input.h", "        ptx::copy_async_wait<0>();\n", "")
+    with pytest.raises(InFlightError):
+        check_interleavings(draw_case(CASES["bucket 32"]), flags=flags)
+
+
 TAG_FAULTS = {
     "numbers that nobody looks at": ("    if (!missing()) return;\n", "    return;\n"),
     "one of two numbers not looked at": ("(found[i].y ^ tag) | (found[i].w ^ tag)", "found[i].y ^ tag"),
@@ -239,6 +245,27 @@ def test_faults_of_values_that_carry_numbers_are_caught(fault, tmp_path):
     case = draw_case(CASE_OF_FEW_ROWS)
     with pytest.raises((EmulationError, AssertionError)):
         check_interleavings(case, flags=flags)
+
+
+COPY_FAULTS = {
+    "not weighted": ("pack_pair<F>(value * weighted_by, 0)", "pack_pair<F>(value, 0)"),
+    "squares of half the columns": (
+        "mask < kSquaredColumns; mask *= 2",
+        "mask < kSquaredColumns / 2; mask *= 2",
+    ),
+    "squares beside their place": (
+        "(row * columns + column) / kSquaredColumns",
+        "(row * columns + column) / kSquaredColumns + 1",
+    ),
+}
+"""What is replaced of tagged.h, and by what."""
+
+
+@pytest.mark.parametrize("fault", COPY_FAULTS)
+def test_faults_of_what_is_stored_for_the_next_norm_are_caught(fault, tmp_path):
+    flags = with_fault(tmp_path, "cuda/tagged.h", *COPY_FAULTS[fault])
+    with pytest.raises((EmulationError, AssertionError)):
+        check_interleavings(draw_case(CASES["bucket 32"]), flags=flags)
 
 
 STAGING_FAULTS = {

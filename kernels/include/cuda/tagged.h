@@ -135,10 +135,11 @@ struct PairRows {
     using Raw = uint4;
     const uint32_t* rows;
 
-    __device__ __forceinline__ void await(const Worker&) const {}
-    __device__ __forceinline__ Raw load(const Worker&, int row, uint32_t k) const {
-        return ptx::load_global(reinterpret_cast<const uint4*>(rows + (row * kIn + k) / 2));
+    __device__ __forceinline__ const uint4* at(int row, uint32_t k) const {
+        return reinterpret_cast<const uint4*>(rows + (row * kIn + k) / 2);
     }
+    __device__ __forceinline__ void await(const Worker&) const {}
+    __device__ __forceinline__ Raw load(const Worker&, int row, uint32_t k) const { return ptx::load_global(at(row, k)); }
     __device__ __forceinline__ void settle(const Worker&, Raw&, int, uint32_t) const {}
 };
 
@@ -162,6 +163,15 @@ template <Format>
 __device__ __forceinline__ uint4 rounded(const uint4& pairs) {
     return pairs;
 }
+
+// Sums of squares are those of the binary tree over the numbers of their columns, whoever adds up which part of it.
+__device__ __forceinline__ float squares_of(const Eight& own) {
+    const float(&x)[8] = own.x;
+    return ((x[0] * x[0] + x[1] * x[1]) + (x[2] * x[2] + x[3] * x[3])) +
+           ((x[4] * x[4] + x[5] * x[5]) + (x[6] * x[6] + x[7] * x[7]));
+}
+
+constexpr uint32_t kSquaredColumns = 16;  // that who writes hidden states adds up
 
 __device__ __forceinline__ const Eight& floats(const Eight& own) { return own; }
 
@@ -200,6 +210,37 @@ struct FloatsTo {
     __device__ __forceinline__ void store_two(const Worker& w, int64_t element, float low, float high) const {
         ptx::store_global(reinterpret_cast<float2*>(at(w, element)), float2{low, high});
     }
+};
+
+// What becomes of hidden states besides, for the op that norms them next and that all SMs read: weighted and rounded, as its
+// products take them, and their squares added up.
+template <Format F>
+struct NormedTo {
+    static constexpr bool kIsCopied = true;
+    int64_t to, squares;  // bytes into the activations
+    int64_t columns;      // of a row
+    const float* weight;  // of the norm
+
+    __device__ __forceinline__ float weight_of(uint32_t column) const { return ptx::load_constant(weight + column); }
+    // By whole warps, a lane a column, of which sixteen neighbours are there or not.
+    __device__ __forceinline__ void put(const Worker& w, int64_t row, uint32_t column, float value, float weighted_by,
+                                        bool is_there) const {
+        float sum = is_there ? value * value : 0;
+#pragma unroll
+        for (uint32_t mask = 1; mask < kSquaredColumns; mask *= 2) sum += ptx::shuffle_xor(sum, mask);
+        if (!is_there) return;
+        const uint16_t half = pack_pair<F>(value * weighted_by, 0) & 0xffff;
+        ptx::store_global(reinterpret_cast<uint16_t*>(w.step.activations + to) + row * columns + column, half);
+        if (column % kSquaredColumns == 0)
+            ptx::store_global(reinterpret_cast<float*>(w.step.activations + squares) + (row * columns + column) / kSquaredColumns,
+                              sum);
+    }
+};
+
+struct NotNormed {
+    static constexpr bool kIsCopied = false;
+    __device__ __forceinline__ float weight_of(uint32_t) const { return 0; }
+    __device__ __forceinline__ void put(const Worker&, int64_t, uint32_t, float, float, bool) const {}
 };
 
 template <Format F>

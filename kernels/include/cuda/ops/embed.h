@@ -35,12 +35,21 @@ __device__ __forceinline__ float packed_element(const uint8_t* matrix, int64_t c
     }
 }
 
-template <Format F, int kIn, class Out>
-__device__ __forceinline__ void embed_tile(const Worker w, int64_t table, uint32_t n0, uint32_t n1, const Out hidden) {
+template <Format F, int kIn, class Out, class Copy>
+__device__ __forceinline__ void embed_tile(const Worker w, int64_t table, uint32_t n0, uint32_t n1, const Out hidden,
+                                           const Copy copy) {
     for (int row = 0; row < w.step.num_rows; row++) {
         const int token = ptx::load_settled(w.step.token_ids + row);
-        for (uint32_t k = n0 + w.thread; k < n1; k += kConsumers)
-            hidden.store(w, static_cast<int64_t>(row) * kIn + k, packed_element<F, kIn>(w.step.weights + table, token, k));
+        for (uint32_t k0 = n0; k0 < n1; k0 += kConsumers) {
+            const uint32_t k = k0 + w.thread;
+            const bool is_there = k < n1;
+            float value = 0;
+            if (is_there) {
+                value = packed_element<F, kIn>(w.step.weights + table, token, k);
+                hidden.store(w, static_cast<int64_t>(row) * kIn + k, value);
+            }
+            copy.put(w, row, k, value, is_there ? copy.weight_of(k) : 0, is_there);
+        }
     }
     report_progress(w);
 }

@@ -49,26 +49,35 @@ struct Store : SimpleSink {
     }
 };
 
-template <int kColumns, bool kIsNormed>
+template <int kColumns, bool kIsNormed, class Copy>
 struct Residual : SimpleSink {
     struct Held {
-        float low, high;
+        float low, high, low_weight, high_weight;
     };
     float* out;
     int64_t row_columns;
+    uint32_t n0;  // the tile's first column, where `out` is
+    Copy copy;
 
     __device__ __forceinline__ Held fetch(const Worker&, const Place& at) const {
         const float* from = to(at);
-        return {at.is_row && is_within<kColumns>(at.column) ? ptx::load_global(from) : 0,
-                at.is_row && is_within<kColumns>(at.column + 16) ? ptx::load_global(from + 16) : 0};
+        const bool has_low = is_there(at, at.column), has_high = is_there(at, at.column + 16);
+        return {has_low ? ptx::load_global(from) : 0, has_high ? ptx::load_global(from + 16) : 0,
+                has_low ? copy.weight_of(n0 + at.column) : 0, has_high ? copy.weight_of(n0 + at.column + 16) : 0};
     }
     __device__ __forceinline__ void put(const Worker& w, const Place& at, float low, float high, const Held& held) const {
-        if (!at.is_row) return;
-        if (is_within<kColumns>(at.column)) ptx::store_global(to(at), held.low + scaled<kIsNormed>(w, at, low));
-        if (is_within<kColumns>(at.column + 16)) ptx::store_global(to(at) + 16, held.high + scaled<kIsNormed>(w, at, high));
+        const bool has_low = is_there(at, at.column), has_high = is_there(at, at.column + 16);
+        low = held.low + scaled<kIsNormed>(w, at, low), high = held.high + scaled<kIsNormed>(w, at, high);
+        if (has_low) ptx::store_global(to(at), low);
+        if (has_high) ptx::store_global(to(at) + 16, high);
+        copy.put(w, at.step_row(), n0 + at.column, low, held.low_weight, has_low);
+        copy.put(w, at.step_row(), n0 + at.column + 16, high, held.high_weight, has_high);
     }
 
    private:
+    __device__ __forceinline__ static bool is_there(const Place& at, int column) {
+        return at.is_row && is_within<kColumns>(column);
+    }
     __device__ __forceinline__ float* to(const Place& at) const { return out + at.step_row() * row_columns + at.column; }
 };
 

@@ -1,8 +1,9 @@
 // A linear op's input rows, as the tensor cores read them, in shared memory: rounded to 16 bits, or for quantized weights
 // as numbers n of 15 bits, by scale group, times a power of two: 256 * high + low, each a signed byte.
 //
-// RMS norm is split: rows are weighted and rounded here, their sums of products scaled afterwards by what is
-// left in kScalesAt. So one pass over a row does, and products need not wait for the mean of its squares.
+// RMS norm is split: rows are weighted and rounded before they are multiplied, here or in steps of many rows by who wrote
+// them, and their sums of products scaled afterwards by what is left in kScalesAt. So one pass over a row does, and products
+// need not wait for the mean of its squares.
 #pragma once
 
 #include "cuda/tagged.h"
@@ -82,15 +83,24 @@ __device__ __forceinline__ float sum_of_group(uint32_t sum) {
 // The input as it is.
 template <class Rows>
 struct Plain {
-    static constexpr bool kIsNormed = false;
+    static constexpr bool kIsNormed = false, kHasSquares = false;
     Rows rows;
+};
+
+// Rows to be normed that NormedTo has written.
+template <int kIn, class Rows>
+struct Weighted {
+    static constexpr bool kIsNormed = false, kHasSquares = true;
+    Rows rows;
+    const float* squares;  // [rows][kIn / kSquaredColumns] sums
+    float eps;
 };
 
 // RMS norm but for the scale. Made before the wait for the rows: weights are sent for then, those of the warp's first block
 // of K to registers. Not where several tiles are to come: they would be kept there.
 template <int kIn, bool kIsOfOneTile, class Rows>
 struct Normed {
-    static constexpr bool kIsNormed = true, kHasFirst = kIsOfOneTile;
+    static constexpr bool kIsNormed = true, kHasFirst = kIsOfOneTile, kHasSquares = false;
     Rows rows;
     const float* weight;
     float eps;
@@ -115,6 +125,76 @@ struct Normed {
     }
 };
 
+// What the sums of rows' products are scaled by, from sums of squares: a warp a row, the first kAtOnce of its rows sent for at
+// once.
+template <int kIn, int kRows>
+struct RowScales {
+    static constexpr int kAtOnce = (kRows + kConsumerWarps - 1) / kConsumerWarps;
+    static constexpr uint32_t kSums = kIn / kSquaredColumns;
+
+    static constexpr uint32_t sums_a_lane() {
+        uint32_t found = 1;
+        while (found * kLanes < kSums) found *= 2;
+        return found;
+    }
+    static constexpr uint32_t kOfLane = sums_a_lane();
+    float found[kAtOnce][kOfLane];
+
+    __device__ __forceinline__ void load(const Worker& w, const float* squares, int r0, int count) {
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++) {
+            const int row = w.warp + i * kConsumerWarps;
+#pragma unroll
+            for (uint32_t j = 0; j < kOfLane; j++) {
+                const uint32_t at = w.lane * kOfLane + j;
+                found[i][j] = row < count && at < kSums ? ptx::load_global(squares + (r0 + row) * kSums + at) : 0;
+            }
+        }
+    }
+    __device__ __forceinline__ void store(const Worker& w, float eps, int count) {
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++) {
+            const int row = w.warp + i * kConsumerWarps;
+            if (row >= count) return;
+            float(&sums)[kOfLane] = found[i];
+#pragma unroll
+            for (uint32_t width = 1; width < kOfLane; width *= 2)
+#pragma unroll
+                for (uint32_t j = 0; j < kOfLane; j += 2 * width) sums[j] += sums[j + width];
+            float total = sums[0];
+#pragma unroll
+            for (uint32_t mask = 1; mask < kLanes; mask *= 2) total += ptx::shuffle_xor(total, mask);
+            if (w.lane == 0) ptx::store_shared(w.shared + kScalesAt + row * 4, ptx::reciprocal_sqrt_approx(total / kIn + eps));
+        }
+    }
+};
+
+// Rows of 16 bits, multiplied as they are, come without passing through registers, all at once.
+template <Format F, int kRows, int kIn, uint32_t kUnits>
+__device__ __forceinline__ void copy_input(const Worker& w, const PairRows<kIn>& rows, int r0, int count, uint32_t u0, SharedAddress to) {
+    using Layout = InputLayout<F, kRows>;
+    constexpr uint32_t kStaged = kUnits * unit_k(F), kAll = num_units(F, kIn) * unit_k(F);
+#pragma unroll 1
+    for (uint32_t in_row = w.warp * kStagedBlock + w.lane * 8; in_row < kStaged; in_row += kConsumerWarps * kStagedBlock) {
+        const uint32_t k = u0 * unit_k(F) + in_row;
+        if (k >= kAll) break;
+#pragma unroll 4
+        for (int row = 0; row < count; row++) {
+            const SharedAddress at = to + row * Layout::row_bytes(kUnits) + in_row * 2;
+            if (k < kIn)
+                ptx::copy_async_16(at, rows.at(r0 + row, k));
+            else
+                ptx::store_shared(at, uint4{});
+        }
+    }
+    ptx::copy_async_commit();
+}
+
+template <class Rows>
+constexpr bool is_pairs = false;
+template <int kIn>
+constexpr bool is_pairs<PairRows<kIn>> = true;
+
 // Rows [r0, r0 + count) over units [u0, u0 + kUnits) into `to`; all consumers. Ends with all of it visible to them, but for
 // the scales, which are there after the barrier that follows the last of K. Elements past kIn are zeros.
 //
@@ -129,11 +209,24 @@ __device__ __forceinline__ void stage_input(const Worker& w, const Source source
     static_assert(!Source::kIsNormed || kAllBlocks <= kLanes, "a norm's squares: a lane a block, see kSquaresAt");
     constexpr uint32_t kBlocksOfWarp = (kBlocks + kConsumerWarps - 1) / kConsumerWarps;
     // Loads that are on their way at once.
-    constexpr int kMost = sizeof(typename Rows::Raw) > 16 ? 4 : 8;
+    constexpr int kMost = sizeof(typename Rows::Raw) > 16 ? 4 : is_pairs<Rows> ? 16 : 8;
     constexpr int kRowsAtOnce = Layout::kChunk < kMost ? Layout::kChunk : kMost;
     constexpr uint32_t kMostAtOnce = kMost / kRowsAtOnce;
     constexpr uint32_t kBlocksAtOnce = kBlocksOfWarp < kMostAtOnce ? kBlocksOfWarp : kMostAtOnce;
     const uint32_t first = u0 * unit_k(F);
+    RowScales<kIn, Layout::kChunk> scales_of_rows;
+    if constexpr (Source::kHasSquares) {
+        if (u0 == 0) scales_of_rows.load(w, source.squares, r0, count);
+    }
+    if constexpr (is_pairs<Rows> && !is_quantized(F)) {
+        copy_input<F, kRows, kIn, kUnits>(w, source.rows, r0, count, u0, to);
+        if constexpr (Source::kHasSquares) {
+            if (u0 == 0) scales_of_rows.store(w, source.eps, count);
+        }
+        ptx::copy_async_wait<0>();
+        sync_consumers();
+        return;
+    }
 #pragma unroll 1
     for (uint32_t block0 = w.warp; block0 < kBlocks; block0 += kBlocksAtOnce * kConsumerWarps) {
 #pragma unroll 1
@@ -170,26 +263,23 @@ __device__ __forceinline__ void stage_input(const Worker& w, const Source source
                         if (is_staged) ptx::store_shared(to_row + in_row * 2, rounded<F>(x[b][r]));
                         continue;
                     }
-                    // What is not normed comes in 16 bits, whatever it is stored in.
                     Eight own;
                     if constexpr (Source::kIsNormed)
                         own = floats(x[b][r]);
                     else
-                        own = floats(rounded<F>(x[b][r]));
+                        own = floats(rounded<F>(x[b][r]));  // in 16 bits, whatever it is stored in
                     if constexpr (Source::kIsNormed) {
-                        float squares = 0;
+                        float squares = squares_of(own);
 #pragma unroll
-                        for (int e = 0; e < 8; e++) {
-                            squares = fma_f32(own.x[e], own.x[e], squares);
-                            own.x[e] *= weight.x[e];
-                        }
+                        for (int e = 0; e < 8; e++) own.x[e] *= weight.x[e];
 #pragma unroll
-                        for (uint32_t mask = kLanes / 2; mask; mask /= 2) squares += ptx::shuffle_xor(squares, mask);
+                        for (uint32_t mask = 1; mask < kLanes; mask *= 2) squares += ptx::shuffle_xor(squares, mask);
                         // The last part of K may have fewer blocks: those past them are other rows' places.
                         if (w.lane == 0 && k < kIn)
                             ptx::store_shared(w.shared + kSquaresAt + (row * kAllBlocks + k / kStagedBlock) * 4, squares);
                     }
                     if constexpr (is_quantized(F)) {
+                        if constexpr (Source::kIsNormed) own = floats(rounded<F>(own));
                         const Quantized n = quantized(own, largest_of_group<F>(own));
                         const uint32_t at = to_row + in_row / 64 * 128 + in_row / 8 % 4 * 16 + in_row / 32 % 2 * 8;
                         if (is_staged) ptx::store_shared(at, uint2{n.high[0], n.high[1]});
@@ -209,6 +299,9 @@ __device__ __forceinline__ void stage_input(const Worker& w, const Source source
                 }
             }
         }
+    }
+    if constexpr (Source::kHasSquares) {
+        if (u0 == 0) scales_of_rows.store(w, source.eps, count);
     }
     sync_consumers();
     if constexpr (Source::kIsNormed) {
