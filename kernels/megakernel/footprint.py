@@ -98,13 +98,14 @@ def _attention_chunk(kv_heads: int, geometry: Geometry, chunk: int) -> Footprint
 
 
 def cuda_linear_footprint(
-    *, columns: int, k: int, input_k: int, rows: int, stored: tuple[str, ...]
+    *, columns: int, k: int, input_k: int, in_features: int, rows: int, stored: tuple[str, ...]
 ) -> Footprint:
     """Of a load of `k` elements of a tile on an SM, beside `input_k` of its input, of an op whose matrices
-    are stored in these formats."""
+    are stored in these formats. Where that is not all of the input, another block is on its way."""
+    input_bytes = input_tile_bytes(input_k, rows, stored)
     return Footprint(
         weight_stage_bytes=weight_tile_bytes(stored, columns, k),
-        input_bytes=input_tile_bytes(input_k, rows, stored),
+        input_bytes=input_bytes * (1 if input_k == in_features else 2),
         output_bytes=output_tile_bytes(columns, rows),
     )
 
@@ -146,6 +147,7 @@ def _cuda_footprint(
                 columns=columns,
                 k=num_k(op, instruction),
                 input_k=instruction.x1 - instruction.x0 or op.in_features,
+                in_features=op.in_features,
                 rows=rows,
                 stored=op_formats(op, formats),
             )

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 import msgspec
 
 from megakernel.cuda_constants import NUM_CONSUMER_WARPS, ROW_CHUNK, ROW_TILE, STAGED_BLOCK
-from megakernel.footprint import cuda_linear_footprint, page_needs
+from megakernel.footprint import Footprint, cuda_linear_footprint, page_needs
 from megakernel.footprint_cuda import input_tile_bytes, weight_tile_bytes
 from megakernel.machine import Machine
 from megakernel.pack_cuda import common_format, unit_k
@@ -21,8 +21,8 @@ from megakernel.weight_formats import op_formats
 _FLOATS = ("BF16", "F16")
 _LOADS_IN_MEMORY, _ROUNDS_IN_MEMORY = 3, 4
 """So many loads are to fit an SM's memory at once, and so many rounds, where tiles can be so narrow."""
-_WHOLE_INPUT_SHARE, _INPUT_SHARE = 0.45, 0.3
-"""Of an SM's memory, what a row chunk's whole input may take, and a block of it where that is more."""
+_WHOLE_INPUT_SHARE, _INPUT_SHARE = 0.45, 0.4
+"""Of an SM's memory, what a row chunk's whole input may take, and two blocks of it where that is more."""
 
 
 def most_columns(rows: int, stored: tuple[str, ...], k: int, machine: Machine) -> int:
@@ -52,25 +52,36 @@ def k_blocks(
     loads_in_memory: int = _LOADS_IN_MEMORY,
 ) -> KBlocks:
     """Of a linear tile on an SM. Everything at once where it is small."""
-    whole = cuda_linear_footprint(columns=columns, k=k, input_k=k, rows=rows, stored=stored)
+
+    def of(blocks: KBlocks) -> Footprint:
+        return cuda_linear_footprint(
+            columns=columns, k=blocks.load_k, input_k=blocks.input_k, in_features=k, rows=rows, stored=stored
+        )
+
+    def fits(blocks: KBlocks) -> bool:
+        return page_needs(of(blocks), machine.page_bytes).total <= machine.num_pages
+
+    whole = of(KBlocks(k, k))
     load_bytes = machine.usable_bytes // loads_in_memory
     input_is_small = whole.input_bytes <= machine.usable_bytes * _WHOLE_INPUT_SHARE
     if input_is_small and whole.weight_stage_bytes <= load_bytes:
         return KBlocks(k, k)
-    if rows > ROW_CHUNK and page_needs(whole, machine.page_bytes).total <= machine.num_pages:
+    if rows > ROW_CHUNK and fits(KBlocks(k, k)):
         return KBlocks(k, k)  # all chunks of rows take the tile while it is there
     round_k = NUM_CONSUMER_WARPS * unit_k(common_format(stored, k))
     # No less than a warp stages of the input at once: blocks of it begin where its squares are counted from.
     while round_k > STAGED_BLOCK and weight_tile_bytes(stored, columns, round_k) > load_bytes:
         round_k //= 2  # some warps have nothing of a load then
     rounds = max(1, load_bytes // weight_tile_bytes(stored, columns, round_k))
-    least = cuda_linear_footprint(columns=columns, k=round_k, input_k=k, rows=rows, stored=stored)
-    if input_is_small and page_needs(least, machine.page_bytes).total <= machine.num_pages:
+    if input_is_small and fits(KBlocks(min(k, round_k), k)):
         return KBlocks(min(k, rounds * round_k), k)
-    input_rounds = int(machine.usable_bytes * _INPUT_SHARE) // input_tile_bytes(round_k, rows, stored)
-    rounds = max(1, min(rounds, input_rounds))
-    loads = max(1, input_rounds // rounds)
-    return KBlocks(min(k, rounds * round_k), min(k, loads * rounds * round_k))
+    block_bytes = int(machine.usable_bytes * _INPUT_SHARE) // 2  # one is multiplied, and one on its way
+    for input_rounds in range(max(1, block_bytes // input_tile_bytes(round_k, rows, stored)), 0, -1):
+        rounds = min(rounds, input_rounds)
+        blocks = KBlocks(min(k, rounds * round_k), min(k, input_rounds // rounds * rounds * round_k))
+        if fits(blocks):
+            break
+    return blocks
 
 
 def planned_k_blocks(

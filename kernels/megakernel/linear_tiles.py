@@ -112,7 +112,12 @@ def candidate(role: LinearRole, machine: Machine, width: int, parts: int) -> Can
         tile_bytes = weight_tile_bytes(role.formats, width, k)
         blocks = k_blocks(columns=width, k=k, rows=ROW_CHUNK, stored=role.formats, machine=machine)
         needed = cuda_linear_footprint(
-            columns=width, k=blocks.load_k, input_k=blocks.input_k, rows=ROW_CHUNK, stored=role.formats
+            columns=width,
+            k=blocks.load_k,
+            input_k=blocks.input_k,
+            in_features=k,
+            rows=ROW_CHUNK,
+            stored=role.formats,
         )
     stages = min(max_stages(needed, machine), MAX_STAGES)
     if stages == 0:

@@ -185,7 +185,12 @@ def tile_footprint(
     if machine.kind == "cuda":
         blocks = _k_blocks(role, op_plan, bucket, machine)
         return cuda_linear_footprint(
-            columns=columns, k=blocks.load_k, input_k=blocks.input_k, rows=bucket, stored=role.formats
+            columns=columns,
+            k=blocks.load_k,
+            input_k=blocks.input_k,
+            in_features=role.in_features,
+            rows=bucket,
+            stored=role.formats,
         )
     return linear_footprint(
         columns=columns, k=k, rows=bucket, weight_bits=role.weight_bits, input_bits=role.input_bits

@@ -219,6 +219,43 @@ def test_norms_of_rows_whose_last_block_of_k_is_a_short_one():
         check_ops(program, OpWeights(weights, Arithmetic.CUDA), kv, found, rows)
 
 
+def check_blocks_of_input(format: str, flags: tuple[str, ...] = ()) -> set[bytes]:
+    """Runs QKV and down with their input whole and in blocks; what there is of logits and KV."""
+    plain = tiny_weights(
+        9,
+        "llama",
+        num_layers=1,
+        hidden_size=800,
+        intermediate_size=1056,
+        num_heads=2,
+        head_dim=16,
+        vocab_size=70,
+    )
+    weights = StoredAs(plain, {name: format for name in plain.names if plain.dense(name).ndim == 2})
+    shape = weights.shape
+    kv = VmKv(1, 4 * BLOCK, 2 * shape.num_kv_heads * 16, block_size=BLOCK, dtype=np.float16)
+    rows = rows_of(Group(tokens=[9, 3, 11, 60, 7, 7], parents=chain(6), context=0, table=[2]))
+    found = set()
+    for sizes in ({}, {"load_k": 256, "input_k": 256}, {"load_k": 256, "input_k": 512}):
+        plan = list_schedule(shape, toy_gpu(), 8, weights.formats)
+        blocked = {role: msgspec.structs.replace(plan.ops[role], **sizes) for role in ("qkv", "down")}
+        plan = msgspec.structs.replace(plan, ops=plan.ops | blocked)
+        program = compile_program(shape, "toy", toy_gpu(), 8, plan, formats=weights.formats)
+        model = EmulatedModel([program], weights, flags)
+        for seed in range(FEW_INTERLEAVINGS):
+            step = model.run(8, kv, rows, seed=seed, has_journal=seed == 0)
+            if seed == 0:
+                check_ops(program, OpWeights(weights, Arithmetic.CUDA), kv, step, rows)
+            found.add(step.buffers["logits"].tobytes() + step.regions["kv"].tobytes())
+    return found
+
+
+@pytest.mark.parametrize("format", ["BF16", "Q8_0", "Q4_1"])
+def test_inputs_in_blocks_of_k_give_the_same_bits_as_whole(format):
+    """Up to four, of which one is multiplied while the next is on its way; normed and not."""
+    assert len(check_blocks_of_input(format)) == 1
+
+
 def test_tiles_of_the_head_that_are_left_out_do_not_bring_the_others_sums_together():
     """Of one SM every second tile is wanted: sums of warps that are ahead are not where others still read."""
     weights = tiny_weights(

@@ -111,7 +111,9 @@ def test_a_head_tile_of_32_columns_fits_whole():
     """With statistics of 256 columns it would not, in any format."""
 
     def stages(columns: int, name: str) -> int:
-        needed = cuda_linear_footprint(columns=columns, k=2048, input_k=2048, rows=1, stored=(name,))
+        needed = cuda_linear_footprint(
+            columns=columns, k=2048, input_k=2048, in_features=2048, rows=1, stored=(name,)
+        )
         return max_stages(needed, L20)
 
     assert (stages(32, "Q8_0"), stages(32, "W4G128"), stages(256, "W4G128")) == (1, 2, 0)

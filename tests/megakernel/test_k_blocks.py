@@ -30,7 +30,9 @@ def test_every_default_tile_fits_with_any_rows(shape, machine):
             for rows in ROWS:
                 tile = {"columns": columns, "rows": rows, "stored": role.formats}
                 blocks = k_blocks(k=role.in_features, machine=known, **tile)
-                needed = cuda_linear_footprint(k=blocks.load_k, input_k=blocks.input_k, **tile)
+                needed = cuda_linear_footprint(
+                    k=blocks.load_k, input_k=blocks.input_k, in_features=role.in_features, **tile
+                )
                 assert page_needs(needed, known.page_bytes).total <= known.num_pages, (role.name, tile)
                 if blocks.input_k < role.in_features:
                     assert blocks.input_k % STAGED_BLOCK == 0

@@ -26,7 +26,7 @@ from megakernel.validate import validate
 from megakernel.vm_state import Arithmetic, OpWeights
 from tests.megakernel.emulated_cases import Case, draw_case
 from tests.megakernel.op_by_op import check_ops
-from tests.megakernel.test_cuda_kernels import AT_ONCE, check_whole_step, model_of
+from tests.megakernel.test_cuda_kernels import AT_ONCE, check_blocks_of_input, check_whole_step, model_of
 
 CASES = {"K in blocks": 31, "bucket 32": 33}
 CASE_OF_INPUT_IN_BLOCKS, CASE_OF_ONE_BIT, CASE_OF_FEW_ROWS = 18, 45, 16
@@ -226,10 +226,47 @@ def test_an_input_that_is_not_waited_for_is_caught(tmp_path):
         check_interleavings(draw_case(CASE_OF_INPUT_IN_BLOCKS), flags=flags)
 
 
+COPIES_ARE_THERE = "ptx::copy_async_wait<0>();\n        sync_consumers();\n        return;"
+
+
 def test_rows_that_are_copied_and_not_waited_for_are_caught(tmp_path):
-    flags = with_fault(tmp_path, "cuda/ops/input.h", "        ptx::copy_async_wait<0>();\n", "")
+    flags = with_fault(tmp_path, "cuda/ops/input.h", COPIES_ARE_THERE, "sync_consumers();\n        return;")
     with pytest.raises(InFlightError):
         check_interleavings(draw_case(CASES["bucket 32"]), flags=flags)
+
+
+BLOCKED_INPUT_FAULTS = {
+    "multiplied before it has come": (
+        "BF16",
+        "            ptx::copy_async_wait<0>();\n            sync_consumers();\n            if (has_next)",
+        "            sync_consumers();\n            if (has_next)",
+    ),
+    "the next where this one is": ("BF16", "copy(u0 + kUnits, other);", "copy(u0 + kUnits, here);"),
+    "the next before this one has been read": (
+        "BF16",
+        "sync_consumers();\n            if (has_next) copy(u0 + kUnits, other);",
+        "if (has_next) copy(u0 + kUnits, other); sync_consumers();",
+    ),
+    "converted before it has come": (
+        "Q8_0",
+        "            ptx::copy_async_wait<0>();\n            sync_consumers();\n            const CopiedRows",
+        "            sync_consumers();\n            const CopiedRows",
+    ),
+    "converted to where the one before is read": (
+        "Q8_0",
+        "            sync_consumers();\n            const CopiedRows",
+        "            const CopiedRows",
+    ),
+}
+"""Of which weights, what is replaced of ops/input.h, and by what."""
+
+
+@pytest.mark.parametrize("fault", BLOCKED_INPUT_FAULTS)
+def test_faults_between_blocks_of_an_input_are_caught(fault, tmp_path):
+    format, right, wrong = BLOCKED_INPUT_FAULTS[fault]
+    flags = with_fault(tmp_path, "cuda/ops/input.h", right, wrong)
+    with pytest.raises((EmulationError, AssertionError)):
+        check_blocks_of_input(format, flags)
 
 
 TAG_FAULTS = {

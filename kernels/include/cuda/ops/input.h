@@ -24,6 +24,9 @@ struct InputLayout {
 
     static __device__ __forceinline__ uint32_t row_bytes(uint32_t units) { return units * unit_k(F) * 2 + 64; }
     static __device__ __forceinline__ uint32_t scales_at(uint32_t units) { return kChunk * row_bytes(units); }
+    static __device__ __forceinline__ uint32_t num_bytes(uint32_t units) {
+        return scales_at(units) + (is_quantized(F) ? units * unit_k(F) / scale_group(F) * kGroupBytes : 0);
+    }
 };
 
 constexpr float kMagic = 12582912;  // 1.5 * 2^23: floats next to it are 1 apart, and their last bits an integer
@@ -314,6 +317,71 @@ __device__ __forceinline__ void stage_input(const Worker& w, const Source source
             for (uint32_t mask = 1; mask < kAllBlocks; mask *= 2) total += ptx::shuffle_xor(total, mask);
             if (w.lane == 0) ptx::store_shared(w.shared + kScalesAt + row * 4, ptx::reciprocal_sqrt_approx(total / kIn + source.eps));
         }
+    }
+}
+
+// Where copy_input has brought rows to, eight elements for the lane that asked for them.
+template <class Layout, uint32_t kUnits, Format F>
+struct CopiedRows {
+    using Raw = uint4;
+    SharedAddress at;  // of rows from r0 on and units from u0 on
+    int r0;
+    uint32_t u0;
+
+    __device__ __forceinline__ Raw load(const Worker&, int row, uint32_t k) const {
+        return ptx::load_shared<uint4>(at + (row - r0) * Layout::row_bytes(kUnits) + (k - u0 * unit_k(F)) * 2);
+    }
+    __device__ __forceinline__ void settle(const Worker&, Raw&, int, uint32_t) const {}
+};
+
+template <class Rows, class Copied>
+__device__ __forceinline__ Plain<Copied> with_rows(const Plain<Rows>&, const Copied& rows) {
+    return {rows};
+}
+template <int kIn, class Rows, class Copied>
+__device__ __forceinline__ Weighted<kIn, Copied> with_rows(const Weighted<kIn, Rows>& source, const Copied& rows) {
+    return {rows, source.squares, source.eps};
+}
+
+// The block of rows' units from u0 on, of those of kUnits that `input` has room for twice; all consumers. Returns where it
+// is. Pairs of the next one are on their way while this one is multiplied.
+template <Format F, int kRows, int kIn, uint32_t kUnits, class Source>
+__device__ __forceinline__ SharedAddress stage_block(const Worker& w, const Source source, int r0, int count, uint32_t u0,
+                                                     SharedAddress input) {
+    using Layout = InputLayout<F, kRows>;
+    const SharedAddress second = input + Layout::num_bytes(kUnits);
+    // After a barrier: what this SM's ops before wrote is there; the block before has been read.
+    if constexpr (!is_pairs<decltype(source.rows)>) {
+        sync_consumers();
+        stage_input<F, kRows, kIn, kUnits>(w, source, r0, count, u0, input);
+        return input;
+    } else {
+        const bool has_next = u0 + kUnits < num_units(F, kIn);
+        const bool is_odd = !is_quantized(F) && u0 / kUnits % 2;
+        const SharedAddress here = is_odd ? second : input, other = is_odd ? input : second;
+        const auto copy = [&](uint32_t from, SharedAddress to) {
+            copy_input<F, kRows, kIn, kUnits>(w, source.rows, r0, count, from, to);
+        };
+        if (u0 == 0) {
+            sync_consumers();
+            copy(0, is_quantized(F) ? second : input);
+        }
+        if constexpr (is_quantized(F)) {
+            ptx::copy_async_wait<0>();
+            sync_consumers();
+            const CopiedRows<Layout, kUnits, F> copied{second, r0, u0};
+            stage_input<F, kRows, kIn, kUnits>(w, with_rows(source, copied), r0, count, u0, input);
+            if (has_next) copy(u0 + kUnits, second);  // where each lane has read what it had asked for
+        } else {
+            if constexpr (Source::kHasSquares) {
+                RowScales<kIn, Layout::kChunk> scales;
+                if (u0 == 0) scales.load(w, source.squares, r0, count), scales.store(w, source.eps, count);
+            }
+            ptx::copy_async_wait<0>();
+            sync_consumers();
+            if (has_next) copy(u0 + kUnits, other);
+        }
+        return here;
     }
 }
 

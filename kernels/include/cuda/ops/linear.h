@@ -313,7 +313,7 @@ __device__ __forceinline__ void linear_pass(const Worker& w, const Sink& sink, i
 // to be. Where there are several loads, rows are at most kRowChunk and all column groups go in one pass.
 template <Format F, int kRows, int kIn, int kColumns, uint32_t kLoadUnits, uint32_t kInputUnits, class Source, class Sink, class PageOf>
 __device__ __forceinline__ void linear_tile(Worker w, const Source source, const Sink sink, int r_begin, int r_end,
-                                            const PageOf& page_of, SharedAddress input, bool is_new_input) {
+                                            const PageOf& page_of, SharedAddress input_pages, bool is_new_input) {
     using Layout = InputLayout<F, kRows>;
     constexpr uint32_t kUnits = num_units(F, kIn), kLoads = (kUnits + kLoadUnits - 1) / kLoadUnits;
     constexpr int kGroups = (kColumns + kColumnGroup - 1) / kColumnGroup;
@@ -324,21 +324,22 @@ __device__ __forceinline__ void linear_tile(Worker w, const Source source, const
     // One more with each tile that is computed, and not with those that are left out. A call's first tile stages its input,
     // after a barrier, so that calls may begin with either.
     const uint32_t parity = w.loads / kLoads;
+    SharedAddress input = input_pages;
     if constexpr (kLoads > 1) {
         const int count = rows - r_begin;
         constexpr bool kStagesAll = kInputUnits >= kUnits;
-        const auto stage = [&](uint32_t x0) {
+        if (kStagesAll && is_new_input) {
             sync_consumers();  // what this SM's ops before wrote is there; the input before has been read
-            stage_input<F, kRows, kIn, kInputUnits>(w, source, r_begin, count, x0, input);
-        };
-        if (kStagesAll && is_new_input) stage(0);
+            stage_input<F, kRows, kIn, kInputUnits>(w, source, r_begin, count, 0, input);
+        }
         trace(w, kStaged);
         linear_pass<F, kRows, kGroups>(w, sink, r_begin, count, 0, parity, [&](auto& c) {
 #pragma unroll 1
             for (uint32_t load = 0; load < kLoads; load++) {
                 const uint32_t u0 = load * kLoadUnits, u1 = u0 + kLoadUnits < kUnits ? u0 + kLoadUnits : kUnits;
                 const uint32_t x0 = u0 / kInputUnits * kInputUnits;
-                if (!kStagesAll && u0 == x0) stage(x0);
+                if (!kStagesAll && u0 == x0)
+                    input = stage_block<F, kRows, kIn, kInputUnits>(w, source, r_begin, count, x0, input_pages);
                 wait_landed(w);
                 if (load == 0) trace(w, kLanded);
                 accumulate<F, kRows, kGroups, kInputUnits>(w, c, page_of(load), input, count, u0, u1, x0);
