@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from megakernel.float_formats import float_values
+from megakernel.float_formats import FLOAT_BYTES, float_values
 from megakernel.program import Epilogue, Instruction, Op, OpKind, Program, Prologue, Space
 
 MOST_TAGGED_ROWS = 4
@@ -121,7 +121,7 @@ def tags_of(program: Program, formats: Mapping[int, str], start: int, most_rows:
         counters=_counters(program),
         num_bytes=end - start,
         pairs=pairs,
-        normed_by=_normed_by(program, buffers),
+        normed_by=_normed_by(program, formats, buffers),
     )
 
 
@@ -176,8 +176,9 @@ def _buffers(program: Program, formats: Mapping[int, str]) -> Iterator[tuple[str
             yield name, TaggedBuffer(0, reading[0].in_features, "pairs", formats[reading[0].index])
 
 
-def _normed_by(program: Program, tagged: Collection[str]) -> dict[int, int]:
-    """Of ops whose output one op reads before it is written again, as a norm's input."""
+def _normed_by(program: Program, formats: Mapping[int, str], tagged: Collection[str]) -> dict[int, int]:
+    """Of ops whose output one op reads before it is written again, as a norm's input, and multiplies by
+    floats: kernels of quantized weights have no registers left for it."""
     found: dict[int, int] = {}
     last: dict[str, int] = {}
     readers: dict[int, list[Op]] = {}
@@ -188,8 +189,9 @@ def _normed_by(program: Program, tagged: Collection[str]) -> dict[int, int]:
     for op in program.ops:
         if not _writes_floats(op) or written_by(program, op) in tagged:
             continue
-        if [reader.prologue for reader in readers.get(op.index, [])] == [Prologue.RMS_NORM]:
-            found[op.index] = readers[op.index][0].index
+        match readers.get(op.index, []):
+            case [reader] if reader.prologue is Prologue.RMS_NORM and formats[reader.index] in FLOAT_BYTES:
+                found[op.index] = reader.index
     return found
 
 

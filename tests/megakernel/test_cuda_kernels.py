@@ -225,7 +225,7 @@ def check_blocks_of_input(format: str, flags: tuple[str, ...] = ()) -> set[bytes
         9,
         "llama",
         num_layers=1,
-        hidden_size=800,
+        hidden_size=1088,
         intermediate_size=1056,
         num_heads=2,
         head_dim=16,

@@ -232,7 +232,7 @@ COPIES_ARE_THERE = "ptx::copy_async_wait<0>();\n        sync_consumers();\n     
 def test_rows_that_are_copied_and_not_waited_for_are_caught(tmp_path):
     flags = with_fault(tmp_path, "cuda/ops/input.h", COPIES_ARE_THERE, "sync_consumers();\n        return;")
     with pytest.raises(InFlightError):
-        check_interleavings(draw_case(CASES["bucket 32"]), flags=flags)
+        check_blocks_of_input("BF16", flags)
 
 
 BLOCKED_INPUT_FAULTS = {
@@ -302,7 +302,7 @@ COPY_FAULTS = {
 def test_faults_of_what_is_stored_for_the_next_norm_are_caught(fault, tmp_path):
     flags = with_fault(tmp_path, "cuda/tagged.h", *COPY_FAULTS[fault])
     with pytest.raises((EmulationError, AssertionError)):
-        check_interleavings(draw_case(CASES["bucket 32"]), flags=flags)
+        check_blocks_of_input("BF16", flags)
 
 
 STAGING_FAULTS = {

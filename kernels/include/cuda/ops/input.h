@@ -128,8 +128,8 @@ struct Normed {
     }
 };
 
-// What the sums of rows' products are scaled by, from sums of squares: a warp a row, the first kAtOnce of its rows sent for at
-// once.
+// What the sums of rows' products are scaled by, from sums of squares: a warp a row. They are sent for before rows are, to where
+// sums of products will be, as registers are few: a lane uses only what it has itself asked for.
 template <int kIn, int kRows>
 struct RowScales {
     static constexpr int kAtOnce = (kRows + kConsumerWarps - 1) / kConsumerWarps;
@@ -141,25 +141,41 @@ struct RowScales {
         return found;
     }
     static constexpr uint32_t kOfLane = sums_a_lane();
-    float found[kAtOnce][kOfLane];
+    static constexpr bool kIsCopied = kOfLane % 4 == 0 && kSums % 4 == 0 && kAtOnce * kConsumerWarps * kSums * 4 <= kSumsBytes;
 
-    __device__ __forceinline__ void load(const Worker& w, const float* squares, int r0, int count) {
+    static __device__ __forceinline__ SharedAddress copied(const Worker& w, int row, uint32_t at) {
+        return w.shared + kSumsAt + (row * kSums + at) * 4;
+    }
+    static __device__ __forceinline__ void send(const Worker& w, const float* squares, int r0, int count) {
+        if constexpr (!kIsCopied) return;
 #pragma unroll
         for (int i = 0; i < kAtOnce; i++) {
             const int row = w.warp + i * kConsumerWarps;
 #pragma unroll
-            for (uint32_t j = 0; j < kOfLane; j++) {
+            for (uint32_t j = 0; j < kOfLane; j += 4) {
                 const uint32_t at = w.lane * kOfLane + j;
-                found[i][j] = row < count && at < kSums ? ptx::load_global(squares + (r0 + row) * kSums + at) : 0;
+                if (row < count && at < kSums) ptx::copy_async_16(copied(w, row, at), squares + (r0 + row) * kSums + at);
             }
         }
+        ptx::copy_async_commit();
     }
-    __device__ __forceinline__ void store(const Worker& w, float eps, int count) {
+    // kGroups of copies may have been sent since.
+    template <int kGroups>
+    static __device__ __forceinline__ void store(const Worker& w, const float* squares, float eps, int r0, int count) {
+        if constexpr (kIsCopied) ptx::copy_async_wait<kGroups>();
 #pragma unroll
         for (int i = 0; i < kAtOnce; i++) {
             const int row = w.warp + i * kConsumerWarps;
             if (row >= count) return;
-            float(&sums)[kOfLane] = found[i];
+            float sums[kOfLane];
+#pragma unroll
+            for (uint32_t j = 0; j < kOfLane; j++) {
+                const uint32_t at = w.lane * kOfLane + j;
+                if constexpr (kIsCopied)
+                    sums[j] = at < kSums ? ptx::load_shared<float>(copied(w, row, at)) : 0;
+                else
+                    sums[j] = at < kSums ? ptx::load_global(squares + (r0 + row) * kSums + at) : 0;
+            }
 #pragma unroll
             for (uint32_t width = 1; width < kOfLane; width *= 2)
 #pragma unroll
@@ -181,7 +197,7 @@ __device__ __forceinline__ void copy_input(const Worker& w, const PairRows<kIn>&
     for (uint32_t in_row = w.warp * kStagedBlock + w.lane * 8; in_row < kStaged; in_row += kConsumerWarps * kStagedBlock) {
         const uint32_t k = u0 * unit_k(F) + in_row;
         if (k >= kAll) break;
-#pragma unroll 4
+#pragma unroll (is_quantized(F) ? 1 : 4)
         for (int row = 0; row < count; row++) {
             const SharedAddress at = to + row * Layout::row_bytes(kUnits) + in_row * 2;
             if (k < kIn)
@@ -193,6 +209,24 @@ __device__ __forceinline__ void copy_input(const Worker& w, const PairRows<kIn>&
     ptx::copy_async_commit();
 }
 
+// Where copy_input has brought rows to, eight elements for the lane that asked for them.
+template <class Layout, uint32_t kUnits, Format F>
+struct CopiedRows {
+    using Raw = uint4;
+    SharedAddress at;  // of rows from r0 on and units from u0 on
+    int r0;
+    uint32_t u0;
+
+    __device__ __forceinline__ Raw load(const Worker&, int row, uint32_t k) const {
+        return ptx::load_shared<uint4>(at + (row - r0) * Layout::row_bytes(kUnits) + (k - u0 * unit_k(F)) * 2);
+    }
+    __device__ __forceinline__ void settle(const Worker&, Raw&, int, uint32_t) const {}
+};
+
+template <class Rows>
+constexpr bool is_near = false;
+template <class Layout, uint32_t kUnits, Format F>
+constexpr bool is_near<CopiedRows<Layout, kUnits, F>> = true;
 template <class Rows>
 constexpr bool is_pairs = false;
 template <int kIn>
@@ -212,19 +246,19 @@ __device__ __forceinline__ void stage_input(const Worker& w, const Source source
     static_assert(!Source::kIsNormed || kAllBlocks <= kLanes, "a norm's squares: a lane a block, see kSquaresAt");
     constexpr uint32_t kBlocksOfWarp = (kBlocks + kConsumerWarps - 1) / kConsumerWarps;
     // Loads that are on their way at once.
-    constexpr int kMost = sizeof(typename Rows::Raw) > 16 ? 4 : is_pairs<Rows> ? 16 : 8;
+    constexpr int kMost = is_near<Rows> ? 2 : sizeof(typename Rows::Raw) > 16 ? 4 : 8;
     constexpr int kRowsAtOnce = Layout::kChunk < kMost ? Layout::kChunk : kMost;
     constexpr uint32_t kMostAtOnce = kMost / kRowsAtOnce;
     constexpr uint32_t kBlocksAtOnce = kBlocksOfWarp < kMostAtOnce ? kBlocksOfWarp : kMostAtOnce;
     const uint32_t first = u0 * unit_k(F);
-    RowScales<kIn, Layout::kChunk> scales_of_rows;
+    using ScalesOfRows = RowScales<kIn, Layout::kChunk>;
     if constexpr (Source::kHasSquares) {
-        if (u0 == 0) scales_of_rows.load(w, source.squares, r0, count);
+        if (u0 == 0) ScalesOfRows::send(w, source.squares, r0, count);
     }
     if constexpr (is_pairs<Rows> && !is_quantized(F)) {
         copy_input<F, kRows, kIn, kUnits>(w, source.rows, r0, count, u0, to);
         if constexpr (Source::kHasSquares) {
-            if (u0 == 0) scales_of_rows.store(w, source.eps, count);
+            if (u0 == 0) ScalesOfRows::template store<1>(w, source.squares, source.eps, r0, count);
         }
         ptx::copy_async_wait<0>();
         sync_consumers();
@@ -304,7 +338,7 @@ __device__ __forceinline__ void stage_input(const Worker& w, const Source source
         }
     }
     if constexpr (Source::kHasSquares) {
-        if (u0 == 0) scales_of_rows.store(w, source.eps, count);
+        if (u0 == 0) ScalesOfRows::template store<0>(w, source.squares, source.eps, r0, count);
     }
     sync_consumers();
     if constexpr (Source::kIsNormed) {
@@ -319,20 +353,6 @@ __device__ __forceinline__ void stage_input(const Worker& w, const Source source
         }
     }
 }
-
-// Where copy_input has brought rows to, eight elements for the lane that asked for them.
-template <class Layout, uint32_t kUnits, Format F>
-struct CopiedRows {
-    using Raw = uint4;
-    SharedAddress at;  // of rows from r0 on and units from u0 on
-    int r0;
-    uint32_t u0;
-
-    __device__ __forceinline__ Raw load(const Worker&, int row, uint32_t k) const {
-        return ptx::load_shared<uint4>(at + (row - r0) * Layout::row_bytes(kUnits) + (k - u0 * unit_k(F)) * 2);
-    }
-    __device__ __forceinline__ void settle(const Worker&, Raw&, int, uint32_t) const {}
-};
 
 template <class Rows, class Copied>
 __device__ __forceinline__ Plain<Copied> with_rows(const Plain<Rows>&, const Copied& rows) {
@@ -374,8 +394,11 @@ __device__ __forceinline__ SharedAddress stage_block(const Worker& w, const Sour
             if (has_next) copy(u0 + kUnits, second);  // where each lane has read what it had asked for
         } else {
             if constexpr (Source::kHasSquares) {
-                RowScales<kIn, Layout::kChunk> scales;
-                if (u0 == 0) scales.load(w, source.squares, r0, count), scales.store(w, source.eps, count);
+                using ScalesOfRows = RowScales<kIn, Layout::kChunk>;
+                if (u0 == 0) {
+                    ScalesOfRows::send(w, source.squares, r0, count);
+                    ScalesOfRows::template store<0>(w, source.squares, source.eps, r0, count);
+                }
             }
             ptx::copy_async_wait<0>();
             sync_consumers();
