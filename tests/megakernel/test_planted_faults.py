@@ -26,7 +26,13 @@ from megakernel.validate import validate
 from megakernel.vm_state import Arithmetic, OpWeights
 from tests.megakernel.emulated_cases import Case, draw_case
 from tests.megakernel.op_by_op import check_ops
-from tests.megakernel.test_cuda_kernels import AT_ONCE, check_blocks_of_input, check_whole_step, model_of
+from tests.megakernel.test_cuda_kernels import (
+    AT_ONCE,
+    IN_BLOCKS,
+    check_blocks_of_input,
+    check_whole_step,
+    model_of,
+)
 
 CASES = {"K in blocks": 31, "bucket 32": 33}
 CASE_OF_INPUT_IN_BLOCKS, CASE_OF_ONE_BIT, CASE_OF_FEW_ROWS = 18, 45, 16
@@ -232,7 +238,7 @@ COPIES_ARE_THERE = "ptx::copy_async_wait<0>();\n        sync_consumers();\n     
 def test_rows_that_are_copied_and_not_waited_for_are_caught(tmp_path):
     flags = with_fault(tmp_path, "cuda/ops/input.h", COPIES_ARE_THERE, "sync_consumers();\n        return;")
     with pytest.raises(InFlightError):
-        check_blocks_of_input("BF16", flags)
+        check_blocks_of_input("BF16", IN_BLOCKS, flags=flags)
 
 
 BLOCKED_INPUT_FAULTS = {
@@ -248,12 +254,12 @@ BLOCKED_INPUT_FAULTS = {
         "if (has_next) copy(u0 + kUnits, other); sync_consumers();",
     ),
     "converted before it has come": (
-        "Q8_0",
+        "Q4_1",
         "            ptx::copy_async_wait<0>();\n            sync_consumers();\n            const CopiedRows",
         "            sync_consumers();\n            const CopiedRows",
     ),
     "converted to where the one before is read": (
-        "Q8_0",
+        "Q4_1",
         "            sync_consumers();\n            const CopiedRows",
         "            const CopiedRows",
     ),
@@ -266,7 +272,7 @@ def test_faults_between_blocks_of_an_input_are_caught(fault, tmp_path):
     format, right, wrong = BLOCKED_INPUT_FAULTS[fault]
     flags = with_fault(tmp_path, "cuda/ops/input.h", right, wrong)
     with pytest.raises((EmulationError, AssertionError)):
-        check_blocks_of_input(format, flags)
+        check_blocks_of_input(format, IN_BLOCKS, flags=flags)
 
 
 TAG_FAULTS = {
@@ -302,7 +308,7 @@ COPY_FAULTS = {
 def test_faults_of_what_is_stored_for_the_next_norm_are_caught(fault, tmp_path):
     flags = with_fault(tmp_path, "cuda/tagged.h", *COPY_FAULTS[fault])
     with pytest.raises((EmulationError, AssertionError)):
-        check_blocks_of_input("BF16", flags)
+        check_blocks_of_input("BF16", IN_BLOCKS, flags=flags)
 
 
 STAGING_FAULTS = {
