@@ -73,8 +73,10 @@ def k_blocks(
     while round_k > STAGED_BLOCK and weight_tile_bytes(stored, columns, round_k) > load_bytes:
         round_k //= 2  # some warps have nothing of a load then
     rounds = max(1, load_bytes // weight_tile_bytes(stored, columns, round_k))
-    if input_is_small and fits(KBlocks(min(k, round_k), k)):
-        return KBlocks(min(k, rounds * round_k), k)
+    if input_is_small:
+        for fewer in range(rounds, 0, -1):
+            if fits(blocks := KBlocks(min(k, fewer * round_k), k)):
+                return blocks
     block_bytes = int(machine.usable_bytes * _INPUT_SHARE) // 2  # one is multiplied, and one on its way
     for input_rounds in range(max(1, block_bytes // input_tile_bytes(round_k, rows, stored)), 0, -1):
         rounds = min(rounds, input_rounds)

@@ -90,7 +90,7 @@ struct Plain {
     Rows rows;
 };
 
-// Rows to be normed that NormedTo has written.
+// Rows to be normed that NormedTo has written, for products of floats.
 template <int kIn, class Rows>
 struct Weighted {
     static constexpr bool kIsNormed = false, kHasSquares = true;
@@ -243,6 +243,7 @@ __device__ __forceinline__ void stage_input(const Worker& w, const Source source
     using Rows = decltype(source.rows);
     constexpr uint32_t kBlocks = (kUnits * unit_k(F) + kStagedBlock - 1) / kStagedBlock;  // of a row
     constexpr uint32_t kAllBlocks = (kIn + kStagedBlock - 1) / kStagedBlock;
+    static_assert(!Source::kHasSquares || !is_quantized(F));
     static_assert(!Source::kIsNormed || kAllBlocks <= kLanes, "a norm's squares: a lane a block, see kSquaresAt");
     constexpr uint32_t kBlocksOfWarp = (kBlocks + kConsumerWarps - 1) / kConsumerWarps;
     // Loads that are on their way at once.
@@ -251,15 +252,11 @@ __device__ __forceinline__ void stage_input(const Worker& w, const Source source
     constexpr uint32_t kMostAtOnce = kMost / kRowsAtOnce;
     constexpr uint32_t kBlocksAtOnce = kBlocksOfWarp < kMostAtOnce ? kBlocksOfWarp : kMostAtOnce;
     const uint32_t first = u0 * unit_k(F);
-    using ScalesOfRows = RowScales<kIn, Layout::kChunk>;
-    if constexpr (Source::kHasSquares) {
-        if (u0 == 0) ScalesOfRows::send(w, source.squares, r0, count);
-    }
     if constexpr (is_pairs<Rows> && !is_quantized(F)) {
+        using ScalesOfRows = RowScales<kIn, Layout::kChunk>;
+        if constexpr (Source::kHasSquares) ScalesOfRows::send(w, source.squares, r0, count);
         copy_input<F, kRows, kIn, kUnits>(w, source.rows, r0, count, u0, to);
-        if constexpr (Source::kHasSquares) {
-            if (u0 == 0) ScalesOfRows::template store<1>(w, source.squares, source.eps, r0, count);
-        }
+        if constexpr (Source::kHasSquares) ScalesOfRows::template store<1>(w, source.squares, source.eps, r0, count);
         ptx::copy_async_wait<0>();
         sync_consumers();
         return;
@@ -337,9 +334,6 @@ __device__ __forceinline__ void stage_input(const Worker& w, const Source source
             }
         }
     }
-    if constexpr (Source::kHasSquares) {
-        if (u0 == 0) ScalesOfRows::template store<0>(w, source.squares, source.eps, r0, count);
-    }
     sync_consumers();
     if constexpr (Source::kIsNormed) {
         if (u0 + kUnits < num_units(F, kIn)) return;
@@ -352,15 +346,6 @@ __device__ __forceinline__ void stage_input(const Worker& w, const Source source
             if (w.lane == 0) ptx::store_shared(w.shared + kScalesAt + row * 4, ptx::reciprocal_sqrt_approx(total / kIn + source.eps));
         }
     }
-}
-
-template <class Rows, class Copied>
-__device__ __forceinline__ Plain<Copied> with_rows(const Plain<Rows>&, const Copied& rows) {
-    return {rows};
-}
-template <int kIn, class Rows, class Copied>
-__device__ __forceinline__ Weighted<kIn, Copied> with_rows(const Weighted<kIn, Rows>& source, const Copied& rows) {
-    return {rows, source.squares, source.eps};
 }
 
 // The block of rows' units from u0 on, of those of kUnits that `input` has room for twice; all consumers. Returns where it
@@ -390,7 +375,7 @@ __device__ __forceinline__ SharedAddress stage_block(const Worker& w, const Sour
             ptx::copy_async_wait<0>();
             sync_consumers();
             const CopiedRows<Layout, kUnits, F> copied{second, r0, u0};
-            stage_input<F, kRows, kIn, kUnits>(w, with_rows(source, copied), r0, count, u0, input);
+            stage_input<F, kRows, kIn, kUnits>(w, Plain<CopiedRows<Layout, kUnits, F>>{copied}, r0, count, u0, input);
             if (has_next) copy(u0 + kUnits, second);  // where each lane has read what it had asked for
         } else {
             if constexpr (Source::kHasSquares) {
