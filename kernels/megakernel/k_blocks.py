@@ -78,12 +78,16 @@ def k_blocks(
             if fits(blocks := KBlocks(min(k, fewer * round_k), k)):
                 return blocks
     block_bytes = int(machine.usable_bytes * _INPUT_SHARE) // 2  # one is multiplied, and one on its way
-    for input_rounds in range(max(1, block_bytes // input_tile_bytes(round_k, rows, stored)), 0, -1):
-        rounds = min(rounds, input_rounds)
-        blocks = KBlocks(min(k, rounds * round_k), min(k, input_rounds // rounds * rounds * round_k))
-        if fits(blocks):
-            break
-    return blocks
+    while True:
+        for input_rounds in range(max(1, block_bytes // input_tile_bytes(round_k, rows, stored)), 0, -1):
+            rounds = min(rounds, input_rounds)
+            blocks = KBlocks(min(k, rounds * round_k), min(k, input_rounds // rounds * rounds * round_k))
+            if fits(blocks):
+                return blocks
+        if round_k <= STAGED_BLOCK:
+            return blocks
+        round_k //= 2
+        rounds = max(1, load_bytes // weight_tile_bytes(stored, columns, round_k))
 
 
 def planned_k_blocks(

@@ -10,6 +10,7 @@ from megakernel.k_blocks import k_blocks
 from megakernel.linear_tiles import linear_roles
 from megakernel.machine import load_machine
 from megakernel.model.shape import ModelShape
+from megakernel.pack_cuda import PACKED_FORMATS
 from megakernel.shapes import SHAPES
 from tests.megakernel.test_compiled_programs import MACHINES
 
@@ -17,7 +18,7 @@ ROWS = (*range(1, 18), 32, 64)
 
 
 def formats_of(shape: ModelShape) -> list[dict[str, str]]:
-    return [usual_formats(shape), *(uniform_formats(shape, name) for name in ("Q4_0", "Q8_0", "BF16"))]
+    return [usual_formats(shape), *(uniform_formats(shape, name) for name in PACKED_FORMATS)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
