@@ -84,56 +84,71 @@ struct Attended {
     }
 };
 
-// A row's splits of a KV head's group, merged in ascending order.
+// Of a row's query heads of a KV head, so many elements are a warp's at once when splits are merged: each lane has two
+// neighbours or, of one head, twice that.
+template <class Shape>
+constexpr int kMergedPairs = Shape::kDim % 128 == 0 ? 2 : 1;
+template <class Shape>
+constexpr int kMergedElements = 64 * kMergedPairs<Shape>;
+
+// A row's splits of a KV head's group, merged in ascending order: a warp's elements, from `first` on.
 template <class Shape, class Heads>
 __device__ __forceinline__ void merge_splits(const Worker& w, const AttentionTiles& tiles, const Attended<Heads>& attended, int row,
-                                             uint32_t kv_head, int num_splits) {
-    constexpr int kDim = Shape::kDim, kAtOnce = 8;
+                                             uint32_t kv_head, int num_splits, int first) {
+    constexpr int kDim = Shape::kDim, kPairs = kMergedPairs<Shape>, kAtOnce = 8;
     constexpr uint32_t kHeadBytes = (kDim + 2) * 4, kBlockBytes = Shape::kHeads * kHeadBytes;
+    const int item = first + static_cast<int>(w.lane) * 2;
+    if (item >= Shape::kElements) return;
     const uint8_t* of_row = reinterpret_cast<const uint8_t*>(attended.template splits_of<Shape>(w, row, 0, kv_head));
     const uint32_t first_block = tiles.first_block(row), num_blocks = tiles.num_blocks;
+    const uint8_t* of_head = ptx::settled_pointer(of_row + item / kDim * kHeadBytes);
+    const uint8_t* of_element = ptx::settled_pointer(of_head + 8 + item % kDim * 4);
+    float largest = -__builtin_huge_valf(), total = 0;
+    float2 mixed[kPairs] = {};
 #pragma unroll 1
-    for (int item = w.thread * 2; item < Shape::kElements; item += kConsumers * 2) {
-        const uint8_t* of_head = ptx::settled_pointer(of_row + item / kDim * kHeadBytes);
-        const uint8_t* of_element = ptx::settled_pointer(of_head + 8 + item % kDim * 4);
-        float largest = -__builtin_huge_valf(), total = 0;
-        float2 mixed{0, 0};
-#pragma unroll 1
-        for (int split0 = 0; split0 < num_splits; split0 += kAtOnce) {
-            float2 extremes[kAtOnce], values[kAtOnce];
+    for (int split0 = 0; split0 < num_splits; split0 += kAtOnce) {
+        float2 extremes[kAtOnce], values[kAtOnce][kPairs];
 #pragma unroll
-            for (int i = 0; i < kAtOnce; i++) {
-                // In place of splits past the last, the last again, without weight.
-                const bool is_there = split0 + i < num_splits;
-                uint32_t block = first_block + (is_there ? split0 + i : num_splits - 1);
-                if (block >= num_blocks) block -= num_blocks;
-                const uint64_t at = static_cast<uint64_t>(block) * kBlockBytes;
-                extremes[i] = ptx::load_global(reinterpret_cast<const float2*>(of_head + at));
-                values[i] = ptx::load_global(reinterpret_cast<const float2*>(of_element + at));
-                if (!is_there) extremes[i] = {-__builtin_huge_valf(), 0};
-            }
-            float top = largest;
+        for (int i = 0; i < kAtOnce; i++) {
+            // In place of splits past the last, the last again, without weight.
+            const bool is_there = split0 + i < num_splits;
+            uint32_t block = first_block + (is_there ? split0 + i : num_splits - 1);
+            if (block >= num_blocks) block -= num_blocks;
+            const uint64_t at = static_cast<uint64_t>(block) * kBlockBytes;
+            extremes[i] = ptx::load_global(reinterpret_cast<const float2*>(of_head + at));
 #pragma unroll
-            for (int i = 0; i < kAtOnce; i++) top = fmaxf(top, extremes[i].x);
-            const float kept = exp_f32(largest - top);
-            largest = top, total *= kept, mixed.x *= kept, mixed.y *= kept;
+            for (int p = 0; p < kPairs; p++) values[i][p] = ptx::load_global(reinterpret_cast<const float2*>(of_element + at) + p * 32);
+            if (!is_there) extremes[i] = {-__builtin_huge_valf(), 0};
+        }
+        float top = largest;
 #pragma unroll
-            for (int i = 0; i < kAtOnce; i++) {
-                const float share = exp_f32(extremes[i].x - top);
-                total = fma_f32(share, extremes[i].y, total);
-                mixed.x = fma_f32(share, values[i].x, mixed.x);
-                mixed.y = fma_f32(share, values[i].y, mixed.y);
+        for (int i = 0; i < kAtOnce; i++) top = fmaxf(top, extremes[i].x);
+        const float kept = exp_f32(largest - top);
+        largest = top, total *= kept;
+#pragma unroll
+        for (int p = 0; p < kPairs; p++) mixed[p].x *= kept, mixed[p].y *= kept;
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++) {
+            const float share = exp_f32(extremes[i].x - top);
+            total = fma_f32(share, extremes[i].y, total);
+#pragma unroll
+            for (int p = 0; p < kPairs; p++) {
+                mixed[p].x = fma_f32(share, values[i][p].x, mixed[p].x);
+                mixed[p].y = fma_f32(share, values[i][p].y, mixed[p].y);
             }
         }
-        const float scale = divide_f32(1, total);
-        attended.heads.store_two(w, attended.template first_of_group<Shape>(w, row, kv_head) + item, mixed.x * scale,
-                                 mixed.y * scale);
     }
+    const float scale = divide_f32(1, total);
+#pragma unroll
+    for (int p = 0; p < kPairs; p++)
+        attended.heads.store_two(w, attended.template first_of_group<Shape>(w, row, kv_head) + item + p * 64, mixed[p].x * scale,
+                                 mixed[p].y * scale);
 }
 
 // After an SM's splits of up to 32 rows: who brings the last of a row's splits of a KV head merges all of them. Each warp
 // counts a tile's splits as arrived, so that eight tiles' counters are waited for at once; and only now, as an
-// acquiring one would hold up the loads of splits to come.
+// acquiring one would hold up the loads of splits to come. SMs are done with all their rows at about the same time, so that
+// the last of them has to merge nearly all: its warps share these out.
 template <class Shape, class Heads>
 __device__ __forceinline__ void merge_rows(const Worker& w, const AttentionTiles& tiles, const Attended<Heads>& attended,
                                            int row0) {
@@ -161,6 +176,7 @@ __device__ __forceinline__ void merge_rows(const Worker& w, const AttentionTiles
         sync_consumers();
         uint32_t found = 0;
         if (w.lane < kConsumerWarps) found = ptx::load_shared<uint32_t>(w.shared + kSelectionAt + w.lane * 4);
+        uint32_t turn = w.warp;
 #pragma unroll 1
         for (uint32_t warps = ptx::ballot(found != 0); warps; warps &= warps - 1) {
             const uint32_t of_warp = ptx::lowest_bit(warps);
@@ -168,7 +184,10 @@ __device__ __forceinline__ void merge_rows(const Worker& w, const AttentionTiles
 #pragma unroll 1
             for (uint32_t rows = ptx::shuffle(found, of_warp); rows; rows &= rows - 1) {
                 const uint32_t row = ptx::lowest_bit(rows);
-                merge_splits<Shape>(w, tiles, attended, row0 + row, kv_head, AttendingRow::num_splits<Shape>(w, row));
+#pragma unroll 1
+                for (int first = 0; first < Shape::kElements; first += kMergedElements<Shape>, turn++)
+                    if (turn % kConsumerWarps == 0)
+                        merge_splits<Shape>(w, tiles, attended, row0 + row, kv_head, AttendingRow::num_splits<Shape>(w, row), first);
             }
         }
     }
