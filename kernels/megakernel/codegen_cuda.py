@@ -14,21 +14,19 @@ import msgspec
 from megakernel.artifact import WeightLayout, lay_out_weights, matrix_names
 from megakernel.buffer_layout import lay_out_buffers
 from megakernel.codegen_limits import CodegenError
+from megakernel.cuda_activations import (
+    ATTENDED,
+    SQUARES,
+    WEIGHTED,
+    StoredActivations,
+    stored_activations,
+)
 from megakernel.cuda_call_source import HEAD_SUMS, CallContext, CallSource, shape_name
 from megakernel.cuda_calls import Call, Loop, Operands, calls_of
 from megakernel.cuda_constants import ASSERTION, RESERVED_BYTES, SQUARED_COLUMNS, THREADS_A_BLOCK
 from megakernel.cuda_counters import counters_of
 from megakernel.cuda_limits import check_cuda_programs
 from megakernel.cuda_literals import Literals
-from megakernel.cuda_tags import (
-    ATTENDED,
-    MOST_TAGGED_ROWS,
-    SQUARES,
-    WEIGHTED,
-    Tags,
-    tags_of,
-    without_needless,
-)
 from megakernel.footprint import stages_attention
 from megakernel.program import (
     Geometry,
@@ -45,9 +43,8 @@ class GeneratedCuda(msgspec.Struct, frozen=True, kw_only=True):
     buffer_offsets: Mapping[str, int]
     """Bytes from the start of the activations, by buffer name."""
     activation_bytes: int
-    tags: tuple[Tags, ...]
-    """By program: what is in memory of their own, as its values carry numbers."""
-    tagged_bytes: int
+    activations: tuple[StoredActivations, ...]
+    """By program: which are not plain floats."""
     num_counters: int
     """Of all buckets: see counters_of."""
     shared_bytes: int
@@ -59,11 +56,8 @@ class GeneratedCuda(msgspec.Struct, frozen=True, kw_only=True):
         return f"step_rows{bucket}"
 
 
-def generate_cuda(
-    programs: Sequence[Program], formats: Mapping[str, str], most_tagged_rows: int = MOST_TAGGED_ROWS
-) -> GeneratedCuda:
-    """One source for all of an artifact's programs, ascending by bucket. Activations are tagged in those
-    of at most so many rows. Raises CodegenError."""
+def generate_cuda(programs: Sequence[Program], formats: Mapping[str, str]) -> GeneratedCuda:
+    """One source for all of an artifact's programs, ascending by bucket. Raises CodegenError."""
     check_cuda_programs(programs)
     layout = lay_out_weights(programs[0], formats, "cuda")
     offsets, end = lay_out_buffers(programs, _LINE_BYTES)
@@ -81,11 +75,8 @@ def generate_cuda(
     for program in programs:
         first_counters.append(num_counters)
         num_counters += counters_of(program)
-    tags, tagged_bytes = [], 0
-    for program in programs:
-        tags.append(tags_of(program, _formats(program, layout), tagged_bytes, most_tagged_rows))
-        tagged_bytes += tags[-1].num_bytes
-    writer = _Source(programs, layout, offsets, first_counters, tags)
+    activations = [stored_activations(program, _formats(program, layout)) for program in programs]
+    writer = _Source(programs, layout, offsets, first_counters, activations)
     source = "\n".join(writer.lines()) + "\n"
     first = programs[0]
     return GeneratedCuda(
@@ -93,8 +84,7 @@ def generate_cuda(
         layout=layout,
         buffer_offsets=offsets,
         activation_bytes=activation_bytes,
-        tags=tuple(tags),
-        tagged_bytes=max(tagged_bytes, _LINE_BYTES),
+        activations=tuple(activations),
         num_counters=num_counters,
         shared_bytes=RESERVED_BYTES + max(p.num_pages * p.page_bytes for p in programs),
         num_blocks=len(first.workers),
@@ -121,13 +111,13 @@ class _Source:
         layout: WeightLayout,
         offsets: Mapping[str, int],
         first_counters: Sequence[int],
-        tags: Sequence[Tags],
+        activations: Sequence[StoredActivations],
     ) -> None:
         self.programs = programs
         self.layout = layout
         self.offsets = offsets
         self.first_counters = first_counters
-        self.tags = tags
+        self.activations = activations
 
     def lines(self) -> Iterator[str]:
         first = self.programs[0]
@@ -140,7 +130,7 @@ class _Source:
         of_model = f"{geometry.num_heads}, {geometry.num_kv_heads}, {geometry.head_dim}, {first.split_tokens}"
         for is_staged in sorted({stages_attention(program) for program in self.programs}):
             yield f"using {shape_name(is_staged)} = AttentionShape<{of_model}, {str(is_staged).lower()}>;"
-        for bucket in zip(self.programs, self.first_counters, self.tags, strict=True):
+        for bucket in zip(self.programs, self.first_counters, self.activations, strict=True):
             yield from _Bucket(self, *bucket).lines()
         yield "}  // namespace"
         for program, first_counter in zip(self.programs, self.first_counters, strict=True):
@@ -176,19 +166,21 @@ class _Source:
 class _Bucket:
     """One bucket's two roles."""
 
-    def __init__(self, source: _Source, program: Program, first_counter: int, tags: Tags) -> None:
+    def __init__(
+        self, source: _Source, program: Program, first_counter: int, activations: StoredActivations
+    ) -> None:
         self.source = source
-        self.program = without_needless(program, tags)
-        self.tags = tags
+        self.program = program
+        self.activations = activations
         self.bucket = program.bucket
         self.literals = Literals(f"kLiterals{program.bucket}_")
         self.context = CallContext(
-            program=self.program,
+            program=program,
             layout=source.layout,
             offsets=source.offsets,
             literals=self.literals,
             first_counter=first_counter,
-            tags=tags,
+            activations=activations,
         )
 
     def lines(self) -> Iterator[str]:
@@ -212,25 +204,17 @@ class _Bucket:
         if names := matrix_names(op):
             numbers["weights"] = layout.at(*names).offset
             formats = (layout.at(*names).format,)
-        if op.norm:
-            numbers["norm"] = layout.at(op.norm).offset
         if op.biases:
             numbers["bias"] = layout.at(*op.biases).offset
         for index, name in enumerate(op.head_norms):
             numbers[f"head_norm{index}"] = layout.at(name).offset
-        if op.index in self.tags.writers:
-            numbers["input_tag"] = self.tags.writers[op.index]
-        if op.index in self.tags.held:
-            numbers["held_tag"] = self.tags.held[op.index]
-        numbers["output_tag"] = op.index
-        copied_as = ""
-        if (reader := self.tags.normed_by.get(op.index)) is not None:
+        stored_as = self.activations.pairs.get(op.index, "")
+        if (reader := self.activations.normed_by.get(op.index)) is not None:
             normed_by = self.program.ops[reader]
             numbers["next_norm"] = layout.at(normed_by.norm).offset
-            copied_as = layout.at(*matrix_names(normed_by)).format
-        is_copied = op.index in self.tags.normed_by.values()
+            stored_as = layout.at(*matrix_names(normed_by)).format
         sizes = op.in_features, op.out_features
-        return Operands((formats, op.epilogue, op.prologue, *sizes, copied_as, is_copied), numbers)
+        return Operands((formats, op.epilogue, op.prologue, *sizes, stored_as), numbers)
 
     def part(self, part: Call | Loop, role: str) -> Iterator[str]:
         if isinstance(part, Call):

@@ -29,7 +29,6 @@ class FailureCode(IntEnum):
     WEIGHTS_WAIT = 2
     PROGRESS_WAIT = 3
     STEP_WAIT = 4
-    INPUT_WAIT = 5
     REPORTING = 0xFFFFFFFF
 
 
@@ -57,10 +56,7 @@ class StepArguments(ctypes.Structure):
     """`run.num_steps` is 1 unless somebody says otherwise."""
 
     _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("weights", "activations", "tagged", "kv", "turns", "counters")
-        ),
+        *((name, ctypes.c_void_p) for name in ("weights", "activations", "kv", "turns", "counters")),
         ("failure", ctypes.c_void_p),
         *((name, ctypes.c_void_p) for name in ("token_ids", "positions", "slots", "context_lengths")),
         *((name, ctypes.c_void_p) for name in ("path_slots", "path_starts", "table_rows", "block_tables")),

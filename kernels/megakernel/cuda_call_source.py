@@ -7,11 +7,11 @@ import msgspec
 
 from megakernel.artifact import WeightLayout, matrix_names
 from megakernel.codegen_limits import CodegenError
+from megakernel.cuda_activations import ATTENDED, SQUARES, WEIGHTED, StoredActivations, read_by
 from megakernel.cuda_calls import Call, Pattern, Run, WaitAt, pattern_of
 from megakernel.cuda_constants import ROW_CHUNK
 from megakernel.cuda_counters import head_arrivals_at, row_chunks, split_arrivals_at
 from megakernel.cuda_literals import Literals
-from megakernel.cuda_tags import ATTENDED, SQUARES, WEIGHTED, TaggedBuffer, Tags, read_by, written_by
 from megakernel.footprint import stages_attention
 from megakernel.program import (
     Epilogue,
@@ -38,7 +38,7 @@ class CallContext(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """Bytes from the start of the activations, by buffer name, of ATTENDED and of HEAD_SUMS."""
     literals: Literals
     first_counter: int
-    tags: Tags
+    activations: StoredActivations
 
 
 def shape_name(is_staged: bool) -> str:
@@ -54,7 +54,7 @@ class CallSource:
         self.program = context.program
         self.layout = context.layout
         self.literals = context.literals
-        self.tags = context.tags
+        self.activations = context.activations
         self.call = call
         self.op = context.program.ops[call.op]
 
@@ -70,10 +70,7 @@ class CallSource:
         )
 
     def consume(self) -> list[str]:
-        lines = ["trace(w, kBegun);", *self.prefetch(), *self.waits()]
-        if self.tagged_input is not None:
-            lines.append("source.rows.await(w);")
-        lines.append("trace(w, kWaited);")
+        lines = ["trace(w, kBegun);", *self.prefetch(), *self.waits(), "trace(w, kWaited);"]
         lines += self.attention() if self.call.opcode is Opcode.ATTENTION else self.loop(self.consume_tile())
         lines += self.signal()
         return self.where_run(lines)
@@ -253,42 +250,9 @@ class CallSource:
     def vector(self, name: str) -> str:
         return f"reinterpret_cast<const float*>(w.step.weights + {self.number(name)})"
 
-    @property
-    def tagged_input(self) -> TaggedBuffer | None:
-        return self.tags.buffers.get(read_by(self.program, self.op))
-
-    @property
-    def tagged_output(self) -> TaggedBuffer | None:
-        return self.tags.buffers.get(written_by(self.program, self.op))
-
-    def tag(self, name: str) -> str:
-        """Of one of the op's numbers."""
-        value, stride = self.call.numbers[name], self.call.strides.get(name, 0)
-        return f"Tag{{{self.tags.num_ops}u, {value}u, {stride}u, {'layer' if stride else '0u'}}}"
-
-    def rows(self) -> str:
-        """What a linear op reads."""
-        op = self.op
-        if (tagged := self.tagged_input) is not None:
-            rows = f"reinterpret_cast<const uint2*>(w.step.tagged + w.zero() + {tagged.offset})"
-            name = "TaggedFloats" if tagged.holds == "floats" else "TaggedPairs"
-            return f"{name}<{op.in_features}>{{{rows}, {self.tag('input_tag')}}}"
-        name = read_by(self.program, op)
-        kind, element = ("PairRows", "uint32_t") if name in self.tags.pairs else ("FloatRows", "float")
-        return f"{kind}<{op.in_features}>{{{self.buffer_named(name, element)}}}"
-
-    def to(self, name: str, n0: str = "") -> str:
-        """Where an op writes `name`, from element `n0` of a row on."""
-        if name in self.tags.pairs:
-            kind = f"PairsTo<Format::k{self.tags.pairs[name]}>"
-            return f"{kind}{{{self.context.offsets[name]}{f' + {n0} * 2' if n0 else ''}}}"
-        if (tagged := self.tagged_output) is None:
-            return f"FloatsTo{{{self.context.offsets[name]}{f' + {n0} * 4' if n0 else ''}}}"
-        if tagged.holds == "floats":
-            kind, from_n0 = "TaggedFloatsTo", f" + {n0} * 8" if n0 else ""
-        else:
-            kind, from_n0 = f"TaggedPairsTo<Format::k{tagged.format}>", f" + {n0} * 4" if n0 else ""
-        return f"{kind}{{{tagged.offset}{from_n0}, {self.tag('output_tag')}}}"
+    def pairs(self) -> str:
+        """How the op's output is stored, for the op that reads it."""
+        return f"PairsTo<Format::k{self.activations.pairs[self.op.index]}>"
 
     def buffer(self, index: int) -> str:
         return self.buffer_named(self.program.buffers[index].name)
@@ -304,7 +268,7 @@ class CallSource:
                 return [
                     f"const uint32_t n0 = tile * {call.tile_columns};",
                     f"embed_tile<{self.format}, {geometry.hidden_size}>(w, {self.number('weights')}, n0, "
-                    f"n0 + {call.columns}, {self.to(self.program.buffers[op.output].name)}, {self.copy()});",
+                    f"n0 + {call.columns}, {self.buffer(op.output)}, {self.normed_to()});",
                     "w.next(false);",
                 ]
             case _:
@@ -316,12 +280,11 @@ class CallSource:
         arrivals = self.context.first_counter + split_arrivals_at(program)
         queries, splits = program.buffers[op.input], program.buffers[op.output]
         offsets = self.context.offsets
-        heads = self.to(ATTENDED)
         attended = (
-            f"{offsets[queries.name]}, {offsets[splits.name]}, {splits.columns}, {heads}, "
+            f"{offsets[queries.name]}, {offsets[splits.name]}, {splits.columns}, {{{offsets[ATTENDED]}}}, "
             f"w.step.counters + {arrivals}, {program.bucket}"
         )
-        kind, shape = f"Attended<{heads.partition('{')[0]}>", shape_name(stages_attention(program))
+        kind, shape = f"Attended<{self.pairs()}>", shape_name(stages_attention(program))
         return [
             f"attention_tiles<{shape}>(w, {self.number('layer')}, tiles, begun, {kind}{{{attended}}}, "
             f"{self.attention_page()});",
@@ -351,51 +314,38 @@ class CallSource:
         skip = [f"report_progress(w, {loads});"]
         return [*self.place(), *self.where_needed([statement, f"w.next({loads}, {loads});"], skip)]
 
-    def copy(self) -> str:
-        """What becomes of an op's output besides."""
-        if (reader := self.tags.normed_by.get(self.op.index)) is None:
-            return "NotNormed{}"
-        format = self.layout.at(*matrix_names(self.program.ops[reader])).format
+    def normed_to(self) -> str:
+        """Where the op's output goes besides, weighted for the norm of the op that reads it."""
+        reader = self.program.ops[self.activations.normed_by[self.op.index]]
+        format = self.layout.at(*matrix_names(reader)).format
         to, squares = self.context.offsets[WEIGHTED], self.context.offsets[SQUARES]
         columns = self.program.buffers[self.op.output].columns
         return f"NormedTo<Format::k{format}>{{{to}, {squares}, {columns}, {self.vector('next_norm')}}}"
 
     def input(self) -> str:
         op = self.op
-        if op.index in self.tags.normed_by.values():
-            kind = f"PairRows<{op.in_features}>"
-            rows, squares = self.buffer_named(WEIGHTED, "uint32_t"), self.buffer_named(SQUARES)
-            eps = _f32(self.program.geometry.rms_norm_eps)
-            return f"Weighted<{op.in_features}, {kind}>{{{kind}{{{rows}}}, {squares}, {eps}}}"
-        rows = self.rows()
-        kind = rows.partition("{")[0]
         if op.prologue is not Prologue.RMS_NORM:
-            return f"Plain<{kind}>{{{rows}}}"
+            rows = self.buffer_named(read_by(self.program, op), "uint32_t")
+            return f"Plain<{op.in_features}>{{{{{rows}}}}}"
+        rows, squares = self.buffer_named(WEIGHTED, "uint32_t"), self.buffer_named(SQUARES)
         eps = _f32(self.program.geometry.rms_norm_eps)
-        is_one_tile = _bool(max(run.count for run in self.call.all_runs()) == 1)
-        return f"Normed<{op.in_features}, {is_one_tile}, {kind}>(w, {rows}, {self.vector('norm')}, {eps})"
+        return f"Weighted<{op.in_features}>{{{{{rows}}}, {squares}, {eps}}}"
 
     def sink(self, *, is_normed: bool) -> str:
         op, call, program, geometry = self.op, self.call, self.program, self.program.geometry
         template = f"{call.columns}, {_bool(is_normed)}"
         columns = program.buffers[op.output].columns
         name = program.buffers[op.output].name
-        is_tagged = self.tagged_output is not None
         match op.epilogue:
-            case Epilogue.RESIDUAL if is_tagged:
-                added_to = f"{self.to(name, 'n0')}, {columns}, {self.tag('held_tag')}"
-                return f"TaggedResidual<{template}>{{{{}}, {added_to}}}"
-            case Epilogue.SWIGLU if is_tagged or name in self.tags.pairs:
-                to = self.to(name, "n0 / 2")
-                return f"SwiGluPairs<{template}, {to.partition('{')[0]}>{{{{}}, {to}, {columns}}}"
+            case Epilogue.SWIGLU:
+                to = f"{self.context.offsets[name]} + n0 / 2 * 2"
+                return f"SwiGlu<{template}, {self.pairs()}>{{{{}}, {{{to}}}, {columns}}}"
             case Epilogue.STORE:
                 return f"Store<{template}>{{{{}}, {self.buffer(op.output)} + n0, {columns}}}"
             case Epilogue.RESIDUAL:
-                copy = self.copy()
-                kind = f"Residual<{template}, {copy.partition('{')[0]}>"
-                return f"{kind}{{{{}}, {self.buffer(op.output)} + n0, {columns}, n0, {copy}}}"
-            case Epilogue.SWIGLU:
-                return f"SwiGlu<{template}>{{{{}}, {self.buffer(op.output)} + n0 / 2, {columns}}}"
+                normed = self.normed_to()
+                kind = f"Residual<{template}, {normed.partition('{')[0]}>"
+                return f"{kind}{{{{}}, {self.buffer(op.output)} + n0, {columns}, n0, {normed}}}"
             case Epilogue.LOGITS:
                 return f"Logits<{template}, {geometry.vocab_size}, {program.stats_span}>{{{{}}, n0}}"
             case Epilogue.ROPE_APPEND:

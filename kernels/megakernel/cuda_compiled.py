@@ -10,11 +10,11 @@ from megakernel.artifact import Progress, WeightLayout, pack_weights
 from megakernel.build import Compiler
 from megakernel.codegen_cuda import GeneratedCuda, generate_cuda
 from megakernel.codegen_limits import KvFormat
+from megakernel.cuda_activations import StoredActivations
 from megakernel.cuda_build import build_cubin, check_resources
 from megakernel.cuda_constants import THREADS_A_BLOCK
 from megakernel.cuda_counters import counters_of
 from megakernel.cuda_device import Grid
-from megakernel.cuda_tags import Tags
 from megakernel.model.shape import ModelShape
 from megakernel.model.weights import Weights
 from megakernel.packing import Bytes
@@ -32,9 +32,8 @@ class CompiledCuda(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     buffer_offsets: Mapping[str, int]
     """Bytes from the start of the activations, by buffer name."""
     activation_bytes: int
-    tags: tuple[Tags, ...]
-    """By program: which buffers are elsewhere, as their values carry numbers."""
-    tagged_bytes: int
+    activations: tuple[StoredActivations, ...]
+    """By program: which are not plain floats."""
     num_counters: int
     """Of all buckets: see counters_of."""
     grid: Grid
@@ -107,8 +106,7 @@ def compiled_of(
         layout=generated.layout,
         buffer_offsets=generated.buffer_offsets,
         activation_bytes=generated.activation_bytes,
-        tags=generated.tags,
-        tagged_bytes=generated.tagged_bytes,
+        activations=generated.activations,
         num_counters=generated.num_counters,
         grid=Grid(
             num_blocks=generated.num_blocks,

@@ -4,7 +4,7 @@ NUM_CONSUMER_WARPS = 8
 """`kConsumerWarps` of machine.h: they compute and store; one more warp loads weights."""
 THREADS_A_BLOCK = 32 * (NUM_CONSUMER_WARPS + 1)
 """`kThreads`"""
-RESERVED_BYTES = 19_456
+RESERVED_BYTES = 17_408
 """`kReservedBytes`: of a block's shared memory, before the first page."""
 ROW_CHUNK = 16
 """`kRowChunk`: rows whose input is in shared memory at once; larger buckets take a tile chunk by chunk."""
@@ -12,8 +12,6 @@ ROW_TILE = 8
 """Rows of one matrix instruction."""
 MAX_LOADS_AHEAD = 7
 """One less than `kLoadsInFlight`."""
-STAGED_BLOCK = 256
-"""`kStagedBlock`: elements of a row's input that a warp stages at once."""
 STATS_SPAN = 32
 """Columns of the head that share statistics: the pair of column groups that an epilogue has in hand."""
 SQUARED_COLUMNS = 16
@@ -25,7 +23,7 @@ ASSERTION = (
     f"static_assert(headrace::kConsumerWarps == {NUM_CONSUMER_WARPS} && "
     f"headrace::kThreads == {THREADS_A_BLOCK} && headrace::kReservedBytes == {RESERVED_BYTES} && "
     f"headrace::kRowChunk == {ROW_CHUNK} && headrace::kLoadsInFlight == {MAX_LOADS_AHEAD + 1} && "
-    f"headrace::kStagedBlock == {STAGED_BLOCK} && headrace::kSquaredColumns == {SQUARED_COLUMNS}, "
+    f"headrace::kSquaredColumns == {SQUARED_COLUMNS}, "
     f'"compiled for other headers");'
 )
 """C++, after the headers."""

@@ -4,13 +4,12 @@ from collections.abc import Iterator
 
 from megakernel.cuda_arguments import Failure, FailureCode
 from megakernel.cuda_constants import NUM_CONSUMER_WARPS
-from megakernel.cuda_tags import Tags, op_of
 from megakernel.program import Program
 
 _SHOWN_SIGNALS = 3
 
 
-def describe_failure(failure: Failure, program: Program, tags: Tags, first_counter: int, epoch: int) -> str:
+def describe_failure(failure: Failure, program: Program, first_counter: int, epoch: int) -> str:
     """Of the bucket's program, its first counter among all buckets', and the steps before the launch."""
     place = f"SM {failure.block}, warp {failure.warp}, {_instruction(failure, program)}"
     if failure.step:
@@ -29,8 +28,6 @@ def describe_failure(failure: Failure, program: Program, tags: Tags, first_count
             return (
                 f"{place}: the next step has not begun: {failure.actual} where {failure.expected} is needed"
             )
-        case FailureCode.INPUT_WAIT:
-            return f"{place}: {_input_wait(failure, program, tags, epoch + failure.step)}"
         case _:
             return f"{place}: failure code {failure.code}, counter {failure.counter}"
 
@@ -63,15 +60,6 @@ def _counter_wait(failure: Failure, program: Program, first_counter: int, epoch:
         )
     came = f"counter {counter} had {actual} of {expected} arrivals of this step"
     return f"{came}; it gets {arrivals}, from {signals}"
-
-
-def _input_wait(failure: Failure, program: Program, tags: Tags, epoch: int) -> str:
-    def named(number: int) -> str:
-        op = op_of(tags, number, epoch)
-        return program.ops[op].name if op < len(program.ops) else f"an earlier step (number {number})"
-
-    found, wanted = named(failure.actual), named(failure.expected)
-    return f"a value of its input is not there: it is of {found}, not of {wanted}"
 
 
 def _producers(program: Program, counter: int) -> Iterator[str]:

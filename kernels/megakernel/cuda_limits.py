@@ -4,14 +4,14 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 from megakernel.codegen_limits import CodegenError, KvFormat, check_same_artifact
-from megakernel.cuda_constants import K_BLOCK, MAX_LOADS_AHEAD, RESERVED_BYTES, STAGED_BLOCK, STATS_SPAN
+from megakernel.cuda_constants import K_BLOCK, MAX_LOADS_AHEAD, RESERVED_BYTES, STATS_SPAN
 from megakernel.machine import Machine
 from megakernel.packing import GROUP
 from megakernel.program import Epilogue, Instruction, Opcode, PageRole, Program, is_within_heads
 
 MAX_ROWS = 64
-MAX_HIDDEN_SIZE = 32 * STAGED_BLOCK
-"""What a norm's squares have room for, a lane a block."""
+MAX_HIDDEN_SIZE = 8192
+"""A warp sums a row's squares in registers, 16 a lane."""
 MAX_GROUP = 16
 """Query heads of a KV head."""
 SPLIT_TOKENS = 128
@@ -73,8 +73,8 @@ def _check_tiles(program: Program) -> None:
             raise CodegenError(f"{name}: neither whole heads of {dim} nor an equal part of one")
         if not _is_whole(instruction.k0, instruction.k1, K_BLOCK, op.in_features):
             raise CodegenError(f"{name}: K is not divided in {K_BLOCK}s")
-        if instruction.x0 % STAGED_BLOCK:
-            raise CodegenError(f"{name}: its input is not divided in {STAGED_BLOCK}s")
+        if instruction.x0 % K_BLOCK:
+            raise CodegenError(f"{name}: its input is not divided in {K_BLOCK}s")
 
 
 def _instructions(program: Program) -> Iterator[tuple[Instruction, int]]:

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megakernel.codegen_limits import KvFormat
+from megakernel.cuda_activations import rounded_values
 from megakernel.cuda_arguments import EXTRA_COUNTERS, TRACE_EVENTS, TRACE_ROLES, Failure, StepArguments
 from megakernel.cuda_compiled import CompiledCuda, FillWeights
 from megakernel.cuda_device import Address, CudaError, Driver, Event, Kernel
@@ -17,7 +18,6 @@ from megakernel.cuda_kv_pool import CudaKvPool
 from megakernel.cuda_memory import HostStaging, Staging, place_arrays, runs_of
 from megakernel.cuda_multi_step import CudaRun, RunMemory, RunTables, step_tables
 from megakernel.cuda_rows import Limits, StepAsk, StepTables, read_rows
-from megakernel.cuda_tags import PACKET_BYTES, Tags, rounded_values, values_of
 from megakernel.head import Reductions
 from megakernel.model.rope import rope_frequencies
 from megakernel.model.shape import ModelShape
@@ -36,7 +36,6 @@ class _Bucket(msgspec.Struct, eq=False):
     program: Program
     kernel: Kernel
     first_counter: int
-    tags: Tags
     epoch: int = 0
 
 
@@ -226,14 +225,10 @@ class CudaRuntime:
     def buffer(self, name: str, bucket: int) -> FloatArray:
         """A copy of a buffer between ops, `[bucket, columns]`, as the last step left it."""
         index = self.compiled.buckets.index(bucket)
-        program, tags = self.compiled.programs[index], self.compiled.tags[index]
+        program = self.compiled.programs[index]
+        format = self.compiled.activations[index].format_of(program, name)
         columns = next(buffer.columns for buffer in program.buffers if buffer.name == name)
-        if (tagged := tags.buffers.get(name)) is not None:
-            packets = np.empty(tagged.num_bytes(bucket) // PACKET_BYTES, dtype=np.uint64)
-            self._driver.copy_to_host(self._stream, packets, self._tagged + tagged.offset)
-            self._driver.synchronize(self._stream)
-            return values_of(tagged, packets).reshape(bucket, columns)
-        start, format = self._activations + self.compiled.buffer_offsets[name], tags.pairs.get(name)
+        start = self._activations + self.compiled.buffer_offsets[name]
         held = np.empty((bucket, columns), dtype=np.float32 if format is None else np.uint16)
         self._driver.copy_to_host(self._stream, held, start)
         self._driver.synchronize(self._stream)
@@ -254,13 +249,9 @@ class CudaRuntime:
         driver, compiled, shape = self._driver, self.compiled, self._shape
         kernels = driver.load(compiled.cubin, compiled.kernel_names, compiled.grid)
         self._buckets = [
-            _Bucket(program, kernels[name], first, tags)
-            for program, name, first, tags in zip(
-                compiled.programs,
-                compiled.kernel_names,
-                compiled.first_counters,
-                compiled.tags,
-                strict=True,
+            _Bucket(program, kernels[name], first)
+            for program, name, first in zip(
+                compiled.programs, compiled.kernel_names, compiled.first_counters, strict=True
             )
         ]
         self._stream = driver.new_stream()
@@ -269,7 +260,6 @@ class CudaRuntime:
         if compiled.fill_weights is not None:
             self._upload_weights(compiled.fill_weights)
         self._activations = driver.allocate(compiled.activation_bytes)
-        self._tagged = driver.allocate(compiled.tagged_bytes)
         self._kv = CudaKvPool(driver, shape, self._limits.num_slots, self.max_rows)
         self._logits = driver.allocate(4 * self.max_rows * shape.vocab_size)
         self._stats = driver.allocate(4 * self.max_rows * 3 * self._limits.num_spans)
@@ -282,7 +272,6 @@ class CudaRuntime:
         self._arguments = StepArguments(
             weights=self._weights,
             activations=self._activations,
-            tagged=self._tagged,
             kv=self._kv.address,
             turns=self._upload_turns(),
             counters=driver.allocate(4 * (compiled.num_counters + EXTRA_COUNTERS)),
@@ -381,7 +370,7 @@ class CudaRuntime:
         """What stopped the kernel, and before which steps of its bucket; from now on no step runs."""
         if self._failure.code:
             epoch = (bucket.epoch - 1) & 0xFFFFFFFF if epoch is None else epoch
-            said = describe_failure(self._failure, bucket.program, bucket.tags, bucket.first_counter, epoch)
+            said = describe_failure(self._failure, bucket.program, bucket.first_counter, epoch)
             limit_s = self._arguments.timeout_ns / 1e9
             self._problem = f"{bucket.kernel.name} gave up after {limit_s:g} s: {said}"
         else:

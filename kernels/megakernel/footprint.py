@@ -102,7 +102,7 @@ def cuda_linear_footprint(
 ) -> Footprint:
     """Of a load of `k` elements of a tile on an SM, beside `input_k` of its input, of an op whose matrices
     are stored in these formats. Where that is not all of the input, another block is on its way."""
-    input_bytes = input_tile_bytes(input_k, rows, stored)
+    input_bytes = input_tile_bytes(input_k, rows)
     return Footprint(
         weight_stage_bytes=weight_tile_bytes(stored, columns, k),
         input_bytes=input_bytes * (1 if input_k == in_features else 2),

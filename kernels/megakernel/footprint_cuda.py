@@ -9,11 +9,6 @@ _FLOAT_BYTES = 4
 _KV_ELEMENT_BYTES = 2
 _LEAST_STAGED_ROWS = 4
 _STAGED_SHARE = 0.45
-_SCALE_GROUP = 32
-"""Or more."""
-_QUANTIZED_ROW_TILE = 4
-_SCALE_BYTES = {"Q4_0": 8, "Q4_1": 8, "W4G128": 8, "Q8_0": 4, "W8G128": 4}
-"""Of a row's group."""
 
 
 def weight_tile_bytes(stored: tuple[str, ...], columns: int, k: int) -> int:
@@ -24,16 +19,10 @@ def weight_tile_bytes(stored: tuple[str, ...], columns: int, k: int) -> int:
     return -(-columns // GROUP) * -(-k // unit_k(name)) * unit_bytes(name)
 
 
-def input_tile_bytes(k: int, rows: int, stored: tuple[str, ...]) -> int:
-    """Rows as 16-bit numbers, and behind them, where weights are quantized, what each of their groups is
-    scaled by and sums to, for whole matrix instructions' rows; `stored` are the op's matrices' formats."""
-    chunk = min(rows, ROW_CHUNK)
+def input_tile_bytes(k: int, rows: int) -> int:
+    """Rows as 16-bit numbers."""
     padded = -(-k // K_BLOCK) * K_BLOCK
-    of_groups = 0
-    if bytes_a_group := _SCALE_BYTES.get(common_format(stored, k)):
-        of_groups = -(-chunk // _QUANTIZED_ROW_TILE) * _QUANTIZED_ROW_TILE * (padded // _SCALE_GROUP)
-        of_groups *= bytes_a_group
-    return chunk * (padded * 2 + _ROW_PADDING) + of_groups
+    return min(rows, ROW_CHUNK) * (padded * 2 + _ROW_PADDING)
 
 
 def output_tile_bytes(columns: int, rows: int) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import msgspec
 
-from megakernel.cuda_constants import NUM_CONSUMER_WARPS, ROW_CHUNK, ROW_TILE, STAGED_BLOCK
+from megakernel.cuda_constants import NUM_CONSUMER_WARPS, ROW_CHUNK, ROW_TILE
 from megakernel.footprint import Footprint, cuda_linear_footprint, page_needs
 from megakernel.footprint_cuda import input_tile_bytes, weight_tile_bytes
 from megakernel.machine import Machine
@@ -21,6 +21,8 @@ from megakernel.weight_formats import op_formats
 _FLOATS = ("BF16", "F16")
 _LOADS_IN_MEMORY, _ROUNDS_IN_MEMORY = 3, 4
 """So many loads are to fit an SM's memory at once, and so many rounds, where tiles can be so narrow."""
+_LEAST_LOAD_K = 256
+"""Unless all of K is less: a load costs a barrier."""
 _WHOLE_INPUT_SHARE, _INPUT_SHARE = 0.45, 0.4
 """Of an SM's memory, what a row chunk's whole input may take, and two blocks of it where that is more."""
 
@@ -69,8 +71,7 @@ def k_blocks(
     if rows > ROW_CHUNK and fits(KBlocks(k, k)):
         return KBlocks(k, k)  # all chunks of rows take the tile while it is there
     round_k = NUM_CONSUMER_WARPS * unit_k(common_format(stored, k))
-    # No less than a warp stages of the input at once: blocks of it begin where its squares are counted from.
-    while round_k > STAGED_BLOCK and weight_tile_bytes(stored, columns, round_k) > load_bytes:
+    while round_k > _LEAST_LOAD_K and weight_tile_bytes(stored, columns, round_k) > load_bytes:
         round_k //= 2  # some warps have nothing of a load then
     rounds = max(1, load_bytes // weight_tile_bytes(stored, columns, round_k))
     if input_is_small:
@@ -79,12 +80,12 @@ def k_blocks(
                 return blocks
     block_bytes = int(machine.usable_bytes * _INPUT_SHARE) // 2  # one is multiplied, and one on its way
     while True:
-        for input_rounds in range(max(1, block_bytes // input_tile_bytes(round_k, rows, stored)), 0, -1):
+        for input_rounds in range(max(1, block_bytes // input_tile_bytes(round_k, rows)), 0, -1):
             rounds = min(rounds, input_rounds)
             blocks = KBlocks(min(k, rounds * round_k), min(k, input_rounds // rounds * rounds * round_k))
             if fits(blocks):
                 return blocks
-        if round_k <= STAGED_BLOCK:
+        if round_k <= _LEAST_LOAD_K:
             return blocks
         round_k //= 2
         rounds = max(1, load_bytes // weight_tile_bytes(stored, columns, round_k))

@@ -1,20 +1,17 @@
 """Weights in the order that tensor cores read them: column group by column group, of each unit by unit of K.
 
 A lane of a warp finds what it multiplies in 16 contiguous bytes a time, without a detour: the layout is that
-of fragments of m16n8k16, for quantized weights of m16n8k32 (PTX ISA, "Matrix Fragments for mma.m16n8k16",
-"... mma.m16n8k32"), for weights as the A operand. Lane l has g = l / 4, t = l % 4. Of the 16 columns n and
-`unit_k` elements k of a unit it holds, of floats for step s, register i (a0 .. a3) and element e (low half,
-high half), of others for step s, half h and byte e:
+of the fragments of m16n8k16 (PTX ISA, "Matrix Fragments for mma.m16n8k16") for weights as the A operand.
+Lane l has g = l / 4, t = l % 4; of the 16 columns n and `unit_k` elements k of a unit it holds, for step s,
+register i (a0 .. a3) and element e (low half, high half):
 
-    floats      n = g + 8 * (i & 1)        k = 32 * (s / 2) + 8 * t + 4 * (s % 2) + 2 * (i >> 1) + e
-    others      n = g and g + 8            k = 32 * s + 8 * t + 4 * h + e
+    n = g + 8 * (i & 1)        k = 32 * (s / 2) + 8 * t + 4 * (s % 2) + 2 * (i >> 1) + e
 
-The order of K within 32 is the layout's own: so a lane's activations of a step or two are 8 neighbours. A
-unit is the numbers, then the scales:
+The order of K within 32 is the layout's own: so a lane's activations of two steps are 8 neighbours. A unit is
+the numbers, then the scales:
 
-    Q4_0, Q4_1, W4G128   byte 512 * (s / 2) + 16 * l + 8 * (s % 2) + 4 * h + e: of column g in the lower half,
-                         of column g + 8 in the upper half with its highest bit turned over: less 8, signed
-    Q8_0, W8G128         byte 512 * s + 16 * l + 8 * h + 4 * (n / 8) + e
+    Q4_0, Q4_1, W4G128   bit 16 * e + 4 * i of the word at 512 * (s / 4) + 16 * l + 4 * (s % 4)
+    Q8_0, W8G128         byte 512 * (s / 2) + 16 * l + 8 * (s % 2) + 2 * i + e: number + 128
     BF16, F16            byte 512 * s + 16 * l + 4 * i + 2 * e
     scales               [8 columns][groups of K that share them][column, column + 8]: half d, where there
                          is a minimum half m
@@ -74,8 +71,6 @@ _LAYOUTS = {
     "F16": _Layout(unit_k=64, bits=16, block_k=1, header_bytes=0),
 }
 PACKED_FORMATS = tuple(_LAYOUTS)
-SCALE_GROUPS = {name: layout.block_k for name, layout in _LAYOUTS.items() if layout.block_k > 1}
-"""Of formats that are multiplied as integers: elements of K that share scales, inputs' too."""
 
 
 def unit_k(format: str) -> int:
@@ -144,22 +139,24 @@ def _pack_rows(rows: Bytes, layout: _Layout, packed: Bytes) -> None:
 def _fragments(numbers: Bytes, layout: _Layout) -> Bytes:
     """Of [columns, blocks, bytes]: numbers as lanes hold them, units of each column group in turn.
 
-    Axes: c column group, u unit, b column / 8, g and t lane, e element; of floats S and h step / 2 and
-    step % 2, r register / 2; of others S step (w and v: S / 2 and S % 2), h half.
+    Axes: c column group, u unit, S and h step / 2 and step % 2 (w and v: S / 2 and S % 2), g and t lane,
+    r and b register / 2 and register % 2, e element.
     """
-    groups, steps = len(numbers) // GROUP, layout.unit_k // 32
+    groups, pairs = len(numbers) // GROUP, layout.unit_k // (2 * _STEP_K)
     fragments: npt.NDArray[np.generic]
     match layout.bits:
         case 16:
             halves = np.ascontiguousarray(numbers).view(np.uint16)
-            fragments = np.einsum("cbguSthre->cuShgtrbe", halves.reshape(groups, 2, 8, -1, steps, 4, 2, 2, 2))
+            fragments = np.einsum("cbguSthre->cuShgtrbe", halves.reshape(groups, 2, 8, -1, pairs, 4, 2, 2, 2))
         case 8:
-            fragments = np.einsum("cbguSthe->cuSgthbe", numbers.reshape(groups, 2, 8, -1, steps, 4, 2, 4))
+            from_zero = numbers ^ np.uint8(0x80)  # int8 + 128
+            axes = from_zero.reshape(groups, 2, 8, -1, pairs, 4, 2, 2, 2)
+            fragments = np.einsum("cbguSthre->cuSgthrbe", axes)
         case _:
             nibbles = np.concatenate([numbers & 15, numbers >> 4], axis=-1)
             low, high = np.moveaxis(nibbles.reshape(groups, 2, 8, -1), 1, 0)
-            axes = (low | (high ^ 8) << 4).reshape(groups, 8, -1, steps // 2, 2, 4, 2, 4)
-            fragments = np.einsum("cguwvthe->cuwgtvhe", axes)
+            axes = (low | high << 4).reshape(groups, 8, -1, pairs // 2, 2, 4, 2, 2, 2)
+            fragments = np.einsum("cguwvthre->cuwgtvher", axes)
     return np.ascontiguousarray(fragments).view(np.uint8)
 
 
@@ -181,26 +178,24 @@ def unpack(packed: PackedLinear) -> npt.NDArray[np.float32]:
 
 def _numbers(units: Bytes, layout: _Layout) -> Bytes:
     """[column groups, units, 16 columns, elements of K * bytes of a number]"""
+    lane, s, i, e = np.meshgrid(
+        *(np.arange(size) for size in (_LANES, layout.unit_k // _STEP_K, 4, 2)), indexing="ij"
+    )
+    g, t = lane // 4, lane % 4
+    column = g + 8 * (i & 1)
+    k = 32 * (s // 2) + 8 * t + 4 * (s % 2) + 2 * (i >> 1) + e
     item = max(1, layout.bits // 8)
     numbers = np.empty((*units.shape[:2], GROUP, layout.unit_k, item), np.uint8)
-    if layout.bits == 16:
-        sizes: tuple[int, ...] = (_LANES, layout.unit_k // _STEP_K, 4, 2)
-        lane, s, i, e = np.meshgrid(*(np.arange(size) for size in sizes), indexing="ij")
-        column = lane // 4 + 8 * (i & 1)
-        k = 32 * (s // 2) + 8 * (lane % 4) + 4 * (s % 2) + 2 * (i >> 1) + e
-        at = 512 * s + 16 * lane + 4 * i + 2 * e
-        numbers[:, :, column, k, 0], numbers[:, :, column, k, 1] = units[..., at], units[..., at + 1]
-        return numbers.reshape(*units.shape[:2], GROUP, -1)
-    sizes = (_LANES, layout.unit_k // 32, 2, 4)
-    lane, s, h, e = np.meshgrid(*(np.arange(size) for size in sizes), indexing="ij")
-    k = 32 * s + 8 * (lane % 4) + 4 * h + e
-    for upper in (0, 1):
-        column = lane // 4 + 8 * upper
-        if layout.bits == 8:
-            numbers[:, :, column, k, 0] = units[..., 512 * s + 16 * lane + 8 * h + 4 * upper + e]
-            continue
-        bytes_of_both = units[..., 512 * (s // 2) + 16 * lane + 8 * (s % 2) + 4 * h + e]
-        numbers[:, :, column, k, 0] = (bytes_of_both >> 4) ^ 8 if upper else bytes_of_both & 15
+    match layout.bits:
+        case 16:
+            at = 512 * s + 16 * lane + 4 * i + 2 * e
+            numbers[:, :, column, k, 0], numbers[:, :, column, k, 1] = units[..., at], units[..., at + 1]
+        case 8:
+            at = 512 * (s // 2) + 16 * lane + 8 * (s % 2) + 2 * i + e
+            numbers[:, :, column, k, 0] = units[..., at]
+        case _:
+            at, bit = 512 * (s // 4) + 16 * lane + 4 * (s % 4), 16 * e + 4 * i
+            numbers[:, :, column, k, 0] = units[..., at + bit // 8] >> (bit % 8).astype(np.uint8) & 15
     return numbers.reshape(*units.shape[:2], GROUP, -1)
 
 
@@ -215,6 +210,6 @@ def _scaled(numbers: Bytes, scales: Bytes, format: str, layout: _Layout) -> npt.
         case "Q4_0":
             return d * (q - 8)
         case "Q8_0" | "W8G128":
-            return d * numbers.view(np.int8)
+            return d * (q - 128)
         case _:
             return np.asarray(d * q + by_element[..., 1])

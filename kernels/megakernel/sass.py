@@ -11,7 +11,7 @@ import msgspec
 from megakernel.build import BuildError
 from megakernel.cuda_toolkit import find_tool
 
-TENSOR_CORE = ("HMMA", "IMMA")
+TENSOR_CORE = ("HMMA",)
 ASYNC_COPY = ("LDGSTS",)
 """cp.async"""
 BULK_COPY = ("UBLKCP",)

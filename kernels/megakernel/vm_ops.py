@@ -7,7 +7,6 @@ along one row's own elements, so that neither other rows nor a tile's width chan
 import numpy as np
 
 from megakernel.float_formats import round_to_bf16, round_to_f16_saturating
-from megakernel.pack_cuda import SCALE_GROUPS
 from megakernel.program import Epilogue, Instruction, Op, Opcode, Prologue, split_block
 from megakernel.quantize import fake_quantize
 from megakernel.vm_state import Arithmetic, Float32Array, Float64Array, IntArray, VmState
@@ -68,24 +67,8 @@ def _rounded_input(state: VmState, op: Op, row: int, packed_format: str) -> tupl
 
 
 def multiplied_as(x: Float32Array, packed_format: str) -> Float32Array:
-    """`x`, along its last axis, as CUDA's kernels multiply it: in 16 bits, or made of these."""
-    if packed_format == "F16":
-        return round_to_f16_saturating(x)
-    if (group := SCALE_GROUPS.get(packed_format)) is None:
-        return round_to_bf16(x)
-    return quantize_rows(round_to_bf16(x), group)
-
-
-def quantize_rows(x: Float32Array, group: int) -> Float32Array:
-    """Multiples, by at most 2^14, of a power of two that each `group` of neighbours shares: ops/input.h."""
-    padded = np.pad(x, (*((0, 0),) * (x.ndim - 1), (0, -x.shape[-1] % group)))
-    groups = np.ascontiguousarray(padded, np.float32).reshape(*x.shape[:-1], -1, group)
-    largest = (groups.view(np.uint32) & 0x7FFFFFFF).max(axis=-1, keepdims=True)
-    exponent = np.maximum(largest >> 23, 14)
-    scale = ((exponent - 13) << 23).astype(np.uint32).view(np.float32)
-    numbers = np.rint(groups.astype(np.float64) / scale)
-    values = np.where(exponent == 255, np.nan, numbers * scale).astype(np.float32)
-    return values.reshape(padded.shape)[..., : x.shape[-1]]
+    """`x` as CUDA's kernels multiply it, by matrices of the format."""
+    return round_to_f16_saturating(x) if packed_format == "F16" else round_to_bf16(x)
 
 
 def _dot(tile: Float32Array, x: Float64Array) -> Float32Array:

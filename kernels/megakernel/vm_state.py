@@ -30,9 +30,8 @@ class Arithmetic(StrEnum):
     are."""
     CUDA = "cuda"
     """Weights as they are packed, with BF16 for F32; activations rounded to BF16, or to F16, saturating,
-    where that is what the op's weights are, and for quantized weights to numbers of 15 bits, by scale group.
-    A row to be normed is rounded without its scale, by which the product is multiplied in float32. KV is
-    float16."""
+    where that is what the op's weights are. A row to be normed is rounded without its scale, by which the
+    product is multiplied in float32. KV is float16."""
 
 
 class StepError(ValueError):

@@ -16,9 +16,7 @@ from benchmarks.gpu_builds import BuildMissingError
 from benchmarks.gpu_memory import View, device_view, kv_pool, opened, settle
 from benchmarks.gpu_models import GpuModel
 from benchmarks.gpu_steps import Group, Pool, chain, groups_of, key_slots, num_blocks_of, rows_of
-from megakernel.artifact import WeightLayout
 from megakernel.cuda_runtime import CudaRuntime
-from megakernel.pack_cuda import SCALE_GROUPS
 from megakernel.step import Rows, StepOutput
 from tests.hardware.dequantize import tensors
 from tests.hardware.part import PartResult, Setting
@@ -156,11 +154,9 @@ def check_step(
     rows = rows_of(groups, top_k=min(TOP_K, runtime.shape.vocab_size), needs_log_sums=True)
     output = runtime.step(rows)
     found = _buffers_of(runtime, rows, output, pool.device)
-    slots, groups_of_k = key_slots(groups), scale_groups(runtime.compiled.layout)
+    slots = key_slots(groups)
     exact, rounded = (
-        reference_step(
-            runtime.shape, weights, rows, slots, before, is_rounded=is_rounded, scale_groups=groups_of_k
-        )
+        reference_step(runtime.shape, weights, rows, slots, before, is_rounded=is_rounded)
         for is_rounded in (False, True)
     )
     steps = {
@@ -169,7 +165,7 @@ def check_step(
         "KV": gap(found.kv, exact.kv),
         "KV beside like rounding": gap(found.kv, rounded.kv),
     }
-    ops = op_gaps(runtime.shape, weights, rows, slots, before, found, groups_of_k)
+    ops = op_gaps(runtime.shape, weights, rows, slots, before, found)
     problems = [
         *_beyond(steps, STEP_BOUND),
         *_beyond({name: each for name, each in ops.items() if name != "MLP"}, OP_BOUND),
@@ -184,16 +180,6 @@ def check_step(
     if not torch.equal(after.view(torch.int16), before.view(torch.int16)):
         problems.append("KV was written in slots of no row")
     return steps | ops, problems
-
-
-def scale_groups(layout: WeightLayout) -> dict[str, int]:
-    """By weight: elements of K that share scales."""
-    return {
-        name: SCALE_GROUPS[segment.format]
-        for segment in layout.segments.values()
-        if segment.is_matrix and segment.format in SCALE_GROUPS
-        for name in segment.weights
-    }
 
 
 def _beyond(gaps: dict[str, Gap], bound: float) -> list[str]:

@@ -23,7 +23,7 @@ SCALES = {
     "F16": (0, 0),
 }
 """(elements of K that share them, halves of each)"""
-_ZERO = {"Q4_0": 8, "Q8_0": 0, "W8G128": 0, "Q4_1": 0, "W4G128": 0}
+_ZERO = {"Q4_0": 8, "Q8_0": 128, "W8G128": 128, "Q4_1": 0, "W4G128": 0}
 _ONCE_COLUMN_GROUPS = 256
 
 
@@ -75,19 +75,19 @@ def _in_file_order(whole: torch.Tensor, segment: Segment) -> torch.Tensor:
 def _numbers(numbers: torch.Tensor, format: str, unit_k: int) -> torch.Tensor:
     """[column groups, 16 columns, units, unit_k] float64, of [column groups, units, bytes].
 
-    In the documented formulas l = 4 g + t; of floats s = 4 w + 2 p + h and i = 2 r + b, else s = 2 w + p.
-    Column g + 8 b, element 64 w + 32 p + 8 t + 4 h + 2 r + e of K, or + 4 h + e.
+    In the documented formulas s = 4 w + 2 p + h, l = 4 g + t and i = 2 r + b: column g + 8 b, element
+    64 w + 32 p + 8 t + 4 h + 2 r + e of K.
     """
     groups, units = numbers.shape[:2]
     words = unit_k // 64
     if BITS[format] == 4:
-        held = numbers.reshape(groups, units, words, 8, 4, 2, 2, 4)  # w g t p h e
-        halves = torch.stack([held & 15, (held >> 4) ^ 8], dim=-1)  # ... b
-        axes = halves.permute(0, 8, 3, 1, 2, 5, 4, 6, 7)
+        # Byte of a word is 2 e + r, and b picks its half.
+        held = numbers.reshape(groups, units, words, 8, 4, 2, 2, 2, 2)  # w g t p h e r
+        halves = torch.stack([held & 15, held >> 4], dim=-1)  # ... e r b
+        axes = halves.permute(0, 9, 3, 1, 2, 5, 4, 6, 8, 7)
     elif BITS[format] == 8:
-        signed = numbers.contiguous().view(torch.int8)
-        held = signed.reshape(groups, units, words, 2, 8, 4, 2, 2, 4)  # w p g t h b e
-        axes = held.permute(0, 7, 4, 1, 2, 3, 5, 6, 8)
+        held = numbers.reshape(groups, units, words, 2, 8, 4, 2, 2, 2, 2)  # w p g t h r b e
+        axes = held.permute(0, 8, 4, 1, 2, 3, 5, 6, 7, 9)
     else:
         kind = torch.bfloat16 if format == "BF16" else torch.float16
         held = (

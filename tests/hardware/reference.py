@@ -1,8 +1,7 @@
 """A decode step in torch and float64: what the kernels' results are held to, over the KV that they read.
 
 `is_rounded` rounds where the kernels do (`megakernel.vm_state.Arithmetic.CUDA`): what is multiplied to
-bfloat16 (for quantized weights to 15 bits), keys and values to float16, what lies between ops to float32.
-Without it nothing is rounded at all.
+bfloat16, keys and values to float16, what lies between ops to float32. Without it nothing is rounded at all.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,15 +38,6 @@ def gap(found: torch.Tensor, expected: torch.Tensor) -> Gap:
     )
 
 
-def quantized(x: torch.Tensor, group: int) -> torch.Tensor:
-    """Rows as multiples, by at most 2^14, of a power of two that each `group` of neighbours shares: the least
-    that is more than their largest, over 2^14."""
-    padded = torch.nn.functional.pad(x, (0, -x.shape[1] % group)).view(len(x), -1, group)
-    exponent = torch.frexp(padded.abs().amax(dim=2, keepdim=True)).exponent
-    steps = torch.ldexp(torch.ones_like(padded[..., :1]), exponent - 14)
-    return ((padded / steps).round() * steps).reshape(len(x), -1)[:, : x.shape[1]]
-
-
 class ReferenceStep(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     logits: torch.Tensor
     """[rows, vocab] float64"""
@@ -64,12 +54,11 @@ def reference_step(
     pool: torch.Tensor,
     *,
     is_rounded: bool,
-    scale_groups: Mapping[str, int],
 ) -> ReferenceStep:
     """`key_slots`: of each row, what it attends to, itself last. `pool`, [layers, slots, 2, KV heads,
     head_dim], is left as it is. Activations that are multiplied by F16 weights are rounded otherwise: none
-    are here. `scale_groups`: of quantized weights, by name, elements that share a scale."""
-    return _Step(shape, weights, rows, key_slots, pool, is_rounded, scale_groups).run()
+    are here."""
+    return _Step(shape, weights, rows, key_slots, pool, is_rounded).run()
 
 
 class StepBuffers(msgspec.Struct, frozen=True, kw_only=True, eq=False):
@@ -91,14 +80,13 @@ def op_gaps(
     key_slots: Sequence[IntArray],
     pool: torch.Tensor,
     found: StepBuffers,
-    scale_groups: Mapping[str, int],
 ) -> dict[str, Gap]:
     """How far ops are from what they must make of what the kernels themselves handed them, rounded likewise.
 
     The hidden state between the last layer's ops is had by subtracting what the reference adds to it: an
     error of the output projections then shows in what came before. `pool` is as it was before the step.
     """
-    return _Step(shape, weights, rows, key_slots, pool, True, scale_groups).op_gaps(found)
+    return _Step(shape, weights, rows, key_slots, pool, is_rounded=True).op_gaps(found)
 
 
 class _Step:
@@ -110,9 +98,7 @@ class _Step:
         key_slots: Sequence[IntArray],
         pool: torch.Tensor,
         is_rounded: bool,
-        scale_groups: Mapping[str, int],
     ) -> None:
-        self.scale_groups = scale_groups
         self.shape, self.weights, self.pool, self.is_rounded = shape, weights, pool, is_rounded
         device = pool.device
         self.tokens = torch.from_numpy(rows.token_ids).to(device).long()
@@ -185,8 +171,7 @@ class _Step:
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         normed, scale = self.normed(x, "final_norm")
-        name = "embed" if self.shape.has_tied_head else "head"
-        return self.held(self.product(normed, name) * scale)
+        return self.held(self.product(normed, "embed" if self.shape.has_tied_head else "head") * scale)
 
     def projected(
         self, normed: torch.Tensor, scale: torch.Tensor, at: str, part: str, heads: int
@@ -210,11 +195,8 @@ class _Step:
         return self.held(x * self.weights[name]), self.held(scale)
 
     def product(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        if self.is_rounded:
-            x = x.to(torch.bfloat16).double()
-            if (group := self.scale_groups.get(name)) is not None:
-                x = quantized(x, group)
-        return x @ self.weights[name].T
+        rounded = x.to(torch.bfloat16).double() if self.is_rounded else x
+        return rounded @ self.weights[name].T
 
     def held(self, x: torch.Tensor) -> torch.Tensor:
         """As a buffer between ops has it."""

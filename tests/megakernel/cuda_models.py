@@ -12,7 +12,7 @@ from megakernel.cuda_compiled import CompiledCuda, compiled_of
 from megakernel.machine import Machine, load_machine
 from megakernel.model.weights import Weights
 from megakernel.pipeline import compile_program
-from megakernel.program import Opcode, Program
+from megakernel.program import Program
 
 NUM_SMS = 3
 
@@ -48,9 +48,8 @@ def compiled_model(
 
 
 def without_signal(program: Program, worker: int = 0) -> Program:
-    """One counter that attention waits for never gets the last of its arrivals, which a worker forgets."""
-    attending = [one for path in program.workers for one in path if one.opcode is Opcode.ATTENTION]
-    awaited = {wait.counter for one in attending for wait in one.waits}
+    """One counter that somebody waits for never gets the last of its arrivals, which a worker forgets."""
+    awaited = {wait.counter for path in program.workers for one in path for wait in one.waits}
     path = list(program.workers[worker])
     at = next(index for index, one in enumerate(path) if one.signal in awaited)
     path[at] = msgspec.structs.replace(path[at], signal=-1)

@@ -6,7 +6,7 @@ import random
 import msgspec
 import numpy as np
 
-from megakernel.cuda_constants import K_BLOCK, RESERVED_BYTES, STAGED_BLOCK
+from megakernel.cuda_constants import K_BLOCK, RESERVED_BYTES
 from megakernel.footprint import footprint, page_needs
 from megakernel.graph import STATS_SPANS
 from megakernel.group_formats import GROUP_FORMATS, GroupQuantizedWeights
@@ -199,7 +199,7 @@ def _plan(rng: random.Random, shape: ModelShape, num_workers: int, *, is_in_bloc
         most = -(-in_features // K_BLOCK)
         has_blocks = is_in_blocks and most > 1 and (splits_all or rng.random() < 0.5)
         load_k = K_BLOCK * rng.randint(1, most - 1) if has_blocks else 0
-        input_k = math.lcm(load_k, STAGED_BLOCK) if has_blocks and rng.random() < 0.5 else 0
+        input_k = load_k * rng.randint(1, 2) if has_blocks and rng.random() < 0.5 else 0
         tile = grain * rng.randint(1, max(1, min(6, -(-width // grain))))
         workers = None
         if rng.random() < 0.3:

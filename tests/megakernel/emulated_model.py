@@ -7,19 +7,10 @@ import numpy as np
 
 from megakernel.artifact import pack_weights
 from megakernel.codegen_cuda import GeneratedCuda, generate_cuda
+from megakernel.cuda_activations import StoredActivations, rounded_values
 from megakernel.cuda_arguments import EXTRA_COUNTERS, StepArguments
 from megakernel.cuda_rows import Limits, StepAsk, read_rows
 from megakernel.cuda_runtime import turns_of
-from megakernel.cuda_tags import (
-    MOST_TAGGED_ROWS,
-    PACKET_BYTES,
-    TaggedBuffer,
-    Tags,
-    numbers_of,
-    op_of,
-    rounded_values,
-    values_of,
-)
 from megakernel.emulation import (
     STORE,
     Counts,
@@ -56,9 +47,7 @@ class EmulatedStep(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """Between ops and of the head, by name, [rows, columns]."""
     offsets: Mapping[str, int]
     """Of buffers between ops, into the activations."""
-    tagged: np.ndarray
-    """The region of those that are of `tags`, packets of uint64."""
-    tags: Tags
+    activations: StoredActivations
     counts: Counts
     journal: Journal
 
@@ -74,7 +63,7 @@ class EmulatedStep(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 
     @property
     def bits(self) -> bytes:
-        """All of it, but for tags: they tell steps apart."""
+        """All of it."""
         between = (self.buffers[name] for name in sorted(self.buffers))
         return b"".join(array.tobytes() for array in (*self.regions.values(), *between))
 
@@ -82,18 +71,11 @@ class EmulatedStep(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 class EmulatedModel:
     """Programs of one artifact, their weights and counters in emulated device memory."""
 
-    def __init__(
-        self,
-        programs: list[Program],
-        weights,
-        flags: Sequence[str] = (),
-        edit=None,
-        most_tagged_rows: int = MOST_TAGGED_ROWS,
-    ) -> None:
+    def __init__(self, programs: list[Program], weights, flags: Sequence[str] = (), edit=None) -> None:
         """`edit` changes the generated source: how tests plant faults."""
         self.programs = {program.bucket: program for program in programs}
-        self.generated: GeneratedCuda = generate_cuda(programs, weights.formats, most_tagged_rows)
-        self.tags = dict(zip(self.programs, self.generated.tags, strict=True))
+        self.generated: GeneratedCuda = generate_cuda(programs, weights.formats)
+        self.activations = dict(zip(self.programs, self.generated.activations, strict=True))
         source = edit(self.generated.source) if edit else self.generated.source
         self.emulation: Emulation = build_emulation(source, extra_flags=flags)
         self.packed = device_array(self.generated.layout.num_bytes, np.uint8)
@@ -101,7 +83,6 @@ class EmulatedModel:
         geometry = programs[0].geometry
         self.turns = device_copy(turns_of(rope_frequencies(weights.shape), 0, geometry.max_context_tokens))
         self.counters = device_array(self.generated.num_counters + EXTRA_COUNTERS, np.uint32)
-        self.tagged = device_array(self.generated.tagged_bytes // PACKET_BYTES, np.uint64)
         self.epochs = dict.fromkeys(self.programs, 0)
 
     def run(
@@ -116,7 +97,6 @@ class EmulatedModel:
         mutable = {
             "kv": device_copy(np.stack(kv.layers), np.float16),
             "counters": self.counters,
-            "tagged": self.tagged,
             "failure": device_array(8, np.uint32),
         }
         constants |= {"weights": self.packed, "turns": self.turns}
@@ -154,8 +134,7 @@ class EmulatedModel:
             regions={**written, "kv": mutable["kv"]},
             buffers=buffers,
             offsets=self.generated.buffer_offsets,
-            tagged=self.tagged,
-            tags=self.tags[bucket],
+            activations=self.activations[bucket],
             counts=counts,
             journal=journal[: counts.stores],
         )
@@ -190,30 +169,18 @@ class EmulatedModel:
         self, program: Program, written: Mapping[str, np.ndarray], rows: int
     ) -> dict[str, np.ndarray]:
         found = {"logits": written["logits"], "head_stats": written["stats"]}
+        activations = self.activations[program.bucket]
         for buffer in program.buffers:
-            if (tagged := self.tags[program.bucket].buffers.get(buffer.name)) is not None:
-                found[buffer.name] = self._tagged(program.bucket, tagged)[:rows]
-            elif buffer.name in self.tags[program.bucket].pairs:
+            if (format := activations.format_of(program, buffer.name)) is not None:
                 start = self.generated.buffer_offsets[buffer.name] // 2
                 halves = written["activations"].view(np.uint16)
                 own = halves[start : start + rows * buffer.columns].reshape(rows, -1)
-                found[buffer.name] = rounded_values(self.tags[program.bucket].pairs[buffer.name], own)
+                found[buffer.name] = rounded_values(format, own)
             elif buffer.space is Space.ACTIVATION:
                 start = self.generated.buffer_offsets[buffer.name] // 4
                 own = written["activations"][start : start + program.bucket * buffer.columns]
                 found[buffer.name] = own.reshape(program.bucket, -1)[:rows]
         return found
-
-    def _tagged(self, bucket: int, buffer: TaggedBuffer) -> np.ndarray:
-        """NaN where this step wrote nothing."""
-        start = buffer.offset // PACKET_BYTES
-        packets = self.tagged[start : start + buffer.num_bytes(bucket) // PACKET_BYTES]
-        tags = self.tags[bucket]
-        values = values_of(buffer, packets).copy()
-        of_ops = [op_of(tags, int(number), self.epochs[bucket]) for number in numbers_of(packets)]
-        is_old = np.asarray(of_ops) >= tags.num_ops
-        values[np.repeat(is_old, len(values) // len(packets))] = np.nan
-        return values.reshape(bucket, -1)
 
 
 def at_least_one(table: np.ndarray) -> np.ndarray:

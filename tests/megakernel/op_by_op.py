@@ -10,17 +10,9 @@ from collections.abc import Iterator
 import msgspec
 import numpy as np
 
+from megakernel.cuda_activations import SQUARES, WEIGHTED, rounded_values
 from megakernel.cuda_arguments import RowFlag
 from megakernel.cuda_constants import SQUARED_COLUMNS
-from megakernel.cuda_tags import (
-    PACKET_BYTES,
-    SQUARES,
-    WEIGHTED,
-    TaggedBuffer,
-    numbers_of,
-    rounded_values,
-    values_of,
-)
 from megakernel.head import reduce_rows
 from megakernel.program import Epilogue, Instruction, Op, Opcode, Program, Prologue, Space
 from megakernel.vm_ops import execute, multiplied_as
@@ -83,7 +75,6 @@ class OpByOp:
         self.squares = stored(found, activations[squares:])
         self.num_copied = 0
         """Ops whose output was stored a second time."""
-        self.tagged = stored(found, found.tagged)
         self.written = dict.fromkeys(range(len(program.buffers)), 0)
         """By buffer: ops that have."""
 
@@ -123,9 +114,10 @@ class OpByOp:
         if opcode in (Opcode.EMBED, Opcode.ATTENTION, Opcode.LINEAR_PARTIAL):
             return self.compare(op, output, expected, tolerances)
         match op.epilogue:
-            case Epilogue.SWIGLU if (format := self.format_of_pairs(output)) is not None:
+            case Epilogue.SWIGLU:
+                format = self.found.activations.pairs[op.index]
                 rounded = op_tolerances.rounded(expected, tolerances, format)
-                return self.compare(op, output, expected, rounded)
+                return self.compare(op, output, expected, rounded, format)
             case Epilogue.RESIDUAL:
                 return self.compare(op, output, expected, op_tolerances.residual(expected, tolerances))
             case Epilogue.ROPE_APPEND:
@@ -174,23 +166,24 @@ class OpByOp:
         ]
         return np.concatenate(of_parts, axis=1)
 
-    def compare(self, op: Op, buffer: int, expected: Float32Array, tolerances: np.ndarray) -> float:
-        """What the op stored, and from now on what the VM has."""
-        found = self.next_version(buffer)
+    def compare(
+        self, op: Op, buffer: int, expected: Float32Array, tolerances: np.ndarray, format: str | None = None
+    ) -> float:
+        """What the op stored, and from now on what the VM has. `format`: of matrices by which pairs are
+        multiplied."""
+        found = self.next_version(buffer, format)
         worst = close(found, expected, tolerances, op.name)
-        if (reader := self.found.tags.normed_by.get(op.index)) is not None:
+        if (reader := self.found.activations.normed_by.get(op.index)) is not None:
             self.check_copy(found, self.program.ops[reader])
         self.state.buffers[buffer][...] = found
         return worst
 
-    def next_version(self, index: int) -> Float32Array:
+    def next_version(self, index: int, format: str | None) -> Float32Array:
         """What the next op to write a buffer stored; NaN elsewhere."""
         buffer, nth = self.program.buffers[index], self.written[index]
         assert buffer.space is Space.ACTIVATION
         self.written[index] += 1
-        if (tagged := self.found.tags.buffers.get(buffer.name)) is not None:
-            return self.next_tagged(tagged, nth)
-        start, format = self.found.offsets[buffer.name] // 4, self.found.tags.pairs.get(buffer.name)
+        start = self.found.offsets[buffer.name] // 4
         stores, size = self.activations, self.program.bucket * buffer.columns // (1 if format is None else 2)
         mine = (stores.element >= start) & (stores.element < start + size) & (stores.nth == nth)
         values = stores.values[mine].reshape(-1, 1)
@@ -223,25 +216,6 @@ class OpByOp:
         version[stores.element[mine]] = stores.values[mine]
         return version.reshape(self.rows, columns)
 
-    def next_tagged(self, buffer: TaggedBuffer, nth: int) -> Float32Array:
-        stores, bucket = self.tagged, self.program.bucket
-        start, size = buffer.offset // PACKET_BYTES, buffer.num_bytes(bucket) // PACKET_BYTES
-        mine = (stores.element >= start) & (stores.element < start + size) & (stores.nth == nth)
-        version = np.full((size, bucket * buffer.columns // size), np.nan, np.float32)
-        values = values_of(buffer, np.ascontiguousarray(stores.values[mine]))
-        version[stores.element[mine] - start] = values.reshape(-1, version.shape[1])
-        assert len(set(numbers_of(stores.values[mine]).tolist())) <= 1, "tags differ"
-        whole = version.reshape(bucket, -1)
-        assert np.isnan(whole[self.rows :]).all(), "rows past the step's"
-        return whole[: self.rows]
-
-    def format_of_pairs(self, index: int) -> str | None:
-        """Of a buffer whose values are stored as the next op takes them."""
-        name, tags = self.program.buffers[index].name, self.found.tags
-        if (tagged := tags.buffers.get(name)) is not None and tagged.holds == "pairs":
-            return tagged.format
-        return tags.pairs.get(name)
-
     def compare_kv(self, op: Op, tolerances: np.ndarray) -> float:
         """K and V may be either of two float16 where what is rounded is next to their middle."""
         slots, exact = self.state.step.slots, self.state.kv.layers[op.layer]
@@ -262,7 +236,9 @@ class OpByOp:
         """No element of a buffer was stored more often than its ops do."""
         for index, buffer in enumerate(self.program.buffers):
             if buffer.space is Space.ACTIVATION:
-                version = self.next_version(index)
+                version = self.next_version(
+                    index, self.found.activations.format_of(self.program, buffer.name)
+                )
                 assert np.isnan(version).all(), f"{buffer.name} is written once more"
         assert all((copies.nth < self.num_copied).all() for copies in (self.weighted, self.squares))
         for region in ("kv", "logits"):

@@ -22,7 +22,6 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from megakernel.pack_cuda import SCALE_GROUPS
 from megakernel.program import Op, Opcode, Program, Prologue, split_block
 from megakernel.vm_ops import multiplied_as
 from megakernel.vm_state import Float64Array, OpMatrix, VmState
@@ -33,9 +32,9 @@ TINIEST = 2.0**-126
 _FUNCTION_ROUNDINGS = 8
 """Of exp, log, division or a reciprocal root, and of what goes into it, in units of EPS."""
 _WARPS = 8
-_OFFSET_REACH = 4.0
-"""4-bit numbers with a minimum are multiplied as q - 8, to which m + 8 * d times the input's sum is added:
-both are at most what a block's largest value comes to, or twice that."""
+_OFFSET_REACH = 40.0
+"""4-bit numbers are multiplied as 128 + q, and 128 times the scale d comes off again with the input's sum:
+both sums are up to (128 + 15) * d * |x|, where a block's largest value is at least 7.5 * d."""
 
 
 class Input(msgspec.Struct, frozen=True, eq=False):
@@ -65,9 +64,6 @@ def input_of(state: VmState, op: Op, matrix: OpMatrix) -> Input:
         return multiplied_as(exact, matrix.packed_format).astype(np.float64)
 
     spread = rounded(rows + error) - rounded(rows - error)
-    if matrix.packed_format in SCALE_GROUPS and error.any():
-        # With one of its elements a group's scale may be another.
-        spread += 2.0**-13 * np.abs(rows).max(axis=1, keepdims=True)
     return Input(rounded(rows), spread, scale)
 
 
@@ -106,7 +102,7 @@ def products(
 def _reach(weights: Float64Array, packed_format: str) -> Float64Array:
     """What roundings of a weight's products are relative to."""
     match packed_format:
-        case "Q4_1":
+        case "Q4_0" | "Q4_1":
             group = 32
         case "W4G128":
             group = 128

@@ -1,6 +1,5 @@
 """The CUDA runtime's own logic over a device that only remembers, and over emulated kernels."""
 
-import re
 import threading
 
 import msgspec
@@ -307,17 +306,14 @@ def test_kv_may_be_written_beside_a_step(runtime, driver):
 
 
 def test_buffers_between_ops_can_be_looked_at(compiled, runtime, driver):
-    """Of few rows with numbers beside values, of many without."""
-    tagged = compiled.tags[1].buffers
+    """Floats, and what is stored in 16 bits."""
+    width = next(buffer.columns for buffer in compiled.programs[1].buffers if buffer.name == "mlp")
 
     def fill(driver, kernel, arguments):
         start = arguments.activations + compiled.buffer_offsets["hidden"]
         driver.array_at(start, 8 * 64, np.float32)[...] = np.arange(8 * 64)
-        floats = driver.array_at(arguments.tagged + tagged["hidden"].offset, 2 * 4 * 64, np.float32)
-        floats[::2] = np.arange(4 * 64)
-        width = tagged["mlp"].columns
-        pairs = driver.array_at(arguments.tagged + tagged["mlp"].offset, 4 * 4 * width // 2, np.uint16)
-        pairs.reshape(-1, 4)[:, :2] = bf16_bits(np.arange(4 * width, dtype=np.float32)).reshape(-1, 2)
+        start = arguments.activations + compiled.buffer_offsets["mlp"]
+        driver.array_at(start, 4 * width, np.uint16)[...] = bf16_bits(np.arange(4 * width, dtype=np.float32))
 
     driver.kernel = fill
     runtime.step(rows_of(Group(tokens=[1, 2, 3], parents=chain(3), context=0, table=[1])))
@@ -394,11 +390,6 @@ def test_a_failure_names_where_and_what_was_waited_for(compiled, runtime, driver
             {"code": 3, "warp": 8, "expected": 40, "actual": 37},
             "warp 8, .* until this SM has ended 5 instructions; 37 of 40 arrivals",
         ),
-        (
-            {"code": 5, "warp": 2, "expected": 2 * 3 + 1, "actual": 2 * 1 + 1},
-            "warp 2, .* not there: it is of layers.0.qkv, not of layers.0.o",
-        ),
-        ({"code": 5, "expected": 1, "actual": 2**32 - 1}, "it is of an earlier step .*, not of embed"),
         ({"code": 9, "instruction": 9999}, "after its last instruction.*failure code 9"),
     ],
 )
@@ -585,22 +576,3 @@ def test_a_counter_that_stays_short_is_reported(weights):
     with pytest.raises(StepError, match="gave up"):
         runtime.step(single())
     runtime.close()
-
-
-@needs_compiler
-def test_an_input_that_does_not_come_is_reported(weights):
-    """Down waits for what the op after it writes."""
-    program = programs_of(weights, (1,))[0]
-    generated = generated_of(weights, [program])
-    of_down = re.compile(r"(Plain<TaggedPairs<\d+>>\{TaggedPairs<\d+>\{[^{}]*, Tag\{\d+u, )4(u, )")
-    assert len(of_down.findall(generated.source)) == 1
-    source = of_down.sub(r"\g<1>6\2", generated.source)
-    driver = FakeDriver(emulated(build_emulation(source), expires_waits=True))
-    compiled = compiled_model(weights, [program], generated)
-    with (
-        CudaRuntime(compiled, NUM_BLOCKS, BLOCK, driver=driver, wait_limit_s=0.5) as runtime,
-        pytest.raises(
-            StepError, match=r"layers.*: a value of its input is not there: it is of layers.*, not of layers"
-        ),
-    ):
-        runtime.step(single())

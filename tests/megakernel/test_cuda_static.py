@@ -67,6 +67,6 @@ def check_kernel(shape: str, machine: str, bucket: int, formats: Mapping[str, st
     assert code.num_bytes <= MOST_CODE_BYTES
     return (
         f"{code.num_bytes / 1024:.0f} KiB of code, {kernel.registers} registers, "
-        f"{generated.shared_bytes} B of shared memory, {code.count(TENSOR_CORE)} MMA, "
+        f"{generated.shared_bytes} B of shared memory, {code.count(TENSOR_CORE)} HMMA, "
         f"{code.count(ASYNC_COPY)} LDGSTS"
     )

@@ -124,14 +124,6 @@ def test_blocks_hand_over(seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_blocks_pass_on_values_that_carry_numbers(seed):
-    output = device_array(NUM_BLOCKS * 288, np.uint64)
-    launch("pass_on", words(), output, steps=STEPS, seed=seed)
-    last = np.arange(1, NUM_BLOCKS + 1) + NUM_BLOCKS * (STEPS - 1) + (STEPS << 32)
-    np.testing.assert_array_equal(output.reshape(NUM_BLOCKS, 288), np.repeat(last, 288).reshape(-1, 288))
-
-
-@pytest.mark.parametrize("seed", SEEDS)
 def test_groups_of_warps_take_turns(seed):
     output = device_array(NUM_BLOCKS * 256, np.uint32)
     launch("take_turns", words(), output, steps=STEPS, seed=seed)
@@ -249,8 +241,6 @@ FAULTS = {
     ("hand_over", 5): {RaceError},
     ("hand_over", 6): {RaceError},
     ("hand_over", 7): {DeadlockError},
-    ("pass_on", 1): {RaceError, DeadlockError},
-    ("pass_on", 2): {DeadlockError, RaceError},
     ("hand_over", 8): {ConstantError},
     ("take_turns", 1): {RaceError, UninitialisedError},
     ("take_turns", 2): {DeadlockError},
@@ -272,7 +262,6 @@ def test_a_fault_is_found_by_every_seed(kernel, fault):
     [
         ("pipeline_async", 8, (InFlightError, RaceError, DeadlockError)),  # only when warps drift apart
         ("pipeline_bulk", 8, InFlightError),  # only when copies are late
-        ("pass_on", 3, RaceError),  # only when a value had its number by chance
     ],
 )
 def test_a_fault_that_takes_an_odd_order_is_found_by_some_seed(kernel, fault, error):
@@ -373,11 +362,6 @@ def test_a_deadlock_names_all_that_wait():
         "block 2 warp 1 2 3 4 5 6 7 8: sync_threads(0, 288), which misses 32 threads at "
     )
     assert len(lines) == 4
-
-
-def test_a_deadlock_tells_whose_value_is_missed():
-    with pytest.raises(DeadlockError, match=r"load_tagged of output \+ 2312, which is of 1 and not of 2 at "):
-        launch("pass_on", words(), device_array(NUM_BLOCKS * 288, np.uint64), fault=2, steps=1)
 
 
 def test_a_deadlock_tells_what_mbarriers_miss():

@@ -70,9 +70,7 @@ def test_a_peer_is_the_model_that_it_is_said_to_be():
         named |= {"gate": gate_up.chunk(2)[0], "up": gate_up.chunk(2)[1], "down": down}
         weights |= {f"layers.{layer}.{name}": values for name, values in named.items()}
     weights = {name: values.double() for name, values in weights.items()}
-    expected = reference_step(
-        shape, weights, rows_of(groups), key_slots(groups), pool, is_rounded=False, scale_groups={}
-    )
+    expected = reference_step(shape, weights, rows_of(groups), key_slots(groups), pool, is_rounded=False)
     x = peer.logits()
     np.testing.assert_allclose(x.float(), expected.logits, rtol=0, atol=0.05 * expected.logits.abs().max())
 

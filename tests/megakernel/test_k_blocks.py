@@ -2,7 +2,6 @@
 
 import pytest
 
-from megakernel.cuda_constants import STAGED_BLOCK
 from megakernel.default_plan import plan_linear
 from megakernel.footprint import cuda_linear_footprint, page_needs
 from megakernel.graph import uniform_formats, usual_formats
@@ -36,5 +35,4 @@ def test_every_default_tile_fits_with_any_rows(shape, machine):
                 )
                 assert page_needs(needed, known.page_bytes).total <= known.num_pages, (role.name, tile)
                 if blocks.input_k < role.in_features:
-                    assert blocks.input_k % STAGED_BLOCK == 0
                     assert blocks.input_k % blocks.load_k == 0

@@ -26,7 +26,7 @@ def test_every_packaged_machine_loads_under_its_own_name():
 def test_capacity_of_a_block_is_the_architecture_s(name, workers, scratch):
     machine = load_machine(name)
     assert (machine.num_workers, machine.scratch_bytes) == (workers, scratch)
-    assert machine.num_pages == (scratch - 19_456) // machine.page_bytes
+    assert machine.num_pages == (scratch - 17_408) // machine.page_bytes
 
 
 def test_pages_are_what_kernels_leave_of_the_scratch_memory():

@@ -10,7 +10,6 @@ import pytest
 
 from megakernel.build import INCLUDE_FOLDER
 from megakernel.cuda_constants import MAX_LOADS_AHEAD
-from megakernel.cuda_tags import MOST_TAGGED_ROWS
 from megakernel.emulation_errors import (
     DeadlockError,
     EmulationError,
@@ -35,7 +34,7 @@ from tests.megakernel.test_cuda_kernels import (
 )
 
 CASES = {"K in blocks": 31, "bucket 32": 33}
-CASE_OF_INPUT_IN_BLOCKS, CASE_OF_ONE_BIT, CASE_OF_FEW_ROWS = 18, 45, 16
+CASE_OF_INPUT_IN_BLOCKS, CASE_OF_ONE_BIT = 18, 45
 CASES_WITH_PARTS_OF_HEADS = {"K in blocks": 16, "K whole": 30}
 NUM_INTERLEAVINGS = 30
 NUM_CASES = 48
@@ -136,11 +135,11 @@ FAULTS = {
 """How a program is broken, and how that shows."""
 
 
-def check_interleavings(case: Case, edit=None, flags=(), most_tagged_rows: int = MOST_TAGGED_ROWS) -> None:
+def check_interleavings(case: Case, edit=None, flags=()) -> None:
     """Until one is found wrong."""
     weights, kv = case.weights(), case.kv()
     op_weights = OpWeights(weights, Arithmetic.CUDA)
-    model = model_of(case, weights, edit, flags, most_tagged_rows)
+    model = model_of(case, weights, edit, flags)
     for seed in range(NUM_INTERLEAVINGS):
         found = model.run(case.program.bucket, kv, case.rows, seed=seed, has_journal=True)
         check_ops(case.program, op_weights, kv, found, case.rows)
@@ -155,11 +154,10 @@ def test_faults_of_programs_are_caught(fault, name):
 
 
 def check_fault(case: Case, program: Program, error) -> None:
-    """By kernels that do wait for counters, whatever the rows."""
     with pytest.raises(ScheduleError):
         validate(program)
     with pytest.raises(error):
-        check_interleavings(msgspec.structs.replace(case, program=program), most_tagged_rows=0)
+        check_interleavings(msgspec.structs.replace(case, program=program))
 
 
 @pytest.mark.slow
@@ -225,69 +223,45 @@ def test_faults_between_blocks_of_k_are_caught(fault, tmp_path):
         check_interleavings(draw_case(CASES["K in blocks"]), flags=flags)
 
 
+COPIES_ARE_THERE = "    ptx::copy_async_wait<0>();\n    sync_consumers();\n}"
+
+
 def test_an_input_that_is_not_waited_for_is_caught(tmp_path):
-    right = "    sync_consumers();\n    if constexpr (Source::kIsNormed) {"
-    flags = with_fault(tmp_path, "cuda/ops/input.h", right, "    if constexpr (Source::kIsNormed) {")
+    flags = with_fault(
+        tmp_path, "cuda/ops/input.h", COPIES_ARE_THERE, COPIES_ARE_THERE.replace("sync_consumers();", "")
+    )
     with pytest.raises((EmulationError, AssertionError)):
         check_interleavings(draw_case(CASE_OF_INPUT_IN_BLOCKS), flags=flags)
 
 
-COPIES_ARE_THERE = "ptx::copy_async_wait<0>();\n        sync_consumers();\n        return;"
-
-
 def test_rows_that_are_copied_and_not_waited_for_are_caught(tmp_path):
-    flags = with_fault(tmp_path, "cuda/ops/input.h", COPIES_ARE_THERE, "sync_consumers();\n        return;")
+    flags = with_fault(tmp_path, "cuda/ops/input.h", COPIES_ARE_THERE, COPIES_ARE_THERE.partition("\n")[2])
     with pytest.raises(InFlightError):
         check_blocks_of_input("BF16", IN_BLOCKS, flags=flags)
 
 
+BLOCK_IS_THERE = "    ptx::copy_async_wait<0>();\n    sync_consumers();  // this block"
+NEXT = (
+    "if (k0 + kStaged < kPadded) "
+    "copy_input<kRows, kIn, kPadded, kStaged>(w, source.rows, r0, count, k0 + kStaged, other);"
+)
 BLOCKED_INPUT_FAULTS = {
-    "multiplied before it has come": (
-        "BF16",
-        "            ptx::copy_async_wait<0>();\n            sync_consumers();\n            if (has_next)",
-        "            sync_consumers();\n            if (has_next)",
-    ),
-    "the next where this one is": ("BF16", "copy(u0 + kUnits, other);", "copy(u0 + kUnits, here);"),
+    "multiplied before it has come": (BLOCK_IS_THERE, "    sync_consumers();  // this block"),
+    "the next where this one is": (NEXT, NEXT.replace("other", "here")),
     "the next before this one has been read": (
-        "BF16",
-        "sync_consumers();\n            if (has_next) copy(u0 + kUnits, other);",
-        "if (has_next) copy(u0 + kUnits, other); sync_consumers();",
-    ),
-    "converted before it has come": (
-        "Q4_1",
-        "            ptx::copy_async_wait<0>();\n            sync_consumers();\n            const CopiedRows",
-        "            sync_consumers();\n            const CopiedRows",
-    ),
-    "converted to where the one before is read": (
-        "Q4_1",
-        "            sync_consumers();\n            const CopiedRows",
-        "            const CopiedRows",
+        f"sync_consumers();  // this block is there, and the one before has been read\n    {NEXT}",
+        f"{NEXT} sync_consumers();",
     ),
 }
-"""Of which weights, what is replaced of ops/input.h, and by what."""
+"""What is replaced of ops/input.h, and by what."""
 
 
 @pytest.mark.parametrize("fault", BLOCKED_INPUT_FAULTS)
-def test_faults_between_blocks_of_an_input_are_caught(fault, tmp_path):
-    format, right, wrong = BLOCKED_INPUT_FAULTS[fault]
-    flags = with_fault(tmp_path, "cuda/ops/input.h", right, wrong)
+@pytest.mark.parametrize("format", ["BF16", "Q4_1"])
+def test_faults_between_blocks_of_an_input_are_caught(fault, format, tmp_path):
+    flags = with_fault(tmp_path, "cuda/ops/input.h", *BLOCKED_INPUT_FAULTS[fault])
     with pytest.raises((EmulationError, AssertionError)):
         check_blocks_of_input(format, IN_BLOCKS, flags=flags)
-
-
-TAG_FAULTS = {
-    "numbers that nobody looks at": ("    if (!missing()) return;\n", "    return;\n"),
-    "one of two numbers not looked at": ("(found[i].y ^ tag) | (found[i].w ^ tag)", "found[i].y ^ tag"),
-}
-"""What is replaced of tagged.h, and by what."""
-
-
-@pytest.mark.parametrize("fault", TAG_FAULTS)
-def test_faults_of_values_that_carry_numbers_are_caught(fault, tmp_path):
-    flags = with_fault(tmp_path, "cuda/tagged.h", *TAG_FAULTS[fault])
-    case = draw_case(CASE_OF_FEW_ROWS)
-    with pytest.raises((EmulationError, AssertionError)):
-        check_interleavings(case, flags=flags)
 
 
 COPY_FAULTS = {
@@ -301,12 +275,12 @@ COPY_FAULTS = {
         "(row * columns + column) / kSquaredColumns + 1",
     ),
 }
-"""What is replaced of tagged.h, and by what."""
+"""What is replaced of rows.h, and by what."""
 
 
 @pytest.mark.parametrize("fault", COPY_FAULTS)
 def test_faults_of_what_is_stored_for_the_next_norm_are_caught(fault, tmp_path):
-    flags = with_fault(tmp_path, "cuda/tagged.h", *COPY_FAULTS[fault])
+    flags = with_fault(tmp_path, "cuda/rows.h", *COPY_FAULTS[fault])
     with pytest.raises((EmulationError, AssertionError)):
         check_blocks_of_input("BF16", IN_BLOCKS, flags=flags)
 

@@ -52,8 +52,6 @@ extern "C" __global__ void __launch_bounds__(288, 1) everything(const __grid_con
     ptx::load_global_if(a.words[4] > 0, reinterpret_cast<const uint4*>(a.bytes), held);
     ptx::store_global(reinterpret_cast<uint4*>(a.bytes), held);
     a.floats[0] = ptx::load_constant_early(reinterpret_cast<const float4*>(a.bytes)).x;
-    uint2* tagged = reinterpret_cast<uint2*>(a.bytes);
-    ptx::store_tagged(tagged, ptx::load_tagged(tagged + 1, 3).x, ptx::load_tagged_two(tagged + 2, 5).w);
     ptx::copy_async_16(s + 16, a.bytes), ptx::copy_async_arrive(s), ptx::fence_async_shared();
     ptx::copy_async_commit(), ptx::copy_async_wait<3>(), ptx::copy_async_pace<3>();
     ptx::mbarrier_arrive(s), ptx::mbarrier_arrive_expect(s, 64), ptx::copy_bulk(s + 64, a.bytes, 64, s);
@@ -63,9 +61,6 @@ extern "C" __global__ void __launch_bounds__(288, 1) everything(const __grid_con
     ptx::load_matrix_x4(r, s + 16 * ptx::lane());
     ptx::mma_bf16(c, r[0], r[1], r[2], r[3], r[0], r[1]);
     ptx::mma_f16(c, r[0], r[1], r[2], r[3], r[0], r[1]);
-    int32_t sums[4] = {1, 2, 3, 4};
-    ptx::mma_s8(sums, r[0], r[1], r[2], r[3], r[0], r[1], sums);
-    c[3] += static_cast<float>(sums[0] + sums[1] + sums[2] + sums[3]);
     ptx::sync_warp();
     c[0] += ptx::shuffle_xor(c[1], 1) + ptx::shuffle(c[2], 3);
     r[0] = ptx::shuffle_xor(r[1], 1) + ptx::shuffle(r[2], 3) + ptx::ballot(c[0] > 0) + ptx::lowest_bit(r[1]);

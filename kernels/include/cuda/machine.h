@@ -38,9 +38,8 @@ constexpr uint32_t kEpochAt = 104;      // the step's: see StepArguments
 constexpr uint32_t kBegunAt = 108;      // steps begun after the first, and kLastStep
 constexpr uint32_t kScalesAt = 128;     // [kRowChunk] floats: what RMS norm multiplies a row's sums by
 constexpr uint32_t kSelectionAt = 192;  // [kConsumerWarps] of 8 bytes and of 4: a step's results; rows to merge; a head to finish
-constexpr uint32_t kSquaresAt = 1024;   // [kRowChunk][blocks of kStagedBlock elements of K, at most 32] floats; in attention its rows,
-                                        // 16 bytes each
-constexpr uint32_t kSumsAt = 3072;      // of a linear op's warps: [column groups][kConsumerWarps][rows][kColumnGroup] floats;
+constexpr uint32_t kAttendingAt = 512;  // [kLanes] of 16 bytes: attention's rows
+constexpr uint32_t kSumsAt = 1024;      // of a linear op's warps: [column groups][kConsumerWarps][rows][kColumnGroup] floats;
                                         // in attention see AttentionShape
 constexpr uint32_t kSumsBytes = 16384;
 constexpr uint32_t kReservedBytes = kSumsAt + kSumsBytes;

@@ -19,8 +19,6 @@ constexpr int unit_k(Format f) { return scale_group(f) == 128 ? 128 : 64; }
 constexpr int weight_bytes(Format f) {  // of a unit of 16 columns, without scales
     return 16 * unit_k(f) * (is_float(f) ? 4 : is_8bit(f) ? 2 : 1) / 2;
 }
-// What inputs are multiplied as: floats of 16 bits, or numbers of 15 bits, by scale group, in two bytes.
-constexpr bool is_quantized(Format f) { return !is_float(f); }
 constexpr int scale_bytes(Format f) { return is_float(f) ? 0 : has_minima(f) ? 4 : 2; }  // of a column's group
 constexpr int scale_groups(Format f) { return unit_k(f) / scale_group(f); }  // of a unit
 constexpr int unit_bytes(Format f) {

@@ -20,7 +20,6 @@ enum FailureCode : uint32_t {
     kWeightsWait = 2,
     kProgressWait = 3,
     kStepWait = 4,
-    kInputWait = 5,
     kReporting = 0xffffffff
 };
 
@@ -65,7 +64,6 @@ struct MultiStepArguments {
 struct StepArguments {
     const uint8_t* weights;  // packed
     uint8_t* activations;    // buffers between ops, at offsets that the generated source has as literals
-    uint8_t* tagged;         // likewise those of cuda/tagged.h, zeroed once at load
     uint16_t* kv;            // float16 [layers][num_slots][2 * kv_heads * head_dim]: K heads, then V heads
     const float2* turns;     // [max_context_tokens][head_dim / 2] (cos, sin)
     uint32_t* counters;      // [the artifact's counters + 64], zeroed once at load; attention's set back, the others never
@@ -102,6 +100,6 @@ struct StepArguments {
 };
 
 static_assert(sizeof(Failure) == 32);
-static_assert(sizeof(MultiStepArguments) == 144 && sizeof(StepArguments) == 248 + 144);
+static_assert(sizeof(MultiStepArguments) == 144 && sizeof(StepArguments) == 240 + 144);
 
 }  // namespace headrace

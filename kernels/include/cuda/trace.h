@@ -19,7 +19,7 @@ enum TraceEvent : uint32_t {
     kStaged = 2,      // its input is in shared memory
     kLanded = 3,      // its weights are
     kMultiplied = 4,  // its sums are done
-    kSignalled = 5,   // what it wrote is there for others, or carries a number and is on its way
+    kSignalled = 5,   // what it wrote is there for others
 };
 
 // One thread of a role tells. After its instructions: clocks of cycles and of nanoseconds, when the role began and ended.

@@ -160,41 +160,6 @@ void mma(MmaType type, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b
     memcpy(c, warp.c[lane], sizeof c);
 }
 
-inline int32_t byte_of(uint32_t word, uint32_t index) { return static_cast<int8_t>(word >> 8 * index); }
-
-// c += a * b of all lanes, in integers that wrap.
-__attribute__((noinline)) inline void multiply_bytes(Warp& warp) {
-    int32_t a[16][32], b[32][8];
-    uint32_t sums[16][8];
-    for (uint32_t lane = 0; lane < kLanes; lane++) {
-        const uint32_t g = lane / 4, t = lane % 4;
-        for (uint32_t e = 0; e < 4; e++) {
-            for (uint32_t i = 0; i < 4; i++) a[g + 8 * (i % 2)][4 * t + 16 * (i / 2) + e] = byte_of(warp.a[lane][i], e);
-            for (uint32_t i = 0; i < 2; i++) b[4 * t + 16 * i + e][g] = byte_of(warp.b[lane][i], e);
-        }
-        for (uint32_t i = 0; i < 4; i++) memcpy(&sums[g + 8 * (i / 2)][2 * t + i % 2], &warp.c[lane][i], 4);
-    }
-    for (uint32_t row = 0; row < 16; row++)
-        for (uint32_t k = 0; k < 32; k++)
-            for (uint32_t column = 0; column < 8; column++) sums[row][column] += static_cast<uint32_t>(a[row][k] * b[k][column]);
-    for (uint32_t lane = 0; lane < kLanes; lane++)
-        for (uint32_t i = 0; i < 4; i++) memcpy(&warp.c[lane][i], &sums[lane / 4 + 8 * (i / 2)][2 * (lane % 4) + i % 2], 4);
-}
-
-void mma_s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const int32_t (&c)[4]) {
-    begin(Op::kMmaS8, 0, HEADRACE_SITE());
-    Warp& warp = *self->warp;
-    const uint32_t lane = self->identity.lane;
-    memcpy(warp.a[lane], a, sizeof a);
-    memcpy(warp.b[lane], b, sizeof b);
-    memcpy(warp.c[lane], c, sizeof c);
-    if (meet(Op::kMmaS8, 0, 0)) {
-        multiply_bytes(warp);
-        let_go(warp);
-    }
-    memcpy(d, warp.c[lane], sizeof d);
-}
-
 void load_matrix_x4(uint32_t (&r)[4], uint32_t row) {
     begin(Op::kLoadMatrix, row, HEADRACE_SITE());
     Warp& warp = *self->warp;

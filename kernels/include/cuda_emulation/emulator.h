@@ -41,10 +41,6 @@ inline void add_wait(Text& text, const Lane& lane) {
             text.add(" of shared memory + %u, which is %u", static_cast<uint32_t>(lane.address) - kSharedBase,
                      lane.operand[0]);
             break;
-        case Op::kLoadTagged:
-            text.add(" of "), add_place(text, place_of(reinterpret_cast<const void*>(lane.address)));
-            text.add(", which is of %u and not of %u", lane.operand[0], lane.operand[1]);
-            break;
         case Op::kMbarrierTryWait: {
             const uint32_t offset = static_cast<uint32_t>(lane.address) - kSharedBase;
             text.add("(parity %u) of shared memory + %u", lane.operand[0], offset);
@@ -125,7 +121,7 @@ inline void add_waits(Text& text, const Block& block) {
         if (lane.warp->exited & lane_bit(lane) || (blamed && !(lane.is_parked && !blamed->is_parked))) continue;
         blamed = self = &lane;
     }
-    const bool is_global = blamed->op == Op::kLoadAcquire || blamed->op == Op::kLoadTagged;
+    const bool is_global = blamed->op == Op::kLoadAcquire;
     end_run(kDeadlock, is_global ? place_of(reinterpret_cast<const void*>(blamed->address)) : Place{nullptr, -1, 0});
 }
 
@@ -299,7 +295,6 @@ inline void run(const EmulationConfig& config, EmulationReport& report) {
     machine.clocks.reset(machine.num_warps + config.num_blocks * kMostMbarriers);
     nodes.reset();
     words.reset();
-    tagged_waiters = {};
     copies.reset();
     arena.reset(arena_bytes());
     machine.blocks = arena.take<Block>(config.num_blocks);

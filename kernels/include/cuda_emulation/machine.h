@@ -25,19 +25,17 @@ struct Copy;
 enum class Op : uint8_t {
     kNone, kLoadShared, kStoreShared, kLoadGlobal, kStoreGlobal, kLoadConstant, kPrefetch,
     kLoadSharedAcquire, kAddSharedRelease, kLoadAcquire, kAddRelease, kAddAcquireRelease, kCompareExchange, kStoreSystem,
-    kLoadTagged, kStoreTagged,
     kCopyAsync, kCopyAsyncArrive, kCopyAsyncCommit, kCopyAsyncWait, kCopyBulk, kFenceAsyncShared,
     kMbarrierInit, kFenceMbarrierInit, kMbarrierArrive, kMbarrierTryWait,
-    kSyncWarp, kSyncThreads, kShuffleXor, kShuffle, kBallot, kMmaBf16, kMmaF16, kMmaS8, kLoadMatrix,
+    kSyncWarp, kSyncThreads, kShuffleXor, kShuffle, kBallot, kMmaBf16, kMmaF16, kLoadMatrix,
     kNanoseconds, kSleep, kTrap,
 };
 constexpr const char* kOpNames[] = {
     "nothing", "load_shared", "store_shared", "load_global", "store_global", "load_constant", "prefetch",
     "load_shared_acquire", "add_shared_release", "load_acquire", "add_release", "add_acquire_release", "compare_exchange", "store_system",
-    "load_tagged", "store_tagged",
     "copy_async_16", "copy_async_arrive", "copy_async_commit", "copy_async_wait", "copy_bulk", "fence_async_shared",
     "mbarrier_init", "fence_mbarrier_init", "mbarrier_arrive", "mbarrier_try_wait",
-    "sync_warp", "sync_threads", "shuffle_xor", "shuffle", "ballot", "mma_bf16", "mma_f16", "mma_s8", "load_matrix_x4",
+    "sync_warp", "sync_threads", "shuffle_xor", "shuffle", "ballot", "mma_bf16", "mma_f16", "load_matrix_x4",
     "nanoseconds", "sleep_ns", "trap",
 };
 inline const char* name_of(Op op) { return kOpNames[static_cast<int>(op)]; }

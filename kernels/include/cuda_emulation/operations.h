@@ -38,10 +38,6 @@ HEADRACE_OPERATION uint32_t add_acquire_release(uint32_t* to, uint32_t value);
 HEADRACE_OPERATION uint32_t compare_exchange(uint32_t* at, uint32_t expected, uint32_t desired);
 HEADRACE_OPERATION void store_system(uint32_t* to, uint32_t value);
 
-// 8 or 16 bytes to `found`: one or two of a value and its number.
-HEADRACE_OPERATION void load_tagged(const void* from, uint32_t num_bytes, uint32_t tag, void* found);
-HEADRACE_OPERATION void store_tagged(void* to, const void* both);
-
 HEADRACE_OPERATION void copy_async(uint32_t to, const void* from);
 HEADRACE_OPERATION void copy_async_arrive(uint32_t mbarrier);
 HEADRACE_OPERATION void copy_async_commit();
@@ -61,7 +57,6 @@ HEADRACE_OPERATION uint32_t shuffle(uint32_t value, uint32_t lane);
 HEADRACE_OPERATION uint32_t ballot(bool value);
 enum class MmaType { kBf16, kF16 };
 HEADRACE_OPERATION void mma(MmaType type, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
-HEADRACE_OPERATION void mma_s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const int32_t (&c)[4]);
 HEADRACE_OPERATION void load_matrix_x4(uint32_t (&r)[4], uint32_t row);
 
 HEADRACE_OPERATION uint64_t nanoseconds();

@@ -42,11 +42,7 @@ class Words {
 
 inline Words words;
 
-// Of values that carry a number: all that wait for any of them.
-inline Waiters tagged_waiters;
-
 inline void unpark_all() {
-    if (tagged_waiters.first) unpark(tagged_waiters);
     words.visit([](Word& word) {
         if (word.waiters.first) unpark(word.waiters);
     });
@@ -153,54 +149,6 @@ void store_system(uint32_t* to, uint32_t value) {
     access_word(*global_cell(memory, to), Kind::kAtomicWrite, true, to);
     memcpy(to, &value, sizeof value);
     wake(words.at(to).waiters);
-}
-
-// Those of 16 bytes are one word.
-inline Word& tagged_word(const void* address) {
-    return words.at(reinterpret_cast<const void*>(reinterpret_cast<uint64_t>(address) / 16 * 16));
-}
-
-inline bool has_tags(const uint32_t* found, uint32_t num_bytes, uint32_t tag) {
-    return found[1] == tag && (num_bytes == 8 || found[3] == tag);
-}
-
-// Values that carry the number that is waited for are read, and all that their writers knew is known from then on, as those who
-// depend on a value come after it. Of others nothing is learnt, and nobody may mind who overwrites them.
-void load_tagged(const void* from, uint32_t num_bytes, uint32_t tag, void* found) {
-    begin_poll(Op::kLoadTagged, reinterpret_cast<uint64_t>(from), HEADRACE_SITE());
-    const Memory& memory = num_bytes == 8 ? checked_memory<8>(from) : checked_memory<16>(from);
-    switch_point();
-    uint32_t both[4];
-    memcpy(both, from, num_bytes);
-    if (!has_tags(both, num_bytes, tag)) {
-        park_if_seen(tagged_waiters);
-        memcpy(both, from, num_bytes);
-    }
-    self->operand[0] = both[1], self->operand[1] = tag;
-    if (has_tags(both, num_bytes, tag)) {
-        touch();
-        acquire(tagged_word(from).released);
-        const bool is_ready = is_initialised(memory);
-        const auto visit = [is_ready](Cell& cell, uint32_t bytes, const char* address) {
-            access_load(cell, bytes, is_ready, address);
-        };
-        num_bytes == 8 ? visit_memory<8>(memory, from, visit) : visit_memory<16>(memory, from, visit);
-        self->polled = nullptr;
-    }
-    memcpy(found, both, num_bytes);
-}
-
-void store_tagged(void* to, const void* both) {
-    begin(Op::kStoreTagged, reinterpret_cast<uint64_t>(to), HEADRACE_SITE());
-    const Memory& memory = checked_memory<8>(to);
-    check_writable(memory, to);
-    check_not_copied(to, 8);
-    switch_point();
-    touch();
-    visit_memory<8>(memory, to, [](Cell& cell, uint32_t bytes, const char* address) { access_store(cell, bytes, address); });
-    release(tagged_word(to).released);
-    memcpy(to, both, 8);
-    wake(tagged_waiters);
 }
 
 }  // namespace headrace::emulation

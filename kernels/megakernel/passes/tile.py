@@ -2,7 +2,7 @@
 
 from xdsl.dialects.builtin import ModuleOp
 
-from megakernel.cuda_constants import K_BLOCK, STAGED_BLOCK
+from megakernel.cuda_constants import K_BLOCK
 from megakernel.dialect.tiled_ops import AttentionOp, FusedLinearOp, LinearTail, TiledOp
 from megakernel.passes.context import PassContext, PlanError
 from megakernel.program import Epilogue, fits_heads
@@ -50,8 +50,5 @@ def check_k_tiles(op: TiledOp, num_k_tiles: int, kind: str) -> None:
 def check_k_blocks(op: TiledOp, load_k: int, input_k: int) -> None:
     if load_k < 0 or load_k % K_BLOCK:
         raise PlanError(f"{op.label.data}: load_k must be a multiple of {K_BLOCK}, got {load_k}")
-    if input_k and (not load_k or input_k % load_k or input_k % STAGED_BLOCK):
-        raise PlanError(
-            f"{op.label.data}: input_k must be a multiple of load_k, {load_k}, and of {STAGED_BLOCK}, "
-            f"got {input_k}"
-        )
+    if input_k and (not load_k or input_k % load_k):
+        raise PlanError(f"{op.label.data}: input_k must be a multiple of load_k, {load_k}, got {input_k}")

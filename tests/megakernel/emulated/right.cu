@@ -258,24 +258,6 @@ KERNEL hand_over(const __grid_constant__ Arguments a) {
     }
 }
 
-// hand_over without counters: values carry the number of the step that they are of. Fault 1: no barrier between a block's loads and
-// its stores; 2: a block waits for a number that does not come; 3: values are taken for what they are, whatever their number.
-KERNEL pass_on(const __grid_constant__ Arguments a) {
-    uint2* rows = out<uint2>(a);
-    const uint32_t block = ptx::block(), thread = ptx::thread(), last = ptx::num_blocks() - 1;
-    for (uint32_t step = 0; step < a.steps; step++) {
-        uint2 found{0, 0};
-        if (block || step) {
-            const uint2* from = rows + (block ? block - 1 : last) * kThreads + (thread + 1) % kThreads;
-            const uint32_t number = (block ? step + 1 : step) + (a.fault == 2 && block == 2);
-            while ((found = ptx::load_tagged(from, number)).y != number && a.fault != 3) {
-            }
-        }
-        if (a.fault != 1) ptx::sync_threads(0, kThreads);
-        ptx::store_tagged(rows + block * kThreads + thread, found.x + 1, step + 1);
-    }
-}
-
 // Two groups of four warps write what the other reads, in turn. Fault 1: a barrier of too few threads; 2: of one warp
 // too many; 3: only one of two barriers; 4: of 33 threads; 5: of another number than the others say.
 KERNEL take_turns(const __grid_constant__ Arguments a) {
@@ -315,5 +297,5 @@ KERNEL convert(const __grid_constant__ Arguments a) {
     }
 }
 
-HEADRACE_KERNELS(reduce, exchange, convert, multiply_bf16, multiply_f16, copy_own, pipeline_async, pipeline_bulk, hand_over, pass_on,
+HEADRACE_KERNELS(reduce, exchange, convert, multiply_bf16, multiply_f16, copy_own, pipeline_async, pipeline_bulk, hand_over,
                  take_turns)

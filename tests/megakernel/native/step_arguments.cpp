@@ -20,7 +20,6 @@ int main() {
     printf("FailureCode WEIGHTS_WAIT %d 0\n", headrace::kWeightsWait);
     printf("FailureCode PROGRESS_WAIT %d 0\n", headrace::kProgressWait);
     printf("FailureCode STEP_WAIT %d 0\n", headrace::kStepWait);
-    printf("FailureCode INPUT_WAIT %d 0\n", headrace::kInputWait);
     printf("FailureCode REPORTING %u 0\n", headrace::kReporting);
     printf("NO_INDEX value %u 0\n", headrace::kNoIndex);
     printf("LAST_STEP value %u 0\n", headrace::kLastStep);

@@ -8,7 +8,7 @@
 #pragma once
 
 #include "cuda/ops/attention_split.h"
-#include "cuda/tagged.h"
+#include "cuda/rows.h"
 
 namespace headrace {
 

@@ -55,7 +55,7 @@ struct AttendingRow {
     int32_t path;        // of path_slots, where position 0 would be
 
     static __device__ __forceinline__ SharedAddress at(const Worker& w, uint32_t index) {
-        return w.shared + kSquaresAt + index * sizeof(AttendingRow);
+        return w.shared + kAttendingAt + index * sizeof(AttendingRow);
     }
     // Rows from row0 on, by one warp.
     static __device__ __forceinline__ void store(const Worker& w, int row0) {

@@ -1,7 +1,7 @@
 // What becomes of a finished tile: one sink an epilogue.
 #pragma once
 
-#include "cuda/tagged.h"
+#include "cuda/rows.h"
 
 namespace headrace {
 
@@ -26,7 +26,7 @@ __device__ __forceinline__ float scaled(const Worker& w, const Place& at, float 
 // all sums of a chunk of rows, without a barrier between.
 struct SimpleSink {
     struct Held {};
-    __device__ __forceinline__ Held fetch(const Worker&, const Place&) const { return {}; }
+    __device__ __forceinline__ Held fetch(const Place&) const { return {}; }
     __device__ __forceinline__ void end(const Worker&, int, int) const {}
 };
 
@@ -49,7 +49,7 @@ struct Store : SimpleSink {
     }
 };
 
-template <int kColumns, bool kIsNormed, class Copy>
+template <int kColumns, bool kIsNormed, class Normed>
 struct Residual : SimpleSink {
     struct Held {
         float low, high, low_weight, high_weight;
@@ -57,21 +57,21 @@ struct Residual : SimpleSink {
     float* out;
     int64_t row_columns;
     uint32_t n0;  // the tile's first column, where `out` is
-    Copy copy;
+    Normed normed;
 
-    __device__ __forceinline__ Held fetch(const Worker&, const Place& at) const {
+    __device__ __forceinline__ Held fetch(const Place& at) const {
         const float* from = to(at);
         const bool has_low = is_there(at, at.column), has_high = is_there(at, at.column + 16);
         return {has_low ? ptx::load_global(from) : 0, has_high ? ptx::load_global(from + 16) : 0,
-                has_low ? copy.weight_of(n0 + at.column) : 0, has_high ? copy.weight_of(n0 + at.column + 16) : 0};
+                has_low ? normed.weight_of(n0 + at.column) : 0, has_high ? normed.weight_of(n0 + at.column + 16) : 0};
     }
     __device__ __forceinline__ void put(const Worker& w, const Place& at, float low, float high, const Held& held) const {
         const bool has_low = is_there(at, at.column), has_high = is_there(at, at.column + 16);
         low = held.low + scaled<kIsNormed>(w, at, low), high = held.high + scaled<kIsNormed>(w, at, high);
         if (has_low) ptx::store_global(to(at), low);
         if (has_high) ptx::store_global(to(at) + 16, high);
-        copy.put(w, at.step_row(), n0 + at.column, low, held.low_weight, has_low);
-        copy.put(w, at.step_row(), n0 + at.column + 16, high, held.high_weight, has_high);
+        normed.put(w, at.step_row(), n0 + at.column, low, held.low_weight, has_low);
+        normed.put(w, at.step_row(), n0 + at.column + 16, high, held.high_weight, has_high);
     }
 
    private:
@@ -81,58 +81,11 @@ struct Residual : SimpleSink {
     __device__ __forceinline__ float* to(const Place& at) const { return out + at.step_row() * row_columns + at.column; }
 };
 
-// The same of values that carry numbers: those held are of another op than those stored.
-template <int kColumns, bool kIsNormed>
-struct TaggedResidual : SimpleSink {
-    struct Held {
-        uint2 low, high;
-    };
-    TaggedFloatsTo out;  // the tile's first column
-    int64_t row_columns;
-    Tag held_tag;
-
-    __device__ __forceinline__ Held fetch(const Worker& w, const Place& at) const {
-        const uint32_t tag = held_tag.of(w);
-        Held held{{0, tag}, {0, tag}};
-        const uint2* from = out.at(w, index(at));
-        if (at.is_row && is_within<kColumns>(at.column)) held.low = ptx::load_tagged(from, tag);
-        if (at.is_row && is_within<kColumns>(at.column + 16)) held.high = ptx::load_tagged(from + 16, tag);
-        return held;
-    }
-    __device__ __forceinline__ void put(const Worker& w, const Place& at, float low, float high, Held held) const {
-        if (!at.is_row) return;
-        const uint2* from = out.at(w, index(at));
-        const uint32_t tag = held_tag.of(w);
-        settle(w, held.low, from, tag), settle(w, held.high, from + 16, tag);
-        if (is_within<kColumns>(at.column)) out.store(w, index(at), bits_float(held.low.x) + scaled<kIsNormed>(w, at, low));
-        if (is_within<kColumns>(at.column + 16))
-            out.store(w, index(at) + 16, bits_float(held.high.x) + scaled<kIsNormed>(w, at, high));
-    }
-
-   private:
-    __device__ __forceinline__ int64_t index(const Place& at) const { return at.step_row() * row_columns + at.column; }
-};
-
 __device__ __forceinline__ float swiglu(float gate, float up) { return divide_f32(gate, 1 + exp_f32(-gate)) * up; }
 
-// Column groups of gate and up alternate.
-template <int kColumns, bool kIsNormed>
-struct SwiGlu : SimpleSink {
-    static_assert(kColumns % 32 == 0);
-    float* out;
-    int64_t row_columns;
-
-    __device__ __forceinline__ void put(const Worker& w, const Place& at, float gate, float up, Held) const {
-        if (!at.is_row) return;
-        gate = scaled<kIsNormed>(w, at, gate);
-        up = scaled<kIsNormed>(w, at, up);
-        ptx::store_global(out + at.step_row() * row_columns + at.column / 32 * 16 + at.column % 16, swiglu(gate, up));
-    }
-};
-
-// To pairs of neighbours.
+// Column groups of gate and up alternate. To pairs of neighbours.
 template <int kColumns, bool kIsNormed, class Out>
-struct SwiGluPairs : SimpleSink {
+struct SwiGlu : SimpleSink {
     static_assert(kColumns % 32 == 0);
     Out out;
     int64_t row_columns;

@@ -1,8 +1,9 @@
 // A tile of a linear op: rows in shared memory, times weights in shared memory, by the tensor cores.
 //
-// Weights are the 16-row operand, so that one to eight rows cost one matrix instruction, of quantized weights one to four. Each
-// consumer warp takes every eighth unit of K, by its number in the whole of K; sums of the warps are added in order. What a
-// row's sum is thus depends on neither the tile nor the rows beside it.
+// Weights are the 16-row operand, so that one to eight rows cost one matrix instruction. Quantized ones are
+// unpacked to bfloat16, exactly; a scale group's products are summed, and then scaled. Each consumer warp takes every eighth
+// unit of K, by its number in the whole of K; sums of the warps are added in order. What a row's sum is thus depends on
+// neither the tile nor the rows beside it.
 #pragma once
 
 #include "cuda/ops/epilogue.h"
@@ -41,7 +42,50 @@ __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], 
         ptx::mma_bf16(c, a[0], a[1], a[2], a[3], b0, b1);
 }
 
+// 128 + q as bfloat16, exactly, for two nibbles of a word: the offset comes off with the sums of the input.
+__device__ __forceinline__ void unpack_nibbles(uint32_t word, uint32_t (&a)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) a[i] = ptx::and_or(word >> 4 * i, 0x000f000fu, 0x43004300u);
+}
+
+// q of four bytes q + 128, two bfloat16 a register: 2^23 + byte is a float that holds the byte exactly, and so
+// does the upper half of q as a float, which has no more than 8 bits.
+__device__ __forceinline__ void unpack_bytes(uint32_t word, uint32_t& first, uint32_t& second) {
+    uint32_t q[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        q[i] = float_bits(bits_float(ptx::permute_bytes(word, 0x4b000000u, 0x7650u + i)) - 8388736.0f);
+    first = ptx::permute_bytes(q[0], q[1], 0x7632u);
+    second = ptx::permute_bytes(q[2], q[3], 0x7632u);
+}
+
 constexpr int unit_loads(Format f) { return unit_k(f) / 64 * (is_4bit(f) ? 1 : is_8bit(f) ? 2 : 4); }
+
+// A lane's numbers of a unit of 16 columns, by step, as the tensor cores take them.
+template <Format F>
+__device__ __forceinline__ void unpack_unit(const uint4 (&words)[unit_loads(F)], uint32_t (&a)[unit_k(F) / 16][4]) {
+    constexpr int kLoads = unit_loads(F);
+    if constexpr (is_4bit(F)) {
+#pragma unroll
+        for (int i = 0; i < kLoads; i++) {
+            unpack_nibbles(words[i].x, a[i * 4]);
+            unpack_nibbles(words[i].y, a[i * 4 + 1]);
+            unpack_nibbles(words[i].z, a[i * 4 + 2]);
+            unpack_nibbles(words[i].w, a[i * 4 + 3]);
+        }
+    } else if constexpr (is_8bit(F)) {
+#pragma unroll
+        for (int i = 0; i < kLoads; i++) {
+            unpack_bytes(words[i].x, a[i * 2][0], a[i * 2][1]);
+            unpack_bytes(words[i].y, a[i * 2][2], a[i * 2][3]);
+            unpack_bytes(words[i].z, a[i * 2 + 1][0], a[i * 2 + 1][1]);
+            unpack_bytes(words[i].w, a[i * 2 + 1][2], a[i * 2 + 1][3]);
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < kLoads; i++) a[i][0] = words[i].x, a[i][1] = words[i].y, a[i][2] = words[i].z, a[i][3] = words[i].w;
+    }
+}
 
 // Of a lane's two columns, by scale group: d, and where there is a minimum m.
 template <Format F>
@@ -84,104 +128,50 @@ struct Unit {
     }
 };
 
-// Sums of a lane, for 16 columns and the rows of a matrix instruction: of floats columns g and g + 8 for rows 2t and 2t + 1, of
-// quantized weights for row t.
-template <Format F>
-constexpr int kSumsOfLane = is_quantized(F) ? 2 : 4;
+// A warp's sums: of a lane, columns g and g + 8 of each column group, for rows 2t and 2t + 1 of each matrix instruction.
+template <int kRows, int kGroups>
+using LaneSums = float[kGroups][InputLayout<kRows>::kTiles][4];
 
-template <Format F, int kRows, int kGroups>
-using LaneSums = float[kGroups][InputLayout<F, kRows>::kTiles][kSumsOfLane<F>];
+// What 4-bit numbers are off by as they are unpacked; of Q4_0 q - 8 is meant.
+template <Format F>
+constexpr float kOffset = !is_4bit(F) ? 0 : has_minima(F) ? 128 : 136;
 
 // Adds a warp's share of units [u0, u1) to c: `weights` is the first group's first of these units, `input` where unit `x0` is, of
 // `kInputUnits`.
 template <Format F, int kRows, int kGroups, uint32_t kInputUnits>
-__device__ __forceinline__ void accumulate_floats(const Worker& w, LaneSums<F, kRows, kGroups>& c, SharedAddress weights,
-                                                  SharedAddress input, int count, uint32_t u0, uint32_t u1, uint32_t x0) {
-    using Layout = InputLayout<F, kRows>;
+__device__ __forceinline__ void accumulate(const Worker& w, LaneSums<kRows, kGroups>& c, SharedAddress weights, SharedAddress input,
+                                           int count, uint32_t u0, uint32_t u1, uint32_t x0) {
+    using Layout = InputLayout<kRows>;
     constexpr int kTiles = Layout::kTiles;
-    constexpr int kSteps = unit_k(F) / 16;  // matrix instructions a unit
+    constexpr int kSteps = unit_k(F) / 16;                      // matrix instructions a unit
+    constexpr int kParts = is_float(F) ? 1 : scale_groups(F);  // of which each have scales of their own
+    constexpr int kStepsAPart = kSteps / kParts;
     const uint32_t g = w.lane / 4, t = w.lane % 4, most = count - 1;
     const uint32_t run = (u1 - u0) * unit_bytes(F);
     uint32_t row_at[kTiles];
 #pragma unroll
     for (int n = 0; n < kTiles; n++) {  // rows past the last read the last: their sums are not stored
         const uint32_t row = n * 8 + g;
-        row_at[n] = input + (row < most ? row : most) * Layout::row_bytes(kInputUnits) + t * 16;
+        row_at[n] = input + (row < most ? row : most) * Layout::row_bytes(kInputUnits * unit_k(F)) + t * 16;
     }
 #pragma unroll (kGroups == 1 ? 2 : 1)
     for (uint32_t u = u0 + (w.warp - u0) % kConsumerWarps; u < u1; u += kConsumerWarps) {
         uint4 x[kSteps / 2][kTiles];  // two steps each
-#pragma unroll
-        for (int n = 0; n < kTiles; n++)
-#pragma unroll
-            for (int i = 0; i < kSteps / 2; i++)
-                x[i][n] = ptx::load_shared<uint4>(row_at[n] + (u - x0) * unit_k(F) * 2 + i * 64);
-        const SharedAddress first = weights + (u - u0) * unit_bytes(F);
-        Unit<F> next(w, first);
-#pragma unroll
-        for (int group = 0; group < kGroups; group++) {
-            const Unit<F> unit = next;  // the one after it is on its way meanwhile
-            if (group + 1 < kGroups) next = Unit<F>(w, first + (group + 1) * run);
-#pragma unroll
-            for (int s = 0; s < kSteps; s++) {
-                const uint4& word = unit.words[s];
-                const uint32_t a[4] = {word.x, word.y, word.z, word.w};
-#pragma unroll
-                for (int n = 0; n < kTiles; n++) multiply<F>(c[group][n], a, x[s / 2][n], s);
-            }
-        }
-    }
-}
-
-// A lane's weights of 32 elements of K, signed bytes, and what is right of what they are summed to. Of a byte of 4-bit weights
-// the lower half is a number of column g, from 0, and the upper one of column g + 8, signed: the whole byte is 16 times the
-// one and once the other, which comes off again.
-template <Format F>
-__device__ __forceinline__ void bytes_of(const Unit<F>& unit, int group, uint32_t (&a)[4]) {
-    if constexpr (is_4bit(F)) {
-        const uint4& word = unit.words[group / 2];
-        a[1] = group % 2 ? word.z : word.x, a[3] = group % 2 ? word.w : word.y;
-        a[0] = a[1] & 0x0f0f0f0fu, a[2] = a[3] & 0x0f0f0f0fu;
-    } else {
-        const uint4& word = unit.words[group];
-        a[0] = word.x, a[1] = word.y, a[2] = word.z, a[3] = word.w;
-    }
-}
-
-// The same for quantized weights. Sums of a scale group's products are integers, exact, and beside kMagic floats without
-// being converted: of the inputs' high bytes c[0] and c[2], of their low ones c[1] and c[3].
-template <Format F, int kRows, int kGroups, uint32_t kInputUnits>
-__device__ __forceinline__ void accumulate_quantized(const Worker& w, LaneSums<F, kRows, kGroups>& c, SharedAddress weights,
-                                                     SharedAddress input, int count, uint32_t u0, uint32_t u1, uint32_t x0) {
-    using Layout = InputLayout<F, kRows>;
-    constexpr int kTiles = Layout::kTiles;
-    constexpr int kParts = scale_groups(F), kOfPart = scale_group(F) / 32;  // matrix instructions of a scale group
-    const uint32_t g = w.lane / 4, t = w.lane % 4, most = count - 1;
-    const uint32_t run = (u1 - u0) * unit_bytes(F);
-    uint32_t row_at[kTiles], scale_at[kTiles];
-#pragma unroll
-    for (int n = 0; n < kTiles; n++) {  // rows past the last read the last: their sums are not stored
-        const uint32_t row = n * 4 + g / 2, of_sums = n * 4 + t;
-        row_at[n] = input + (row < most ? row : most) * Layout::row_bytes(kInputUnits) + g % 2 * 64 + t * 16;
-        scale_at[n] = input + Layout::scales_at(kInputUnits) + (of_sums < most ? of_sums : most) * Layout::kScaleBytes;
-    }
-#pragma unroll (kGroups == 1 ? 2 : 1)
-    for (uint32_t u = u0 + (w.warp - u0) % kConsumerWarps; u < u1; u += kConsumerWarps) {
-        const uint32_t at = u - x0;  // of the input
-        uint4 x[unit_k(F) / 64][kTiles];
-        float2 scales[kParts][kTiles];  // and sums, as the low bytes' has them taken off, or where there are minima as they are
+        float sums[kParts][kTiles][2];  // of x, by row: the tensor cores add them up, too
 #pragma unroll
         for (int n = 0; n < kTiles; n++) {
 #pragma unroll
-            for (int i = 0; i < unit_k(F) / 64; i++)
-                x[i][n] = ptx::load_shared<uint4>(row_at[n] + at * unit_k(F) * 2 + i * 128);
+            for (int i = 0; i < kSteps / 2; i++)
+                x[i][n] = ptx::load_shared<uint4>(row_at[n] + (u - x0) * unit_k(F) * 2 + i * 64);
+            if constexpr (is_4bit(F)) {
+                constexpr uint32_t kOnes[4] = {0x3f803f80u, 0x3f803f80u, 0x3f803f80u, 0x3f803f80u};
 #pragma unroll
-            for (int j = 0; j < kParts; j++) {
-                const SharedAddress from = scale_at[n] + (at * kParts + j) * Layout::kGroupBytes;
-                if constexpr (is_4bit(F))
-                    scales[j][n] = ptx::load_shared<float2>(from);
-                else
-                    scales[j][n].x = ptx::load_shared<float>(from);
+                for (int j = 0; j < kParts; j++) {
+                    float sum[4] = {};
+#pragma unroll
+                    for (int s = j * kStepsAPart; s < (j + 1) * kStepsAPart; s++) multiply<F>(sum, kOnes, x[s / 2][n], s);
+                    sums[j][n][0] = sum[0], sums[j][n][1] = sum[1];
+                }
             }
         }
         const SharedAddress first = weights + (u - u0) * unit_bytes(F);
@@ -190,60 +180,31 @@ __device__ __forceinline__ void accumulate_quantized(const Worker& w, LaneSums<F
         for (int group = 0; group < kGroups; group++) {
             const Unit<F> unit = next;  // the one after it is on its way meanwhile
             if (group + 1 < kGroups) next = Unit<F>(w, first + (group + 1) * run);
+            uint32_t a[kSteps][4];
+            unpack_unit<F>(unit.words, a);
 #pragma unroll
-            for (int j = 0; j < kParts; j++) {
-                int32_t sums[kTiles][4];
-#pragma unroll
-                for (int i = 0; i < kOfPart; i++) {
-                    const int k32 = j * kOfPart + i;
-                    uint32_t a[4];
-                    bytes_of<F>(unit, k32, a);
-#pragma unroll
-                    for (int n = 0; n < kTiles; n++) {
-                        const uint4& b = x[k32 / 2][n];
-                        constexpr int32_t kFirst[4] = {kMagicBits, kMagicBits, kMagicBits, kMagicBits};
-                        if (i == 0)
-                            ptx::mma_s8(sums[n], a[0], a[1], a[2], a[3], k32 % 2 ? b.z : b.x, k32 % 2 ? b.w : b.y, kFirst);
-                        else
-                            ptx::mma_s8(sums[n], a[0], a[1], a[2], a[3], k32 % 2 ? b.z : b.x, k32 % 2 ? b.w : b.y, sums[n]);
-                    }
-                }
-                const float d[2] = {unit.scales.d(j, 0), unit.scales.d(j, 1)};
+            for (int j = 0; j < kParts; j++)
 #pragma unroll
                 for (int n = 0; n < kTiles; n++) {
-                    float of[4];
+                    float(&total)[4] = c[group][n];
+                    if constexpr (is_float(F)) {
 #pragma unroll
-                    for (int i = 0; i < 4; i++) of[i] = bits_float(sums[n][i]);
-                    const float scale = scales[j][n].x;
-                    float(&total)[2] = c[group][n];
-                    if constexpr (is_4bit(F)) {
-                        const float sum = scales[j][n].y;
-                        // Numbers from 0 are 8 too many; the others are not, and 16 times what they are.
-                        const float first_of = fma_f32(of[0] - kMagic, 256, of[1] - fma_f32(sum, 8, kMagic));
-                        const float second_of = fma_f32(of[2] - of[0], 256, of[3] - of[1]);
-                        total[0] = fma_f32(d[0] * scale, first_of, total[0]);
-                        total[1] = fma_f32(d[1] * (scale * 0.0625f), second_of, total[1]);
-                        if constexpr (has_minima(F)) {
-                            total[0] = fma_f32(fma_f32(d[0], 8, unit.scales.m(j, 0)), sum * scale, total[0]);
-                            total[1] = fma_f32(fma_f32(d[1], 8, unit.scales.m(j, 1)), sum * scale, total[1]);
-                        }
-                    } else {
-                        total[0] = fma_f32(d[0] * scale, fma_f32(of[0] - kMagic, 256, of[1] - kMagic), total[0]);
-                        total[1] = fma_f32(d[1] * scale, fma_f32(of[2] - kMagic, 256, of[3] - kMagic), total[1]);
+                        for (int s = 0; s < kSteps; s++) multiply<F>(total, a[s], x[s / 2][n], s);
+                        continue;
+                    }
+                    const float low = is_4bit(F) ? -kOffset<F> * sums[j][n][0] : 0;
+                    const float high = is_4bit(F) ? -kOffset<F> * sums[j][n][1] : 0;
+                    float part[4] = {low, high, low, high};
+#pragma unroll
+                    for (int s = j * kStepsAPart; s < (j + 1) * kStepsAPart; s++) multiply<F>(part, a[s], x[s / 2][n], s);
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        total[i] = fma_f32(unit.scales.d(j, i / 2), part[i], total[i]);
+                        if constexpr (has_minima(F)) total[i] = fma_f32(unit.scales.m(j, i / 2), sums[j][n][i % 2], total[i]);
                     }
                 }
-            }
         }
     }
-}
-
-template <Format F, int kRows, int kGroups, uint32_t kInputUnits>
-__device__ __forceinline__ void accumulate(const Worker& w, LaneSums<F, kRows, kGroups>& c, SharedAddress weights,
-                                           SharedAddress input, int count, uint32_t u0, uint32_t u1, uint32_t x0) {
-    if constexpr (is_quantized(F))
-        accumulate_quantized<F, kRows, kGroups, kInputUnits>(w, c, weights, input, count, u0, u1, x0);
-    else
-        accumulate_floats<F, kRows, kGroups, kInputUnits>(w, c, weights, input, count, u0, u1, x0);
 }
 
 // Where a thread stands among the sums of the column groups from `group0` on; which threads have none.
@@ -260,13 +221,13 @@ template <Format F, int kRows, int kGroups, class Sink, class Products>
 __device__ __forceinline__ void linear_pass(const Worker& w, const Sink& sink, int r0, int count, int group0, uint32_t parity,
                                             const Products& add_products) {
     using Where = Sums<kRows, kGroups>;
-    constexpr int kTiles = InputLayout<F, kRows>::kTiles;
+    constexpr int kTiles = InputLayout<kRows>::kTiles;
     constexpr int kAtOnce = Where::kGroupsAtOnce;
     typename Sink::Held held[Where::kBatches];
 #pragma unroll
     for (int batch = 0; batch < Where::kBatches; batch++)
-        held[batch] = sink.fetch(w, place_of<Where>(w, r0, count, group0 + batch * kAtOnce, group0 + kGroups));
-    LaneSums<F, kRows, kGroups> c = {};
+        held[batch] = sink.fetch(place_of<Where>(w, r0, count, group0 + batch * kAtOnce, group0 + kGroups));
+    LaneSums<kRows, kGroups> c = {};
     add_products(c);
 
     const uint32_t g = w.lane / 4, t = w.lane % 4;
@@ -279,9 +240,8 @@ __device__ __forceinline__ void linear_pass(const Worker& w, const Sink& sink, i
 #pragma unroll
             for (int n = 0; n < kTiles; n++)
 #pragma unroll
-                for (int i = 0; i < kSumsOfLane<F>; i++) {
-                    const uint32_t row = is_quantized(F) ? n * 4 + t : n * 8 + 2 * t + i % 2;
-                    const uint32_t element = row * kColumnGroup + g + 8 * (is_quantized(F) ? i : i / 2);
+                for (int i = 0; i < 4; i++) {
+                    const uint32_t row = n * 8 + 2 * t + i % 2, element = row * kColumnGroup + g + 8 * (i / 2);
                     if (row < Where::kRowsOfChunk)
                         ptx::store_shared(sums + ((group * kConsumerWarps + w.warp) * Where::kElements + element) * 4,
                                           c[batch * kAtOnce + group][n][i]);
@@ -314,8 +274,9 @@ __device__ __forceinline__ void linear_pass(const Worker& w, const Sink& sink, i
 template <Format F, int kRows, int kIn, int kColumns, uint32_t kLoadUnits, uint32_t kInputUnits, class Source, class Sink, class PageOf>
 __device__ __forceinline__ void linear_tile(Worker w, const Source source, const Sink sink, int r_begin, int r_end,
                                             const PageOf& page_of, SharedAddress input_pages, bool is_new_input) {
-    using Layout = InputLayout<F, kRows>;
+    using Layout = InputLayout<kRows>;
     constexpr uint32_t kUnits = num_units(F, kIn), kLoads = (kUnits + kLoadUnits - 1) / kLoadUnits;
+    constexpr uint32_t kPadded = kUnits * unit_k(F);
     constexpr int kGroups = (kColumns + kColumnGroup - 1) / kColumnGroup;
     constexpr int kMost = kLoads > 1 ? kGroups : most_groups(F, Layout::kChunk);
     constexpr int kAtOnce = kGroups < kMost ? kGroups : kMost, kRest = kGroups % kAtOnce;
@@ -330,7 +291,7 @@ __device__ __forceinline__ void linear_tile(Worker w, const Source source, const
         constexpr bool kStagesAll = kInputUnits >= kUnits;
         if (kStagesAll && is_new_input) {
             sync_consumers();  // what this SM's ops before wrote is there; the input before has been read
-            stage_input<F, kRows, kIn, kInputUnits>(w, source, r_begin, count, 0, input);
+            stage_input<kRows, kIn, kPadded>(w, source, r_begin, count, input);
         }
         trace(w, kStaged);
         linear_pass<F, kRows, kGroups>(w, sink, r_begin, count, 0, parity, [&](auto& c) {
@@ -339,7 +300,7 @@ __device__ __forceinline__ void linear_tile(Worker w, const Source source, const
                 const uint32_t u0 = load * kLoadUnits, u1 = u0 + kLoadUnits < kUnits ? u0 + kLoadUnits : kUnits;
                 const uint32_t x0 = u0 / kInputUnits * kInputUnits;
                 if (!kStagesAll && u0 == x0)
-                    input = stage_block<F, kRows, kIn, kInputUnits>(w, source, r_begin, count, x0, input_pages);
+                    input = stage_block<kRows, kIn, kPadded, kInputUnits * unit_k(F)>(w, source, r_begin, count, u0 * unit_k(F), input_pages);
                 wait_landed(w);
                 if (load == 0) trace(w, kLanded);
                 accumulate<F, kRows, kGroups, kInputUnits>(w, c, page_of(load), input, count, u0, u1, x0);
@@ -357,7 +318,7 @@ __device__ __forceinline__ void linear_tile(Worker w, const Source source, const
             const int count = rows - r0 < Layout::kChunk ? rows - r0 : Layout::kChunk;
             if (kRows > kRowChunk || is_new_input) {
                 sync_consumers();  // what this SM's ops before wrote is there; the chunk before has been read
-                stage_input<F, kRows, kIn, kUnits>(w, source, r0, count, 0, input);
+                stage_input<kRows, kIn, kPadded>(w, source, r0, count, input);
             }
             trace(w, kStaged);
             if (!has_landed) wait_landed(w);

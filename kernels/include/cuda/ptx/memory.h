@@ -209,34 +209,6 @@ __device__ __forceinline__ void store_global(T* to, T value) {
     }
 }
 
-// A value and, behind it, the number of what wrote it, in one access past L1: who sees the number sees the value, though nothing
-// else that the writer did. `tag` is the number that is waited for; two at once are each a whole, and not one together.
-__device__ __forceinline__ uint2 load_tagged(const uint2* from, [[maybe_unused]] uint32_t tag) {
-    uint2 found;
-    asm volatile("{ .reg .b64 both; ld.relaxed.gpu.global.b64 both, [%2]; mov.b64 {%0, %1}, both; }"
-                 : "=r"(found.x), "=r"(found.y)
-                 : "l"(from)
-                 : "memory");
-    return found;
-}
-
-__device__ __forceinline__ uint4 load_tagged_two(const uint2* from, [[maybe_unused]] uint32_t tag) {
-    uint4 found;
-    asm volatile(
-        "{ .reg .b64 first, second; ld.relaxed.gpu.global.v2.b64 {first, second}, [%4];\n"
-        "  mov.b64 {%0, %1}, first; mov.b64 {%2, %3}, second; }"
-        : "=r"(found.x), "=r"(found.y), "=r"(found.z), "=r"(found.w)
-        : "l"(from)
-        : "memory");
-    return found;
-}
-
-__device__ __forceinline__ void store_tagged(uint2* to, uint32_t value, uint32_t tag) {
-    asm volatile("{ .reg .b64 both; mov.b64 both, {%1, %2}; st.relaxed.gpu.global.b64 [%0], both; }" ::"l"(to), "r"(value),
-                 "r"(tag)
-                 : "memory");
-}
-
 // Device scope: what the adding threads had written, and what they knew of, is visible after it.
 __device__ __forceinline__ uint32_t load_acquire(const uint32_t* from) {
     uint32_t value;

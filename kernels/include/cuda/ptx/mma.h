@@ -1,9 +1,8 @@
-// The tensor cores: 16x16 times 16x8, summed in float32, and 16x32 times 32x8, summed as integers.
+// The tensor cores: 16x16 times 16x8, summed in float32.
 //
 // Lane l, g = l / 4, t = l % 4. a0: row g, k 2t and 2t + 1; a1: row g + 8; a2: row g, k 2t + 8 and 2t + 9; a3: row
 // g + 8 of these. b0: k 2t and 2t + 1 of column g; b1: k 2t + 8 and 2t + 9. c[0], c[1]: row g, columns 2t and
-// 2t + 1; c[2], c[3]: row g + 8. The lower half of a register is the first of its two elements. Of bytes: a0: row g, k 4t to
-// 4t + 3; a1: row g + 8; a2: row g, k 16 + 4t on; a3: row g + 8 of these. b0: k 4t on of column g; b1: k 16 + 4t on.
+// 2t + 1; c[2], c[3]: row g + 8. The lower half of a register is the first of its two elements.
 #pragma once
 
 #include "cuda/ptx/memory.h"
@@ -26,16 +25,6 @@ __device__ __forceinline__ void mma_f16(float (&c)[4], uint32_t a0, uint32_t a1,
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-// d = c + a b, of signed bytes.
-__device__ __forceinline__ void mma_s8(int32_t (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                       uint32_t b1, const int32_t (&c)[4]) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%10, %11, %12, %13};"
-        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
 }
 
 // Four matrices of eight rows of eight 16-bit elements: lane l names row l % 8 of matrix l / 8, and gets elements

@@ -69,24 +69,6 @@ __device__ HEADRACE_ALWAYS_INLINE void store_global(T* to, T value) {
     emulation::keep_store(to, &value, sizeof value);
 }
 
-__device__ HEADRACE_ALWAYS_INLINE uint2 load_tagged(const uint2* from, [[maybe_unused]] uint32_t tag) {
-    uint2 found;
-    emulation::load_tagged(from, sizeof found, tag, &found);
-    return found;
-}
-
-__device__ HEADRACE_ALWAYS_INLINE uint4 load_tagged_two(const uint2* from, [[maybe_unused]] uint32_t tag) {
-    uint4 found;
-    emulation::load_tagged(from, sizeof found, tag, &found);
-    return found;
-}
-
-__device__ HEADRACE_ALWAYS_INLINE void store_tagged(uint2* to, uint32_t value, uint32_t tag) {
-    const uint2 both{value, tag};
-    emulation::store_tagged(to, &both);
-    emulation::keep_store(to, &both, sizeof both);
-}
-
 __device__ HEADRACE_ALWAYS_INLINE uint32_t load_acquire(const uint32_t* from) { return emulation::load_acquire(from); }
 
 __device__ HEADRACE_ALWAYS_INLINE void add_release(uint32_t* to, uint32_t value) { emulation::add_release(to, value); }

@@ -15,11 +15,6 @@ __device__ HEADRACE_ALWAYS_INLINE void mma_f16(float (&c)[4], uint32_t a0, uint3
     emulation::mma(emulation::MmaType::kF16, c, {a0, a1, a2, a3}, {b0, b1});
 }
 
-__device__ HEADRACE_ALWAYS_INLINE void mma_s8(int32_t (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                       uint32_t b1, const int32_t (&c)[4]) {
-    emulation::mma_s8(d, {a0, a1, a2, a3}, {b0, b1}, c);
-}
-
 __device__ HEADRACE_ALWAYS_INLINE void load_matrix_x4(uint32_t (&r)[4], SharedAddress row) {
     emulation::load_matrix_x4(r, row);
 }

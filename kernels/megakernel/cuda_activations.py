@@ -1,0 +1,93 @@
+"""How CUDA programs store activations for the linear ops that read them: kernels/include/cuda/rows.h.
+
+Each is read by one op, and all SMs read all of it: so it is stored in 16 bits, as that op multiplies it. What
+is normed is added to, too; it is stored in floats besides.
+"""
+
+from collections.abc import Mapping
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from megakernel.codegen_limits import CodegenError
+from megakernel.float_formats import float_values
+from megakernel.program import Epilogue, Op, OpKind, Program, Prologue, Space
+
+ATTENDED = "attended"
+"""Of the activations: attention's output of heads, splits merged."""
+WEIGHTED, SQUARES = "weighted", "squares"
+"""Of the activations: what is normed next, weighted and in 16 bits; sums of SQUARED_COLUMNS squares each."""
+
+
+class StoredActivations(msgspec.Struct, frozen=True):
+    """Of one program."""
+
+    pairs: Mapping[int, str]
+    """By op that writes elements of two bytes, where the VM has floats: the format of the matrices that they
+    are multiplied by."""
+    normed_by: Mapping[int, int]
+    """By op that writes what is normed next: whose norm that is for."""
+
+    def format_of(self, program: Program, name: str) -> str | None:
+        """Of the matrices that a buffer's elements of two bytes are multiplied by, as the last op leaves
+        them; None of floats."""
+        formats = [
+            format for op, format in self.pairs.items() if _written_by(program, program.ops[op]) == name
+        ]
+        return formats[-1] if formats else None
+
+
+def stored_activations(program: Program, formats: Mapping[int, str]) -> StoredActivations:
+    """`formats`: of each op's matrices, "" where it has none. Raises CodegenError."""
+    pairs, normed_by = {}, {}
+    for written, reader in _readers(program).items():
+        op = program.ops[written]
+        match reader.prologue is Prologue.RMS_NORM, _is_added_to(op):
+            case True, True:
+                normed_by[written] = reader.index
+            case False, False:
+                pairs[written] = formats[reader.index]
+            case is_normed, _:
+                how = "normed" if is_normed else "multiplied as it is"
+                raise CodegenError(f"{op.name}: its output cannot be {how}, as {reader.name} would have it")
+    return StoredActivations(dict(sorted(pairs.items())), normed_by)
+
+
+def rounded_values(format: str, halves: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
+    """What matrices of the format are multiplied by."""
+    raw = np.ascontiguousarray(halves).reshape(-1).view(np.uint8)
+    return float_values(raw, "F16" if format == "F16" else "BF16").reshape(halves.shape)
+
+
+def read_by(program: Program, op: Op) -> str:
+    """What its prologue reads; "" for none."""
+    if op.kind is not OpKind.LINEAR:
+        return ""
+    return ATTENDED if op.prologue is Prologue.COMBINE else program.buffers[op.input].name
+
+
+def _written_by(program: Program, op: Op) -> str:
+    if op.kind is OpKind.ATTENTION:
+        return ATTENDED
+    buffer = program.buffers[op.output]
+    return buffer.name if buffer.space is Space.ACTIVATION else ""
+
+
+def _readers(program: Program) -> dict[int, Op]:
+    """By op that writes it: what a linear op reads. Raises CodegenError where two read it, or none has
+    written it."""
+    last: dict[str, int] = {}
+    found: dict[int, Op] = {}
+    for op in program.ops:
+        if name := read_by(program, op):
+            if name not in last:
+                raise CodegenError(f"{op.name} reads {name}, which no op before it writes")
+            if (other := found.setdefault(last[name], op)) is not op:
+                raise CodegenError(f"{other.name} and {op.name} read {name}: only one may")
+        last[_written_by(program, op)] = op.index
+    return found
+
+
+def _is_added_to(op: Op) -> bool:
+    return op.kind is OpKind.EMBED or op.epilogue is Epilogue.RESIDUAL
