@@ -61,7 +61,7 @@ def generate_cuda(programs: Sequence[Program], formats: Mapping[str, str]) -> Ge
     check_cuda_programs(programs)
     layout = lay_out_weights(programs[0], formats, "cuda")
     offsets, end = lay_out_buffers(programs, _LINE_BYTES)
-    # Attention's output of heads, merged: the instruction that brings a row's last split writes it, before it
+    # Attention's output of heads, merged: the instruction with a row's first split writes it, before it
     # signals; who may read the splits may read it.
     offsets[ATTENDED] = end
     most_rows, geometry = programs[-1].bucket, programs[0].geometry

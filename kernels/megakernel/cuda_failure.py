@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from megakernel.cuda_arguments import Failure, FailureCode
 from megakernel.cuda_constants import NUM_CONSUMER_WARPS
+from megakernel.cuda_counters import split_arrivals_at
 from megakernel.program import Program
 
 _SHOWN_SIGNALS = 3
@@ -44,6 +45,12 @@ def _instruction(failure: Failure, program: Program) -> str:
 
 def _counter_wait(failure: Failure, program: Program, first_counter: int, epoch: int) -> str:
     counter = failure.counter - first_counter
+    row, num_rows = counter - split_arrivals_at(program), program.bucket
+    if 0 <= row < num_rows * program.geometry.num_kv_heads:
+        return (
+            f"{failure.actual} of {failure.expected} splits of row {row % num_rows}, "
+            f"KV head {row // num_rows}, were there"
+        )
     if counter == program.num_counters:
         arrivals, signals = len(program.workers), "every SM at its end"
     else:

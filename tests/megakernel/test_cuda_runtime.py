@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from megakernel.cuda_arguments import EXTRA_COUNTERS, Failure
+from megakernel.cuda_counters import split_arrivals_at
 from megakernel.cuda_device import CudaError
 from megakernel.cuda_runtime import CudaRuntime
 from megakernel.emulation import build_emulation
@@ -404,6 +405,14 @@ def test_the_counter_that_ends_a_step_is_everybodys(compiled, runtime, driver):
     driver.kernel = fails(code=1, counter=last, expected=3, actual=2, instruction=10_000)
     with pytest.raises(StepError, match=r"had 2 of 3 arrivals of this step; it gets 3, from every SM at its"):
         runtime.step(single())
+
+
+def test_splits_that_do_not_come_are_named(compiled, runtime, driver):
+    program = compiled.programs[2]
+    counter = compiled.first_counters[2] + split_arrivals_at(program) + 1 * program.bucket + 5
+    driver.kernel = fails(code=1, counter=counter, expected=4, actual=3)
+    with pytest.raises(StepError, match="3 of 4 splits of row 5, KV head 1, were there"):
+        runtime.step(tree())
 
 
 def test_after_a_failure_nothing_runs_any_more(runtime, driver):

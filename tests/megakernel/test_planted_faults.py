@@ -34,7 +34,7 @@ from tests.megakernel.test_cuda_kernels import (
 )
 
 CASES = {"K in blocks": 31, "bucket 32": 33}
-CASE_OF_INPUT_IN_BLOCKS, CASE_OF_ONE_BIT = 18, 45
+CASE_OF_INPUT_IN_BLOCKS, CASE_OF_ONE_BIT, CASE_OF_THREE_SPLITS = 18, 45, 3
 CASES_WITH_PARTS_OF_HEADS = {"K in blocks": 16, "K whole": 30}
 NUM_INTERLEAVINGS = 30
 NUM_CASES = 48
@@ -301,6 +301,27 @@ def test_faults_of_keys_and_values_in_shared_memory_are_caught(fault, tmp_path):
     flags = with_fault(tmp_path, "cuda/ops/attention_split.h", *STAGING_FAULTS[fault])
     case = draw_case(CASES["bucket 32"])
     assert stages_attention(case.program)
+    with pytest.raises((EmulationError, AssertionError)):
+        check_interleavings(case, flags=flags)
+
+
+MERGE_FAULTS = {
+    "before the others' are there": ("num_splits, kCounterWait", "1, kCounterWait"),
+    "arrivals not set back": ("ptx::store_global(arrivals, uint32_t{0});", ""),
+    "by two": ("first_of(tile) == 0", "first_of(tile) <= 1"),
+    "arrivals before what the warps made": (
+        "sync_consumers();  // what the warps made of the splits is there",
+        "",
+    ),
+}
+"""What is replaced of ops/attention.h, and by what."""
+
+
+@pytest.mark.parametrize("fault", MERGE_FAULTS)
+def test_faults_of_merged_splits_are_caught(fault, tmp_path):
+    flags = with_fault(tmp_path, "cuda/ops/attention.h", *MERGE_FAULTS[fault])
+    case = draw_case(CASE_OF_THREE_SPLITS)
+    assert ("splits", 3) in case.covers()
     with pytest.raises((EmulationError, AssertionError)):
         check_interleavings(case, flags=flags)
 

@@ -57,12 +57,13 @@ __device__ __forceinline__ void wait_counter(const Worker& w, uint32_t counter, 
     sync_consumers();
 }
 
-// One thread: until a word of a launch of several steps is at least `expected`; what it is then.
-__device__ __forceinline__ uint32_t wait_word(const Worker& w, const uint32_t* word, uint32_t expected) {
+// A thread: until a word of a launch of several steps, or what a code and a counter tell, is at least `expected`; what it is then.
+__device__ __forceinline__ uint32_t wait_word(const Worker& w, const uint32_t* word, uint32_t expected, uint32_t code = kStepWait,
+                                              uint32_t counter = kNoIndex) {
     const uint64_t start = ptx::nanoseconds();
     uint32_t actual;
     while ((actual = ptx::load_acquire(word)) < expected)
-        if (ptx::nanoseconds() - start > w.step.timeout_ns) fail(w, own_instruction(w), kStepWait, kNoIndex, expected, actual);
+        if (ptx::nanoseconds() - start > w.step.timeout_ns) fail(w, own_instruction(w), code, counter, expected, actual);
     return actual;
 }
 

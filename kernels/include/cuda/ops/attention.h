@@ -145,33 +145,41 @@ __device__ __forceinline__ void merge_splits(const Worker& w, const AttentionTil
                                  mixed[p].y * scale);
 }
 
-// After an SM's splits of up to 32 rows: who brings the last of a row's splits of a KV head merges all of them. Each warp
-// counts a tile's splits as arrived, so that eight tiles' counters are waited for at once; and only now, as an
-// acquiring one would hold up the loads of splits to come. SMs are done with all their rows at about the same time, so that
-// the last of them has to merge nearly all: its warps share these out.
+// After an SM's splits of up to 32 rows, which it counts as arrived: who has a row's first split of a KV head waits for the others
+// and merges them. SMs are done with all their rows at about the same time, so that who is last would be so of nearly all, and
+// merge them one after the other. A warp counts for a tile, a lane for a row; and only now, as it would hold up the loads of
+// splits to come.
 template <class Shape, class Heads>
 __device__ __forceinline__ void merge_rows(const Worker& w, const AttentionTiles& tiles, const Attended<Heads>& attended,
                                            int row0) {
     const int num_splits = AttendingRow::num_splits<Shape>(w, w.lane);
     if (!ptx::ballot(num_splits > 1)) return;
+    const auto first_of = [&](uint32_t tile) { return tiles.first_split(row0 + w.lane, tile / Shape::kKvHeads); };
+    const auto arrivals_of = [&](uint32_t tile) {
+        return attended.arrivals + tile % Shape::kKvHeads * attended.bucket + row0 + w.lane;
+    };
+    sync_consumers();  // what the warps made of the splits is there
+#pragma unroll 1
+    for (uint32_t index = w.warp; index < tiles.count; index += kConsumerWarps) {
+        const uint32_t tile = tiles.number(index);
+        const int first = first_of(tile);
+        if (num_splits > 1 && first < num_splits)
+            ptx::add_release(arrivals_of(tile), static_cast<uint32_t>((num_splits - 1 - first) / tiles.num_parts + 1));
+    }
 #pragma unroll 1
     for (uint32_t index0 = 0; index0 < tiles.count; index0 += kConsumerWarps) {
-        sync_consumers();
-        bool is_last = false;
+        bool is_own = false;
         if (index0 + w.warp < tiles.count) {
             const uint32_t tile = tiles.number(index0 + w.warp);
-            const int first = tiles.first_split(row0 + w.lane, tile / Shape::kKvHeads);
-            if (first < num_splits && num_splits > 1) {
-                const int num_own = (num_splits - 1 - first) / tiles.num_parts + 1;
-                is_last = true;
-                if (num_own < num_splits) {
-                    uint32_t* arrivals = attended.arrivals + tile % Shape::kKvHeads * attended.bucket + row0 + w.lane;
-                    is_last = ptx::add_acquire_release(arrivals, num_own) + num_own == static_cast<uint32_t>(num_splits);
-                    if (is_last) ptx::store_global(arrivals, uint32_t{0});  // nobody else comes before the op's signal
-                }
+            is_own = num_splits > 1 && first_of(tile) == 0;
+            if (is_own) {
+                uint32_t* arrivals = arrivals_of(tile);
+                wait_word(w, arrivals, num_splits, kCounterWait, static_cast<uint32_t>(arrivals - w.step.counters));
+                ptx::store_global(arrivals, uint32_t{0});  // nobody else comes before the op's signal
             }
         }
-        const uint32_t rows_of_warp = ptx::ballot(is_last);
+        const uint32_t rows_of_warp = ptx::ballot(is_own);
+        if (index0 > 0) sync_consumers();  // the rows before have been read
         if (w.lane == 0) ptx::store_shared(w.shared + kSelectionAt + w.warp * 4, rows_of_warp);
         sync_consumers();
         uint32_t found = 0;
