@@ -110,13 +110,11 @@ def cuda_linear_footprint(
     )
 
 
-def cuda_attention_footprint(
-    geometry: Geometry, rows: int, split_tokens: int, usable_bytes: int
-) -> Footprint:
-    """Of one KV head, in a bucket of so many rows on SMs with so much memory for pages."""
+def cuda_attention_footprint(geometry: Geometry, split_tokens: int, usable_bytes: int) -> Footprint:
+    """Of one KV head, on SMs with so much memory for pages."""
     needed = attention_bytes(geometry.num_heads // geometry.num_kv_heads, geometry.head_dim)
     staged = needed + staged_tokens_bytes(split_tokens, geometry.head_dim)
-    if stages_tokens(rows, usable_bytes, staged):
+    if stages_tokens(usable_bytes, staged):
         needed = staged
     return Footprint(weight_stage_bytes=0, input_bytes=needed, output_bytes=0)
 
@@ -129,7 +127,7 @@ def stages_attention(program: Program) -> bool:
 
 def _of_attention(program: Program) -> Footprint:
     usable_bytes = program.num_pages * program.page_bytes
-    return cuda_attention_footprint(program.geometry, program.bucket, program.split_tokens, usable_bytes)
+    return cuda_attention_footprint(program.geometry, program.split_tokens, usable_bytes)
 
 
 def _cuda_footprint(

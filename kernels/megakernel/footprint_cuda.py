@@ -7,7 +7,6 @@ from megakernel.packing import GROUP
 _ROW_PADDING = 64
 _FLOAT_BYTES = 4
 _KV_ELEMENT_BYTES = 2
-_LEAST_STAGED_ROWS = 4
 _STAGED_SHARE = 0.45
 
 
@@ -39,8 +38,7 @@ def staged_tokens_bytes(split_tokens: int, head_dim: int) -> int:
     return 2 * split_tokens * head_dim * _KV_ELEMENT_BYTES
 
 
-def stages_tokens(rows: int, usable_bytes: int, needed_bytes: int) -> bool:
-    """Whether attention of buckets of so many rows has keys and values in shared memory, of which it then
-    needs `needed_bytes`: `HeldTokens` of ops/attention_split.h. Fewer rows have few splits an SM, and memory
-    that is taken is missing for weights that come meanwhile."""
-    return rows >= _LEAST_STAGED_ROWS and needed_bytes <= usable_bytes * _STAGED_SHARE
+def stages_tokens(usable_bytes: int, needed_bytes: int) -> bool:
+    """Whether attention has keys and values in shared memory, of which it then needs `needed_bytes`:
+    `HeldTokens` of ops/attention_split.h. Memory that is taken is missing for weights that come meanwhile."""
+    return needed_bytes <= usable_bytes * _STAGED_SHARE

@@ -171,7 +171,7 @@ def tile_footprint(
 ) -> Footprint:
     """Of the role's largest tile."""
     if role.role == "attention" and machine.kind == "cuda":
-        return cuda_attention_footprint(geometry, bucket, SPLIT_TOKENS, machine.usable_bytes)
+        return cuda_attention_footprint(geometry, SPLIT_TOKENS, machine.usable_bytes)
     if role.role == "attention":
         return attention_footprint(
             kv_heads=op_plan.tile_columns,

@@ -49,9 +49,10 @@ __device__ __forceinline__ void sync_consumers() { ptx::sync_threads(kConsumerBa
 __device__ __forceinline__ void wait_counter(const Worker& w, uint32_t counter, uint32_t target, uint32_t arrivals) {
     if (w.thread == 0) {
         const uint32_t expected = ptx::load_shared<uint32_t>(w.shared + kEpochAt) * arrivals + target;
+        const uint32_t* word = w.step.counters + (counter + w.zero());  // what a layer's counters have in common is not kept
         const uint64_t start = ptx::nanoseconds();
         uint32_t actual;
-        while (static_cast<int32_t>((actual = ptx::load_acquire(w.step.counters + counter)) - expected) < 0)
+        while (static_cast<int32_t>((actual = ptx::load_acquire(word)) - expected) < 0)
             if (ptx::nanoseconds() - start > w.step.timeout_ns) fail(w, own_instruction(w), kCounterWait, counter, expected, actual);
     }
     sync_consumers();
@@ -70,11 +71,12 @@ __device__ __forceinline__ uint32_t wait_word(const Worker& w, const uint32_t* w
 // One arrival, once all consumers have written what they had to.
 __device__ __forceinline__ void signal_counter(const Worker& w, uint32_t counter) {
     sync_consumers();
-    if (w.thread == 0) ptx::add_release(w.step.counters + counter, 1);
+    if (w.thread == 0) ptx::add_release(w.step.counters + (counter + w.zero()), 1);
 }
 
 // Consumers: until the weights of the instruction have landed.
 __device__ __forceinline__ void wait_landed(const Worker& w) {
+    if (ptx::mbarrier_try_wait(w.landed(), w.landed_parity())) return;  // as a rule
     const uint64_t start = ptx::nanoseconds();
     while (!ptx::mbarrier_try_wait(w.landed(), w.landed_parity()))
         if (ptx::nanoseconds() - start > w.step.timeout_ns) fail(w, own_instruction(w), kWeightsWait, kNoIndex, w.loads, w.loads);

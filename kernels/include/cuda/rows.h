@@ -51,10 +51,10 @@ struct NormedTo {
         for (uint32_t mask = 1; mask < kSquaredColumns; mask *= 2) sum += ptx::shuffle_xor(sum, mask);
         if (!is_there) return;
         const uint16_t half = pack_pair<F>(value * weighted_by, 0) & 0xffff;
-        ptx::store_global(reinterpret_cast<uint16_t*>(w.step.activations + to) + row * columns + column, half);
+        uint8_t* activations = w.step.activations + w.zero();
+        ptx::store_global(reinterpret_cast<uint16_t*>(activations + to) + row * columns + column, half);
         if (column % kSquaredColumns == 0)
-            ptx::store_global(reinterpret_cast<float*>(w.step.activations + squares) + (row * columns + column) / kSquaredColumns,
-                              sum);
+            ptx::store_global(reinterpret_cast<float*>(activations + squares) + (row * columns + column) / kSquaredColumns, sum);
     }
 };
 

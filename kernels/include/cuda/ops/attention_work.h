@@ -21,9 +21,10 @@ struct AttentionShape {
     static constexpr int kHalfTokens = kSplitTokens / 2;
     static constexpr int kSlotBytes = 4 * kKvHeads * kDim, kValuesAt = kSlotBytes / 2;
     // That share the unpacking of keys and values: as many as registers allow.
-    static constexpr int kHeadsAtOnce = kIsStaged && kGroup % 3 == 0                              ? 3
+    static constexpr int kHeadsAtOnce = kIsStaged && kGroup % 3 == 0                                     ? 3
+                                        : kIsStaged && kGroup % 4 == 0 && kTimes <= 4                    ? 4
                                         : kGroup == 2 || (kGroup % 2 == 0 && (kTimes <= 4 || kIsStaged)) ? 2
-                                                                                                 : 1;
+                                                                                                         : 1;
     static constexpr int kItems = (kElements + kConsumers - 1) / kConsumers;  // a thread's, of kElements
 
     // What the warps make of a split, in shared memory: [warp][head of the group][kDim] floats, then

@@ -154,7 +154,7 @@ __device__ __forceinline__ void accumulate(const Worker& w, LaneSums<kRows, kGro
         const uint32_t row = n * 8 + g;
         row_at[n] = input + (row < most ? row : most) * Layout::row_bytes(kInputUnits * unit_k(F)) + t * 16;
     }
-#pragma unroll (kGroups == 1 ? 2 : 1)
+#pragma unroll (kGroups == 1 && !(has_minima(F) && kTiles > 1) ? 2 : 1)
     for (uint32_t u = u0 + (w.warp - u0) % kConsumerWarps; u < u1; u += kConsumerWarps) {
         uint4 x[kSteps / 2][kTiles];  // two steps each
         float sums[kParts][kTiles][2];  // of x, by row: the tensor cores add them up, too

@@ -64,6 +64,7 @@ __device__ __forceinline__ void load_tile(Worker& w, int64_t offset, uint32_t gr
 template <int kSpan>
 __device__ __forceinline__ bool is_needed(const Worker& w, uint32_t n0, uint32_t n1) {
     bool is_set = false;
+#pragma unroll 1
     for (uint32_t span = n0 / kSpan; span < (n1 + kSpan - 1) / kSpan; span++)
         is_set |= ptx::load_constant(w.step.needed_spans + span / 32) >> span % 32 & 1;
     return is_set;
