@@ -4,7 +4,7 @@ from megakernel.cuda_build import runs_on
 from megakernel.cuda_device import DeviceFacts
 from megakernel.machine import Machine, MachineError, load_machine
 
-MACHINE_OF = {"H100": "h100", "H200": "h100", "GH200": "h100", "L20": "l20", "L4": "l4", "4090": "rtx4090"}
+MACHINE_OF = {"H100": "h100", "H200": "h200", "GH200": "h100", "L20": "l20", "L4": "l4", "4090": "rtx4090"}
 """By a word of the GPU's name; descriptions are packaged under `megakernel/machines`."""
 
 

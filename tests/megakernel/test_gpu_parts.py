@@ -42,7 +42,7 @@ def facts(name="NVIDIA H100 80GB HBM3", sms=132, architecture="sm_90", shared_by
     ("found", "expected"),
     [
         (facts(), "h100"),
-        (facts("NVIDIA H200"), "h100"),
+        (facts("NVIDIA H200"), "h200"),
         (facts("NVIDIA L20", 92, "sm_89", 101_376), "l20"),
         (facts("NVIDIA L4", 58, "sm_89", 101_376), "l4"),
         (facts("NVIDIA GeForce RTX 4090", 128, "sm_89", 101_376), "rtx4090"),

@@ -13,7 +13,7 @@ RATES = usual_rates(("avx2",))
 
 def test_every_packaged_machine_loads_under_its_own_name():
     packaged = [name for name in machine_names() if name != "cpu"]
-    assert packaged == ["h100", "h100-ada", "l20", "l4", "rtx4090"]
+    assert packaged == ["h100", "h100-ada", "h200", "l20", "l4", "rtx4090"]
     for name in packaged:
         machine = load_machine(name)
         assert machine.name == name
@@ -41,7 +41,7 @@ def test_pages_are_what_kernels_leave_of_the_scratch_memory():
 
 
 def test_an_unknown_name_is_answered_with_all_known():
-    with pytest.raises(MachineError, match=r"'l21'.*cpu, h100, h100-ada, l20, l4, rtx4090"):
+    with pytest.raises(MachineError, match=r"'l21'.*cpu, h100, h100-ada, h200, l20, l4, rtx4090"):
         load_machine("l21")
 
 

@@ -241,7 +241,7 @@ def test_a_machine_that_is_slower_takes_longer():
             {"--model": "qwen3-1.7"},
             "unknown model 'qwen3-1.7', did you mean 'qwen3-1.7b'?; known are smollm2-135m,",
         ),
-        ({"--machine": "l5"}, "unknown machine 'l5'; known are cpu, h100, h100-ada, l20, l4, rtx4090"),
+        ({"--machine": "l5"}, "unknown machine 'l5'; known are cpu, h100, h100-ada, h200, l20, l4, rtx4090"),
         ({"--machine": "nowhere.json"}, "cannot read the machine file 'nowhere.json'"),
         ({"--format": "Q4_2"}, "unknown format 'Q4_2', did you mean 'Q4_"),
         ({"--format": "bf16"}, "unknown format 'bf16', did you mean 'BF16'?; known are F32,"),
