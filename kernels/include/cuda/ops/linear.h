@@ -143,7 +143,7 @@ __device__ __forceinline__ void accumulate(const Worker& w, LaneSums<kRows, kGro
                                            int count, uint32_t u0, uint32_t u1, uint32_t x0) {
     using Layout = InputLayout<kRows>;
     constexpr int kTiles = Layout::kTiles;
-    constexpr int kSteps = unit_k(F) / 16;                      // matrix instructions a unit
+    constexpr int kSteps = unit_k(F) / 16;                     // matrix instructions a unit
     constexpr int kParts = is_float(F) ? 1 : scale_groups(F);  // of which each have scales of their own
     constexpr int kStepsAPart = kSteps / kParts;
     const uint32_t g = w.lane / 4, t = w.lane % 4, most = count - 1;
@@ -154,9 +154,10 @@ __device__ __forceinline__ void accumulate(const Worker& w, LaneSums<kRows, kGro
         const uint32_t row = n * 8 + g;
         row_at[n] = input + (row < most ? row : most) * Layout::row_bytes(kInputUnits * unit_k(F)) + t * 16;
     }
+    // Of one column group two units are under way, where registers allow it.
 #pragma unroll (kGroups == 1 && !(has_minima(F) && kTiles > 1) ? 2 : 1)
     for (uint32_t u = u0 + (w.warp - u0) % kConsumerWarps; u < u1; u += kConsumerWarps) {
-        uint4 x[kSteps / 2][kTiles];  // two steps each
+        uint4 x[kSteps / 2][kTiles];    // two steps each
         float sums[kParts][kTiles][2];  // of x, by row: the tensor cores add them up, too
 #pragma unroll
         for (int n = 0; n < kTiles; n++) {
