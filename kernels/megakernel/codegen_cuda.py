@@ -19,6 +19,7 @@ from megakernel.cuda_activations import (
     SQUARES,
     WEIGHTED,
     StoredActivations,
+    rounded_as,
     stored_activations,
 )
 from megakernel.cuda_call_source import HEAD_SUMS, CallContext, CallSource, shape_name
@@ -212,7 +213,7 @@ class _Bucket:
         if (reader := self.activations.normed_by.get(op.index)) is not None:
             normed_by = self.program.ops[reader]
             numbers["next_norm"] = layout.at(normed_by.norm).offset
-            stored_as = layout.at(*matrix_names(normed_by)).format
+            stored_as = rounded_as(layout.at(*matrix_names(normed_by)).format)
         sizes = op.in_features, op.out_features
         return Operands((formats, op.epilogue, op.prologue, *sizes, stored_as), numbers)
 

@@ -24,14 +24,12 @@ class StoredActivations(msgspec.Struct, frozen=True):
     """Of one program."""
 
     pairs: Mapping[int, str]
-    """By op that writes elements of two bytes, where the VM has floats: the format of the matrices that they
-    are multiplied by."""
+    """By op that writes elements of two bytes, where the VM has floats: their format, BF16 or F16."""
     normed_by: Mapping[int, int]
     """By op that writes what is normed next: whose norm that is for."""
 
     def format_of(self, program: Program, name: str) -> str | None:
-        """Of the matrices that a buffer's elements of two bytes are multiplied by, as the last op leaves
-        them; None of floats."""
+        """Of a buffer's elements of two bytes, as the last op leaves them; None of floats."""
         formats = [
             format for op, format in self.pairs.items() if _written_by(program, program.ops[op]) == name
         ]
@@ -47,17 +45,22 @@ def stored_activations(program: Program, formats: Mapping[int, str]) -> StoredAc
             case True, True:
                 normed_by[written] = reader.index
             case False, False:
-                pairs[written] = formats[reader.index]
+                pairs[written] = rounded_as(formats[reader.index])
             case is_normed, _:
                 how = "normed" if is_normed else "multiplied as it is"
                 raise CodegenError(f"{op.name}: its output cannot be {how}, as {reader.name} would have it")
     return StoredActivations(dict(sorted(pairs.items())), normed_by)
 
 
+def rounded_as(format: str) -> str:
+    """What is multiplied by matrices of the format: all but F16's are BF16 to the tensor cores."""
+    return "F16" if format == "F16" else "BF16"
+
+
 def rounded_values(format: str, halves: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
     """What matrices of the format are multiplied by."""
     raw = np.ascontiguousarray(halves).reshape(-1).view(np.uint8)
-    return float_values(raw, "F16" if format == "F16" else "BF16").reshape(halves.shape)
+    return float_values(raw, rounded_as(format)).reshape(halves.shape)
 
 
 def read_by(program: Program, op: Op) -> str:

@@ -7,7 +7,7 @@ import msgspec
 
 from megakernel.artifact import WeightLayout, matrix_names
 from megakernel.codegen_limits import CodegenError
-from megakernel.cuda_activations import ATTENDED, SQUARES, WEIGHTED, StoredActivations, read_by
+from megakernel.cuda_activations import ATTENDED, SQUARES, WEIGHTED, StoredActivations, read_by, rounded_as
 from megakernel.cuda_calls import Call, Pattern, Run, WaitAt, pattern_of
 from megakernel.cuda_constants import ROW_CHUNK
 from megakernel.cuda_counters import head_arrivals_at, row_chunks, split_arrivals_at
@@ -317,7 +317,7 @@ class CallSource:
     def normed_to(self) -> str:
         """Where the op's output goes besides, weighted for the norm of the op that reads it."""
         reader = self.program.ops[self.activations.normed_by[self.op.index]]
-        format = self.layout.at(*matrix_names(reader)).format
+        format = rounded_as(self.layout.at(*matrix_names(reader)).format)
         to, squares = self.context.offsets[WEIGHTED], self.context.offsets[SQUARES]
         columns = self.program.buffers[self.op.output].columns
         return f"NormedTo<Format::k{format}>{{{to}, {squares}, {columns}, {self.vector('next_norm')}}}"
