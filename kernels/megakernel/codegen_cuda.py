@@ -19,7 +19,6 @@ from megakernel.cuda_activations import (
     SQUARES,
     WEIGHTED,
     StoredActivations,
-    rounded_as,
     stored_activations,
 )
 from megakernel.cuda_call_source import HEAD_SUMS, CallContext, CallSource, shape_name
@@ -66,10 +65,9 @@ def generate_cuda(programs: Sequence[Program], formats: Mapping[str, str]) -> Ge
     # signals; who may read the splits may read it.
     offsets[ATTENDED] = end
     most_rows, geometry = programs[-1].bucket, programs[0].geometry
-    offsets[HEAD_SUMS] = end + 4 * most_rows * q_columns(geometry)
     # Sums of heads that several QKV tiles make up: see PartOfHead of ops/epilogue.h.
-    end = offsets[HEAD_SUMS] + 4 * most_rows * qkv_columns(geometry)
-    offsets[WEIGHTED] = -(-end // _LINE_BYTES) * _LINE_BYTES
+    offsets[HEAD_SUMS] = _line_after(end + 2 * most_rows * q_columns(geometry))
+    offsets[WEIGHTED] = _line_after(offsets[HEAD_SUMS] + 4 * most_rows * qkv_columns(geometry))
     offsets[SQUARES] = offsets[WEIGHTED] + 2 * most_rows * geometry.hidden_size
     activation_bytes = offsets[SQUARES] + 4 * most_rows * geometry.hidden_size // SQUARED_COLUMNS
     first_counters, num_counters = [], 0
@@ -103,6 +101,10 @@ def qkv_columns(geometry: Geometry) -> int:
 def _formats(program: Program, layout: WeightLayout) -> dict[int, str]:
     """By op, what its matrices are packed as."""
     return {op.index: layout.at(*names).format if (names := matrix_names(op)) else "" for op in program.ops}
+
+
+def _line_after(end: int) -> int:
+    return -(-end // _LINE_BYTES) * _LINE_BYTES
 
 
 class _Source:
@@ -209,11 +211,9 @@ class _Bucket:
             numbers["bias"] = layout.at(*op.biases).offset
         for index, name in enumerate(op.head_norms):
             numbers[f"head_norm{index}"] = layout.at(name).offset
-        stored_as = self.activations.pairs.get(op.index, "")
         if (reader := self.activations.normed_by.get(op.index)) is not None:
-            normed_by = self.program.ops[reader]
-            numbers["next_norm"] = layout.at(normed_by.norm).offset
-            stored_as = rounded_as(layout.at(*matrix_names(normed_by)).format)
+            numbers["next_norm"] = layout.at(self.program.ops[reader].norm).offset
+        stored_as = self.activations.formats.get(op.index, "")
         sizes = op.in_features, op.out_features
         return Operands((formats, op.epilogue, op.prologue, *sizes, stored_as), numbers)
 

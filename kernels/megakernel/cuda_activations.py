@@ -23,36 +23,37 @@ WEIGHTED, SQUARES = "weighted", "squares"
 class StoredActivations(msgspec.Struct, frozen=True):
     """Of one program."""
 
-    pairs: Mapping[int, str]
-    """By op that writes elements of two bytes, where the VM has floats: their format, BF16 or F16."""
+    formats: Mapping[int, str]
+    """By op that writes what a linear op reads: of its elements of two bytes, BF16 or F16."""
     normed_by: Mapping[int, int]
-    """By op that writes what is normed next: whose norm that is for."""
+    """By such an op whose reader norms it: the reader. Its own buffer then has floats, as the VM's."""
 
     def format_of(self, program: Program, name: str) -> str | None:
-        """Of a buffer's elements of two bytes, as the last op leaves them; None of floats."""
-        formats = [
-            format for op, format in self.pairs.items() if _written_by(program, program.ops[op]) == name
-        ]
-        return formats[-1] if formats else None
+        """Of a buffer's elements, as the last op leaves them; None of floats."""
+        writers = (op for op in self.formats if _written_by(program, program.ops[op]) == name)
+        last = max(writers, default=None)
+        return None if last is None or last in self.normed_by else self.formats[last]
 
 
 def stored_activations(program: Program, formats: Mapping[int, str]) -> StoredActivations:
     """`formats`: of each op's matrices, "" where it has none. Raises CodegenError."""
-    pairs, normed_by = {}, {}
-    for written, reader in _readers(program).items():
-        op = program.ops[written]
-        match reader.prologue is Prologue.RMS_NORM, _is_added_to(op):
-            case True, True:
-                normed_by[written] = reader.index
-            case False, False:
-                pairs[written] = rounded_as(formats[reader.index])
-            case is_normed, _:
-                how = "normed" if is_normed else "multiplied as it is"
-                raise CodegenError(f"{op.name}: its output cannot be {how}, as {reader.name} would have it")
-    return StoredActivations(dict(sorted(pairs.items())), normed_by)
+    readers = _readers(program)
+    for written, reader in readers.items():
+        op, is_normed = program.ops[written], reader.prologue is Prologue.RMS_NORM
+        if is_normed != _is_added_to(op):
+            how = "normed" if is_normed else "multiplied as it is"
+            raise CodegenError(f"{op.name}: its output cannot be {how}, as {reader.name} would have it")
+    return StoredActivations(
+        formats={written: _rounded_as(formats[reader.index]) for written, reader in readers.items()},
+        normed_by={
+            written: reader.index
+            for written, reader in readers.items()
+            if reader.prologue is Prologue.RMS_NORM
+        },
+    )
 
 
-def rounded_as(format: str) -> str:
+def _rounded_as(format: str) -> str:
     """What is multiplied by matrices of the format: all but F16's are BF16 to the tensor cores."""
     return "F16" if format == "F16" else "BF16"
 
@@ -60,7 +61,7 @@ def rounded_as(format: str) -> str:
 def rounded_values(format: str, halves: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
     """What matrices of the format are multiplied by."""
     raw = np.ascontiguousarray(halves).reshape(-1).view(np.uint8)
-    return float_values(raw, rounded_as(format)).reshape(halves.shape)
+    return float_values(raw, _rounded_as(format)).reshape(halves.shape)
 
 
 def read_by(program: Program, op: Op) -> str:

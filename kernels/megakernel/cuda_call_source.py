@@ -7,7 +7,7 @@ import msgspec
 
 from megakernel.artifact import WeightLayout, matrix_names
 from megakernel.codegen_limits import CodegenError
-from megakernel.cuda_activations import ATTENDED, SQUARES, WEIGHTED, StoredActivations, read_by, rounded_as
+from megakernel.cuda_activations import ATTENDED, SQUARES, WEIGHTED, StoredActivations, read_by
 from megakernel.cuda_calls import Call, Pattern, Run, WaitAt, pattern_of
 from megakernel.cuda_constants import ROW_CHUNK
 from megakernel.cuda_counters import head_arrivals_at, row_chunks, split_arrivals_at
@@ -250,9 +250,10 @@ class CallSource:
     def vector(self, name: str) -> str:
         return f"reinterpret_cast<const float*>(w.step.weights + {self.number(name)})"
 
-    def pairs(self) -> str:
-        """How the op's output is stored, for the op that reads it."""
-        return f"PairsTo<Format::k{self.activations.pairs[self.op.index]}>"
+    @property
+    def stored_as(self) -> str:
+        """The format of the op's output for the op that reads it."""
+        return f"Format::k{self.activations.formats[self.op.index]}"
 
     def buffer(self, index: int) -> str:
         return self.buffer_named(self.program.buffers[index].name)
@@ -284,7 +285,7 @@ class CallSource:
             f"{offsets[queries.name]}, {offsets[splits.name]}, {splits.columns}, {{{offsets[ATTENDED]}}}, "
             f"w.step.counters + {arrivals}, {program.bucket}"
         )
-        kind, shape = f"Attended<{self.pairs()}>", shape_name(stages_attention(program))
+        kind, shape = f"Attended<PairsTo<{self.stored_as}>>", shape_name(stages_attention(program))
         return [
             f"attention_tiles<{shape}>(w, {self.number('layer')}, tiles, begun, {kind}{{{attended}}}, "
             f"{self.attention_page()});",
@@ -316,11 +317,9 @@ class CallSource:
 
     def normed_to(self) -> str:
         """Where the op's output goes besides, weighted for the norm of the op that reads it."""
-        reader = self.program.ops[self.activations.normed_by[self.op.index]]
-        format = rounded_as(self.layout.at(*matrix_names(reader)).format)
         to, squares = self.context.offsets[WEIGHTED], self.context.offsets[SQUARES]
         columns = self.program.buffers[self.op.output].columns
-        return f"NormedTo<Format::k{format}>{{{to}, {squares}, {columns}, {self.vector('next_norm')}}}"
+        return f"NormedTo<{self.stored_as}>{{{to}, {squares}, {columns}, {self.vector('next_norm')}}}"
 
     def input(self) -> str:
         op = self.op
@@ -338,8 +337,8 @@ class CallSource:
         name = program.buffers[op.output].name
         match op.epilogue:
             case Epilogue.SWIGLU:
-                to = f"{self.context.offsets[name]} + n0 / 2 * 2"
-                return f"SwiGlu<{template}, {self.pairs()}>{{{{}}, {{{to}}}, {columns}}}"
+                to = f"{self.context.offsets[name]} + n0"  # half as many elements, of two bytes
+                return f"SwiGlu<{template}, PairsTo<{self.stored_as}>>{{{{}}, {{{to}}}, {columns}}}"
             case Epilogue.STORE:
                 return f"Store<{template}>{{{{}}, {self.buffer(op.output)} + n0, {columns}}}"
             case Epilogue.RESIDUAL:

@@ -115,7 +115,7 @@ class OpByOp:
             return self.compare(op, output, expected, tolerances)
         match op.epilogue:
             case Epilogue.SWIGLU:
-                format = self.found.activations.pairs[op.index]
+                format = self.found.activations.formats[op.index]
                 rounded = op_tolerances.rounded(expected, tolerances, format)
                 return self.compare(op, output, expected, rounded, format)
             case Epilogue.RESIDUAL:

@@ -216,22 +216,23 @@ def with_fault(tmp_path, header: str, right: str, wrong: str) -> tuple[str, ...]
     return f"-iquote{tmp_path}", f"-DHEADRACE_FAULT={crc32(wrong.encode())}"
 
 
+def check_is_caught(tmp_path, header: str, fault: tuple[str, str], case: Case) -> None:
+    flags = with_fault(tmp_path, header, *fault)
+    with pytest.raises((EmulationError, AssertionError)):
+        check_interleavings(case, flags=flags)
+
+
 @pytest.mark.parametrize("fault", BLOCK_FAULTS)
 def test_faults_between_blocks_of_k_are_caught(fault, tmp_path):
-    flags = with_fault(tmp_path, "cuda/ops/linear.h", *BLOCK_FAULTS[fault])
-    with pytest.raises((EmulationError, AssertionError)):
-        check_interleavings(draw_case(CASES["K in blocks"]), flags=flags)
+    check_is_caught(tmp_path, "cuda/ops/linear.h", BLOCK_FAULTS[fault], draw_case(CASES["K in blocks"]))
 
 
 COPIES_ARE_THERE = "    ptx::copy_async_wait<0>();\n    sync_consumers();\n}"
 
 
 def test_an_input_that_is_not_waited_for_is_caught(tmp_path):
-    flags = with_fault(
-        tmp_path, "cuda/ops/input.h", COPIES_ARE_THERE, COPIES_ARE_THERE.replace("sync_consumers();", "")
-    )
-    with pytest.raises((EmulationError, AssertionError)):
-        check_interleavings(draw_case(CASE_OF_INPUT_IN_BLOCKS), flags=flags)
+    fault = COPIES_ARE_THERE, COPIES_ARE_THERE.replace("sync_consumers();", "")
+    check_is_caught(tmp_path, "cuda/ops/input.h", fault, draw_case(CASE_OF_INPUT_IN_BLOCKS))
 
 
 def test_rows_that_are_copied_and_not_waited_for_are_caught(tmp_path):
@@ -298,11 +299,9 @@ STAGING_FAULTS = {
 
 @pytest.mark.parametrize("fault", STAGING_FAULTS)
 def test_faults_of_keys_and_values_in_shared_memory_are_caught(fault, tmp_path):
-    flags = with_fault(tmp_path, "cuda/ops/attention_split.h", *STAGING_FAULTS[fault])
     case = draw_case(CASES["bucket 32"])
     assert stages_attention(case.program)
-    with pytest.raises((EmulationError, AssertionError)):
-        check_interleavings(case, flags=flags)
+    check_is_caught(tmp_path, "cuda/ops/attention_split.h", STAGING_FAULTS[fault], case)
 
 
 MERGE_FAULTS = {
@@ -319,11 +318,9 @@ MERGE_FAULTS = {
 
 @pytest.mark.parametrize("fault", MERGE_FAULTS)
 def test_faults_of_merged_splits_are_caught(fault, tmp_path):
-    flags = with_fault(tmp_path, "cuda/ops/attention.h", *MERGE_FAULTS[fault])
     case = draw_case(CASE_OF_THREE_SPLITS)
     assert ("splits", 3) in case.covers()
-    with pytest.raises((EmulationError, AssertionError)):
-        check_interleavings(case, flags=flags)
+    check_is_caught(tmp_path, "cuda/ops/attention.h", MERGE_FAULTS[fault], case)
 
 
 LAST = "const bool is_last = ptx::add_acquire_release(arrived, kColumns) == kDim - kColumns;"
@@ -351,11 +348,9 @@ HEAD_FAULTS = {
 @pytest.mark.parametrize("name", CASES_WITH_PARTS_OF_HEADS)
 @pytest.mark.parametrize("fault", HEAD_FAULTS)
 def test_faults_of_heads_that_several_tiles_make_up_are_caught(fault, name, tmp_path):
-    flags = with_fault(tmp_path, "cuda/ops/epilogue.h", *HEAD_FAULTS[fault])
     case = draw_case(CASES_WITH_PARTS_OF_HEADS[name])
     assert case.tiles_a_head > 1
-    with pytest.raises((EmulationError, AssertionError)):
-        check_interleavings(case, flags=flags)
+    check_is_caught(tmp_path, "cuda/ops/epilogue.h", HEAD_FAULTS[fault], case)
 
 
 def test_one_bit_of_the_weights_is_caught_op_by_op_and_not_by_the_whole_step():

@@ -81,7 +81,7 @@ enum class Part { kKeys, kValues };
 //
 // In registers they cost no memory, which then takes weights of ops to come. But the hardware counts what a thread waits
 // for with few counters, and the compiler takes one for all loads that a loop leaves under way: whatever it waits for,
-// it waits for all of them. That is no loss where an SM has a split or two.
+// it waits for all of them. So they are for where shared memory is short.
 template <class Shape, bool kIsStaged = Shape::kIsStaged>
 struct HeldTokens {
     uint4 keys[Shape::kTimes], values[Shape::kTimes];
