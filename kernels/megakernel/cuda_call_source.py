@@ -9,7 +9,7 @@ from megakernel.artifact import WeightLayout, matrix_names
 from megakernel.codegen_limits import CodegenError
 from megakernel.cuda_activations import ATTENDED, SQUARES, WEIGHTED, StoredActivations, read_by
 from megakernel.cuda_calls import Call, Pattern, Run, WaitAt, pattern_of
-from megakernel.cuda_constants import ROW_CHUNK
+from megakernel.cuda_constants import ATTENDED_ROWS, ROW_CHUNK
 from megakernel.cuda_counters import head_arrivals_at, row_chunks, split_arrivals_at
 from megakernel.cuda_literals import Literals
 from megakernel.footprint import stages_attention
@@ -110,7 +110,9 @@ class CallSource:
             shape = shape_name(stages_attention(self.program))
             yield f"FirstSplit<{shape}> begun{{}};"
             page = self.attention_page()
-            yield f"begin_attention<{shape}>(w, {self.number('layer')}, tiles, begun, {page});"
+            yield (
+                f"begin_attention<{shape}>(w, {self.number('layer')}, tiles, begun, {page}, {self.deals()});"
+            )
 
     def waits(self) -> Iterator[str]:
         """A worker's first wait with the others' first, and so on."""
@@ -291,6 +293,13 @@ class CallSource:
             f"{self.attention_page()});",
             "w.instruction += count;",
         ]
+
+    def deals(self) -> str:
+        """Whether splits are yet to be dealt to the SM's tiles: what an earlier layer of the loop noted down
+        holds for all, unless other rows or tiles came between."""
+        tiles = f"{self.first} {self.stride} {self.literal(lambda run: run.count, 0)}"
+        is_once = len(self.call.runs) > 1 and "layer" not in tiles and self.program.bucket <= ATTENDED_ROWS
+        return "layer == 0" if is_once else "true"
 
     def attention_page(self) -> str:
         if any(len(set(run.pages[PageRole.INPUT])) > 1 for run in self.call.all_runs()):

@@ -10,6 +10,8 @@ ROW_CHUNK = 16
 """`kRowChunk`: rows whose input is in shared memory at once; larger buckets take a tile chunk by chunk."""
 ROW_TILE = 8
 """Rows of one matrix instruction."""
+ATTENDED_ROWS = 32
+"""`kLanes`: rows whose splits an SM has noted down at once."""
 MAX_LOADS_AHEAD = 7
 """One less than `kLoadsInFlight`."""
 STATS_SPAN = 32

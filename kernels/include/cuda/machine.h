@@ -38,10 +38,13 @@ constexpr uint32_t kEpochAt = 104;      // the step's: see StepArguments
 constexpr uint32_t kBegunAt = 108;      // steps begun after the first, and kLastStep
 constexpr uint32_t kScalesAt = 128;     // [kRowChunk] floats: what RMS norm multiplies a row's sums by
 constexpr uint32_t kSelectionAt = 192;  // [kConsumerWarps] of 8 bytes and of 4: a step's results; rows to merge; a head to finish
+constexpr uint32_t kDealtAt = 288;      // how many splits attention has here, and the first kMostDealt of them
+constexpr uint32_t kMostDealt = 55;
 constexpr uint32_t kAttendingAt = 512;  // [kLanes] of 16 bytes: attention's rows
 constexpr uint32_t kSumsAt = 1024;      // of a linear op's warps: [column groups][kConsumerWarps][rows][kColumnGroup] floats;
                                         // in attention see AttentionShape
 constexpr uint32_t kSumsBytes = 16384;
+static_assert(kDealtAt + 4 * (1 + kMostDealt) <= kAttendingAt && kAttendingAt + 16 * kLanes <= kSumsAt);
 constexpr uint32_t kReservedBytes = kSumsAt + kSumsBytes;
 
 // One thread's view. Both roles count loads alike, as they take the same path; the loader counts instructions, too.

@@ -15,45 +15,63 @@ namespace headrace {
 // An SM's first split, as far as it can be had before the wait.
 template <class Shape>
 struct FirstSplit {
-    SplitCursor<Shape> at;
+    DealtSplit at;
     int num_tokens, num_committed;  // as of its share
     HeldTokens<Shape> held;
+
+    // Tokens before context_lengths were written before the step began: by earlier launches, or by earlier steps of this one,
+    // all blocks of which arrived at a counter that was waited for before begin_next_step let anyone go on. So they may be
+    // loaded before this step's own tokens are waited for.
+    __device__ __forceinline__ void load_early(const Worker& w, const uint8_t* keys, SharedAddress slots) {
+        const int end = num_committed;
+        const auto is_early = [=](int offset) { return offset < end; };
+        held.load_keys(w, keys, slots, is_early);
+        held.load_values(w, keys, slots, is_early);
+    }
+    __device__ __forceinline__ void load_late(const Worker& w, const uint8_t* keys, SharedAddress slots) {
+        const int end = num_committed;
+        if (num_tokens <= 0 || end > Share<Shape>::offset_of(Shape::kTokens - 1)) return;
+        const auto is_late = [=](int offset) { return offset >= end; };
+        held.load_keys(w, keys, slots, is_late);
+        held.load_values(w, keys, slots, is_late);
+    }
 };
 
-// Tokens before context_lengths were written before the step began: by earlier launches, or by earlier steps of this one,
-// all blocks of which arrived at a counter that was waited for before begin_next_step let anyone go on. So they may be
-// loaded before this step's own tokens are waited for.
+// Before the wait. `is_new`: rows and splits are yet to be noted down, as those of the step and of these tiles.
 template <class Shape>
 __device__ __forceinline__ void begin_attention(const Worker& w, int layer, const AttentionTiles& tiles,
-                                                FirstSplit<Shape>& begun, SharedAddress page, int row0 = 0) {
-    sync_consumers();  // the rows before, of this op or of another, are done with
-    if (w.warp == 0) AttendingRow::store(w, row0);
-    sync_consumers();
+                                                FirstSplit<Shape>& begun, SharedAddress page, bool is_new, int row0 = 0) {
+    using Dealt = DealtSplits<Shape>;
+    if (is_new) {
+        sync_consumers();  // the rows before, of this op or of another, are done with
+        if (w.warp == 0) {
+            AttendingRow::store(w, row0);
+            ptx::sync_warp();
+            Dealt::store(w, tiles, row0);
+        }
+        sync_consumers();
+    }
     begun.held = HeldTokens<Shape>::in(w, page);
-    begun.at = SplitCursor<Shape>::begin(w, tiles, row0);
-    begun.at.advance(w, tiles, row0);
-    if (!begun.at.rows) return;
-    SplitCursor<Shape> at = begun.at;
+    begun.at = Dealt::noted(w, 0);
+    if (!begun.at.is_any()) return;
+    const uint8_t* keys = keys_of<Shape>(w, layer, begun.at.kv_head);
+    const Share<Shape> share = Share<Shape>::of(w, begun.at.row, begun.at.split);
+    begun.num_tokens = share.num_tokens, begun.num_committed = share.num_committed;
+    store_slots<Shape>(w, share.slot(w));
+    begun.load_early(w, keys, slots_at<Shape>(w));
 #pragma unroll 1
-    for (int i = 0; i <= Shape::kSplitsPrefetched && at.rows; i++, at.advance(w, tiles, row0)) {
-        const Share<Shape> share = Share<Shape>::of(w, at.row(), at.split);
-        const uint8_t* keys = keys_of<Shape>(w, layer, at.kv_head(tiles));
-        if (i == 0) {
-            begun.num_tokens = share.num_tokens, begun.num_committed = share.num_committed;
-            store_slots<Shape>(w, share.slot(w));
-            const int early = share.num_committed - static_cast<int>(w.lane / Shape::kLanesAToken);
-            const auto is_early = [=](int turn) { return turn * Shape::kTokensAtOnce < early; };
-            load_tokens<Shape, Part::kKeys>(w, keys, begun.held, is_early);
-            load_tokens<Shape, Part::kValues>(w, keys, begun.held, is_early);
-        } else if (share.num_tokens > 0 && share.rest != kNoIndex) {
-            const uint4* key = at_slot<Shape>(keys, share.slot(w));
+    for (uint32_t number = 1; number <= Shape::kSplitsPrefetched; number++) {
+        const DealtSplit next = Dealt::noted(w, number);
+        if (!next.is_any()) return;
+        const Share<Shape> share = Share<Shape>::of(w, next.row, next.split);
+        if (share.num_tokens <= 0 || share.rest == kNoIndex) continue;
+        const uint4* key = at_slot<Shape>(keys_of<Shape>(w, layer, next.kv_head), share.slot(w));
 #pragma unroll
-            for (uint32_t line = 0; line < Shape::kDim * 2; line += 256) {
-                const uint32_t own = line + w.lane % 2 * 128;
-                if (own >= Shape::kDim * 2) continue;
-                ptx::prefetch(key + own / 16);
-                ptx::prefetch(key + (Shape::kValuesAt + own) / 16);
-            }
+        for (uint32_t line = 0; line < Shape::kTokenBytes; line += 256) {
+            const uint32_t own = line + w.lane % 2 * 128;
+            if (own >= Shape::kTokenBytes) continue;
+            ptx::prefetch(key + own / 16);
+            ptx::prefetch(key + (Shape::kValuesAt + own) / 16);
         }
     }
 }
@@ -201,107 +219,112 @@ __device__ __forceinline__ void merge_rows(const Worker& w, const AttentionTiles
     }
 }
 
+// A thread's share of queries of a KV head: from when they are asked for until they are split.
+template <class Shape>
+struct AskedQueries {
+    static constexpr int kItems = (Shape::kPairs + kConsumers - 1) / kConsumers;
+    float2 pairs[kItems];
+
+    static __device__ __forceinline__ bool has_item(uint32_t thread, int i) {
+        return (i + 1) * kConsumers <= static_cast<uint32_t>(Shape::kPairs) || thread + i * kConsumers < Shape::kPairs;
+    }
+    __device__ __forceinline__ void ask(const float* from, uint32_t thread) {
+#pragma unroll
+        for (int i = 0; i < kItems; i++)
+            if (has_item(thread, i)) pairs[i] = ptx::load_global(reinterpret_cast<const float2*>(from) + thread + i * kConsumers);
+    }
+    __device__ __forceinline__ void store(SharedAddress queries, uint32_t thread) const {
+#pragma unroll
+        for (int i = 0; i < kItems; i++) {
+            if (!has_item(thread, i)) continue;
+            uint32_t upper, lower;
+            split_halves(pairs[i], upper, lower);
+            const SharedAddress to = queries + (thread + i * kConsumers) * 4;
+            ptx::store_shared(to, upper);
+            ptx::store_shared(to + Shape::kElements * 2, lower);
+        }
+    }
+};
+
 // After the wait: all splits that the SM's tiles have of up to 32 rows from row0 on. What of the first is yet to come, and
-// each next one as registers become free; so loads are on their way all the time.
+// each next one as its place becomes free; so loads are on their way all the time.
 template <class Shape, class Heads>
 __device__ __forceinline__ void attend_rows(const Worker& w, int layer, const AttentionTiles& tiles, FirstSplit<Shape>& begun,
                                             const Attended<Heads>& attended, SharedAddress page, int row0) {
-    constexpr int kItems = Shape::kItems;
-    SplitCursor<Shape> at = begun.at;
-    const SharedAddress weights = w.shared + kSumsAt + w.warp * (Shape::kGroup * Shape::kTokens * 4);
-    float queries[kItems];
-    const auto has_item = [&](int i) {
-        return (i + 1) * kConsumers <= static_cast<uint32_t>(Shape::kElements) || w.thread + i * kConsumers < Shape::kElements;
-    };
-    const auto load_queries = [&](const SplitCursor<Shape>& of) {
-        const float* from = attended.template queries_of<Shape>(w, row0 + of.row(), of.kv_head(tiles));
-#pragma unroll
-        for (int i = 0; i < kItems; i++)
-            if (has_item(i)) queries[i] = ptx::load_global(from + w.thread + i * kConsumers);
+    AskedQueries<Shape> asked;
+    const auto ask_queries = [&](const DealtSplit& of) {
+        asked.ask(attended.template queries_of<Shape>(w, row0 + of.row, of.kv_head), w.thread);
     };
     const auto queries_at = [&](uint32_t parity) {
         return w.shared + kSumsAt + Shape::kQueriesAt + (Shape::kIsDouble ? parity * Shape::kQueryBytes : 0);
     };
-    const auto store_queries = [&](uint32_t parity) {
-#pragma unroll
-        for (int i = 0; i < kItems; i++)
-            if (has_item(i))
-                ptx::store_shared(queries_at(parity) + (w.thread + i * kConsumers) * 4, queries[i]);
-    };
-    load_queries(at);
-    SplitCursor<Shape> next = at;
-    next.advance(w, tiles, row0);
-    Share<Shape> share{};
-    if (next.rows) share = Share<Shape>::of(w, next.row(), next.split);
+    DealtSplit at = begun.at;
     HeldTokens<Shape>& held = begun.held;
+    const SharedAddress slots = slots_at<Shape>(w);
+    ask_queries(at);
+    DealtSplit next = DealtSplits<Shape>::noted(w, 1);
+    Share<Shape> share{};
+    if (next.is_any()) share = Share<Shape>::of(w, next.row, next.split);
     int num_tokens = begun.num_tokens;
-    if (num_tokens > 0 && begun.num_committed <= (Shape::kTimes - 1) * Shape::kTokensAtOnce + Shape::kTokensATime - 1) {
-        const int early = begun.num_committed - static_cast<int>(w.lane / Shape::kLanesAToken);
-        const auto is_late = [=](int turn) { return turn * Shape::kTokensAtOnce >= early; };
-        const uint8_t* keys = keys_of<Shape>(w, layer, at.kv_head(tiles));
-        load_tokens<Shape, Part::kKeys>(w, keys, held, is_late);
-        load_tokens<Shape, Part::kValues>(w, keys, held, is_late);
-    }
-    store_queries(0);
+    begun.load_late(w, keys_of<Shape>(w, layer, at.kv_head), slots);
+    asked.store(queries_at(0), w.thread);
     sync_consumers();
-    uint32_t parity = 0;
 #pragma unroll 1
-    while (true) {
+    for (uint32_t number = 0;; number++) {
+        const uint32_t parity = number % 2;
         const SharedAddress partial = Shape::kIsDouble && parity ? w.shared + kSumsAt + Shape::kSecondAt : page;
-        const SharedAddress mixed = partial + w.warp * (Shape::kElements * 4);
-        const SharedAddress extremes = partial + Shape::kExtremesAt + w.warp * (Shape::kGroup * 8);
-        SplitCursor<Shape> after = next;
+        DealtSplit after{-1, 0, 0};
         Share<Shape> later{};
-        if (next.rows) after.advance(w, tiles, row0);
-        if (after.rows) later = Share<Shape>::of(w, after.row(), after.split);
+        if (next.is_any()) after = DealtSplits<Shape>::at(w, tiles, row0, number + 2);
+        if (after.is_any()) later = Share<Shape>::of(w, after.row, after.split);
+        HeadWeights weights[Shape::kHeadBlocks];
         held.await_all_but_last();
         if (num_tokens > 0)
-            weigh_tokens<Shape>(w, held, num_tokens, queries_at(parity), weights, extremes);
-        const uint8_t* keys = keys_of<Shape>(w, layer, next.kv_head(tiles));
-        if (Shape::kIsDouble) load_queries(next.rows ? next : at);
+            weigh_tokens<Shape>(w, held, num_tokens, queries_at(parity), weights,
+                                partial + Shape::kExtremesAt + w.warp * (Shape::kGroup * 8));
+        const uint8_t* keys = keys_of<Shape>(w, layer, next.kv_head);
+        if (Shape::kIsDouble) ask_queries(next.is_any() ? next : at);
         const auto is_wanted = [=](int) { return share.num_tokens > 0; };
-        if (next.rows) {
+        if (next.is_any()) {
             store_slots<Shape>(w, share.slot(w));
-            load_tokens<Shape, Part::kKeys>(w, keys, held, is_wanted);
+            held.load_keys(w, keys, slots, is_wanted);
         } else {
             held.end_loads();
-            ptx::sync_warp();  // the warp's weights are there
         }
         held.await_all_but_last();
         if (num_tokens > 0)
-            mix_tokens<Shape>(w, held, num_tokens, weights, mixed);
-        else
-            write_nothing<Shape>(w, mixed, extremes);
-        if (next.rows) load_tokens<Shape, Part::kValues>(w, keys, held, is_wanted);
-        if (Shape::kIsDouble && next.rows) store_queries(parity ^ 1);
+            mix_tokens<Shape>(w, held, weights, partial + w.warp * (Shape::kElements * 4));
+        if (next.is_any()) held.load_values(w, keys, slots, is_wanted);
+        if (Shape::kIsDouble && next.is_any()) asked.store(queries_at(parity ^ 1), w.thread);
         sync_consumers();
-        if (!Shape::kIsDouble) load_queries(next.rows ? next : at);
-        const int row = row0 + at.row();
-        const uint32_t kv_head = at.kv_head(tiles);
-        const bool is_only = AttendingRow::num_splits<Shape>(w, at.row()) == 1;
-        merge_warps<Shape>(w, partial, attended.template splits_of<Shape>(w, row, tiles.block_of(row, at.split), kv_head),
-                           is_only, attended.heads, attended.template first_of_group<Shape>(w, row, kv_head));
-        if (!next.rows) break;
+        if (!Shape::kIsDouble) ask_queries(next.is_any() ? next : at);
+        const int row = row0 + at.row;
+        const int of_split = AttendingRow::of(w, at.row).num_tokens - at.split * Shape::kSplitTokens;
+        const bool is_only = AttendingRow::num_splits<Shape>(w, at.row) == 1;
+        merge_warps<Shape>(w, partial, num_warps_of<Shape>(of_split),
+                           attended.template splits_of<Shape>(w, row, tiles.block_of(row, at.split), at.kv_head), is_only,
+                           attended.heads, attended.template first_of_group<Shape>(w, row, at.kv_head));
+        if (!next.is_any()) break;
         if (!Shape::kIsDouble) {
-            store_queries(0);
+            asked.store(queries_at(0), w.thread);
             sync_consumers();
         }
         num_tokens = share.num_tokens;
         at = next, next = after, share = later;
-        parity ^= 1;
     }
     merge_rows<Shape>(w, tiles, attended, row0);
 }
 
+
 template <class Shape, class Heads>
 __device__ __forceinline__ void attention_tiles(const Worker w, int layer, const AttentionTiles tiles, FirstSplit<Shape>& begun,
                                                 const Attended<Heads> attended, SharedAddress page) {
-    if (begun.at.rows) attend_rows<Shape>(w, layer, tiles, begun, attended, page, 0);
+    if (begun.at.is_any()) attend_rows<Shape>(w, layer, tiles, begun, attended, page, 0);
     if (attended.bucket > static_cast<int>(kLanes)) {
 #pragma unroll 1
         for (int row0 = kLanes; row0 < w.step.num_rows; row0 += kLanes) {
-            begin_attention<Shape>(w, layer, tiles, begun, page, row0);
-            if (begun.at.rows) attend_rows<Shape>(w, layer, tiles, begun, attended, page, row0);
+            begin_attention<Shape>(w, layer, tiles, begun, page, true, row0);
+            if (begun.at.is_any()) attend_rows<Shape>(w, layer, tiles, begun, attended, page, row0);
         }
     }
     report_progress(w, tiles.count);
