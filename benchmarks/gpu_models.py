@@ -19,6 +19,26 @@ from megakernel.schedule import list_schedule
 from megakernel.search import Budget, search
 from megakernel.shapes import SHAPES
 
+TOY = ModelShape(
+    architecture="qwen3",
+    num_layers=2,
+    hidden_size=512,
+    intermediate_size=1024,
+    num_heads=8,
+    num_kv_heads=2,
+    head_dim=64,
+    vocab_size=1024,
+    max_context_tokens=4096,
+    rope_theta=10_000.0,
+    rope_scaling=None,
+    rms_norm_eps=1e-6,
+    has_qkv_bias=False,
+    has_qk_norm=True,
+    has_tied_head=True,
+)
+"""Of no real model: small enough for tools that slow kernels down a thousandfold."""
+GPU_SHAPES = {**SHAPES, "toy": TOY}
+
 
 class GpuModel(msgspec.Struct, frozen=True, kw_only=True):
     """What is compiled: one cubin with one bucket, so that many are compiled beside one another."""
@@ -40,7 +60,7 @@ class GpuModel(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def shape(self) -> ModelShape:
-        shape = SHAPES[self.shape_name]
+        shape = GPU_SHAPES[self.shape_name]
         return msgspec.structs.replace(shape, num_layers=self.num_layers) if self.num_layers else shape
 
     @property

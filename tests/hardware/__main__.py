@@ -32,9 +32,10 @@ from tests.hardware.part import Part, PartResult, Setting
 from tests.hardware.results import Results, parts_to_run, read_results, write_results
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("correctness", "independence", "soak", "multi_step", "decode", "hang")
+PARTS = ("toys", "correctness", "independence", "soak", "multi_step", "decode", "hang")
 BUDGET_S, BUDGET_QUICK_S = 470.0, 200.0
 SHARES = {
+    "toys": 0.2,
     "correctness": 0.45,
     "independence": 0.3,
     "soak": 0.2,

@@ -5,6 +5,7 @@ random KV. Whole steps are compared with a reference that rounds nothing and wit
 kernels do, loosely; and each kind of op with what it must make of what the kernels handed it, tightly.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -88,10 +89,15 @@ def models(*, is_quick: bool, search_s: float) -> list[GpuModel]:
 
 
 def run(setting: Setting) -> PartResult:
+    return check_models(setting, models(is_quick=setting.is_quick, search_s=setting.search_s))
+
+
+def check_models(setting: Setting, wanted: Sequence[GpuModel]) -> PartResult:
+    """Each in turn, as far as time goes."""
     problems: list[str] = []
     left_out: list[str] = []
     figures: dict[str, float] = {}
-    for model in models(is_quick=setting.is_quick, search_s=setting.search_s):
+    for model in wanted:
         try:
             compiled = setting.compiled(model)
         except BuildMissingError as error:

@@ -32,6 +32,10 @@ TINIEST = 2.0**-126
 _FUNCTION_ROUNDINGS = 8
 """Of exp, log, division or a reciprocal root, and of what goes into it, in units of EPS."""
 _WARPS = 8
+_TWO_HALVES = 2.0**-22
+"""What a number is off by, relatively, as the sum of the float16 next to it and of that next to the rest."""
+_HALF_SPACING = 2.0**-24
+"""The distance between float16 of the smallest: of numbers so small the rest is off by half of it."""
 _OFFSET_REACH = 40.0
 """4-bit numbers are multiplied as 128 + q, and 128 times the scale d comes off again with the input's sum:
 both sums are up to (128 + 15) * d * |x|, where a block's largest value is at least 7.5 * d."""
@@ -182,8 +186,9 @@ def rotated(state: VmState, op: Op, values: Float64Array, of_sums: Float64Array)
 
 
 def attended(state: VmState, op: Op) -> npt.NDArray[np.float64]:
-    """[rows, attention columns]. A score is a sum over head_dim; what it and the maximum are off by moves its
-    exponential in the ratio. Then 128 tokens are summed, by warps."""
+    """[rows, attention columns]. A score is a sum over head_dim, of queries as two float16; what it and the
+    maximum are off by moves its exponential in the ratio. Then 128 tokens are summed, by warps, weighted by
+    exponentials as two float16."""
     program, geometry = state.program, state.program.geometry
     dim, group = geometry.head_dim, geometry.num_heads // geometry.num_kv_heads
     rows, heads = state.step.num_rows, geometry.num_heads
@@ -197,9 +202,12 @@ def attended(state: VmState, op: Op) -> npt.NDArray[np.float64]:
             )
             scores = np.einsum("hgd,thd->hgt", queries[row], keys)
             magnitudes = np.einsum("hgd,thd->hgt", np.abs(queries[row]), np.abs(keys)).max(axis=2)
-            of_score = (8 + 5) * EPS * magnitudes
+            least = _HALF_SPACING / 2 * np.abs(keys).sum(axis=2).max(axis=0)[:, None]
+            of_score = (8 + 5) * EPS * magnitudes + _TWO_HALVES * magnitudes + least
             weights = np.exp(scores - scores.max(axis=2, keepdims=True))
-            relative = 2 * of_score + (2 * _FUNCTION_ROUNDINGS + 16 + 5 + 2 * _WARPS) * EPS
+            relative = (
+                2 * of_score + (2 * _FUNCTION_ROUNDINGS + 16 + 5 + 2 * _WARPS) * EPS + _TWO_HALVES
+            )
             mixed = np.einsum("hgt,thd->hgd", weights, np.abs(values))
             block = split_block(program, row, split)
             to = tolerances[row, block].reshape(geometry.num_kv_heads, group, dim + 2)

@@ -288,10 +288,15 @@ def test_faults_of_what_is_stored_for_the_next_norm_are_caught(fault, tmp_path):
 
 STAGING_FAULTS = {
     "a copy fewer waited for": ("ptx::copy_async_wait<1>()", "ptx::copy_async_wait<2>()"),
-    "values where keys are": ("kPart == Part::kKeys ? 0 : Shape::kPartOfTokens", "0 * Shape::kPartOfTokens"),
+    "values where keys are": ("slots, Shape::kPartOfTokens, is_wanted", "slots, 0, is_wanted"),
     "warps on top of each other": (
-        "w.warp * (Shape::kTimes * Shape::kTurnBytes)",
-        "w.warp * ((Shape::kTimes - 1) * Shape::kTurnBytes)",
+        "w.warp * (Shape::kTokens * Shape::kTokenBytes)",
+        "w.warp * ((Shape::kTokens - 1) * Shape::kTokenBytes)",
+    ),
+    "before other lanes have read": ("ptx::sync_warp();  // the tokens before have been read", ""),
+    "before other lanes' copies are there": (
+        "ptx::copy_async_wait<1>();\n        ptx::sync_warp();",
+        "ptx::copy_async_wait<1>();",
     ),
 }
 """What is replaced of ops/attention_split.h, and by what."""

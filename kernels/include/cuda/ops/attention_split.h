@@ -148,8 +148,10 @@ struct HeldTokens<Shape, true> {
     }
 };
 
-// What eight query heads make of a warp's tokens, as the matrix instruction for values takes it.
+// What eight query heads make of a warp's tokens, as the matrix instruction for values takes it; times kWeightScale, so that
+// small weights are numbers of full precision in 16 bits, too, and the largest, 1, is one yet.
 using HeadWeights = uint32_t[4];
+constexpr float kWeightScale = 32768;
 
 // Two floats, as upper halves and what these are off by.
 __device__ __forceinline__ void split_halves(float2 x, uint32_t& upper, uint32_t& lower) {
@@ -196,13 +198,13 @@ __device__ __forceinline__ void weigh_tokens(const Worker& w, const HeldTokens<S
         }
         sum += ptx::shuffle_xor(sum, 1);
         sum += ptx::shuffle_xor(sum, 2);
-        split_halves({score[0], score[1]}, weights[block][0], weights[block][1]);
-        split_halves({score[2], score[3]}, weights[block][2], weights[block][3]);
+        split_halves({score[0] * kWeightScale, score[1] * kWeightScale}, weights[block][0], weights[block][1]);
+        split_halves({score[2] * kWeightScale, score[3] * kWeightScale}, weights[block][2], weights[block][3]);
         if (w.lane % 4 == 0 && own < Shape::kGroup) ptx::store_shared(extremes + own * 8, float2{largest, sum});
     }
 }
 
-// A warp's values, mixed by weight: [head of the group][kDim].
+// A warp's values, mixed by weight, times kWeightScale: [head of the group][kDim].
 template <class Shape>
 __device__ __forceinline__ void mix_tokens(const Worker& w, const HeldTokens<Shape>& held,
                                            const HeadWeights (&weights)[Shape::kHeadBlocks], SharedAddress to) {
@@ -275,8 +277,8 @@ __device__ __forceinline__ void merge_warps(const Worker& w, SharedAddress parti
         for (uint32_t i = 0; i < kConsumerWarps; i++) {
             const float weight = i < num_warps ? exp_f32(extremes[i].x - largest) : 0;
             sum = fma_f32(weight, extremes[i].y, sum);
-            mixed.x = fma_f32(weight, values[i].x, mixed.x);
-            mixed.y = fma_f32(weight, values[i].y, mixed.y);
+            mixed.x = fma_f32(weight / kWeightScale, values[i].x, mixed.x);
+            mixed.y = fma_f32(weight / kWeightScale, values[i].y, mixed.y);
         }
         if (is_only) {
             const float scale = divide_f32(1, sum);
