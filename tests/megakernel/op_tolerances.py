@@ -205,9 +205,7 @@ def attended(state: VmState, op: Op) -> npt.NDArray[np.float64]:
             least = _HALF_SPACING / 2 * np.abs(keys).sum(axis=2).max(axis=0)[:, None]
             of_score = (8 + 5) * EPS * magnitudes + _TWO_HALVES * magnitudes + least
             weights = np.exp(scores - scores.max(axis=2, keepdims=True))
-            relative = (
-                2 * of_score + (2 * _FUNCTION_ROUNDINGS + 16 + 5 + 2 * _WARPS) * EPS + _TWO_HALVES
-            )
+            relative = 2 * of_score + (2 * _FUNCTION_ROUNDINGS + 16 + 5 + 2 * _WARPS) * EPS + _TWO_HALVES
             mixed = np.einsum("hgt,thd->hgd", weights, np.abs(values))
             block = split_block(program, row, split)
             to = tolerances[row, block].reshape(geometry.num_kv_heads, group, dim + 2)
