@@ -149,6 +149,7 @@ def search(tiny_model_file, tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_a_search_says_what_it_predicted_and_measured_and_its_plan_is_what_runs(search, tmp_path):
     lines = search(load_average=0.1).splitlines()
     found = re.match(
