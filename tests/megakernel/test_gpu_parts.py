@@ -164,7 +164,7 @@ def run_alone(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("part", ["correctness", "independence", "soak"])
+@pytest.mark.parametrize("part", ["toys", "correctness", "independence", "soak"])
 def test_a_part_that_checked_nothing_has_not_passed(part, tmp_path):
     done = run_alone("--run-part", part, "--deadline", "0", "--folder", str(tmp_path))
     assert done.returncode == 0, done.stderr
