@@ -63,9 +63,9 @@ __device__ __forceinline__ void begin_attention(const Worker& w, int layer, cons
     for (uint32_t number = 1; number <= Shape::kSplitsPrefetched; number++) {
         const DealtSplit next = Dealt::noted(w, number);
         if (!next.is_any()) return;
-        const Share<Shape> share = Share<Shape>::of(w, next.row, next.split);
-        if (share.num_tokens <= 0 || share.rest == kNoIndex) continue;
-        const uint4* key = at_slot<Shape>(keys_of<Shape>(w, layer, next.kv_head), share.slot(w));
+        const Share<Shape> later = Share<Shape>::of(w, next.row, next.split);
+        if (later.num_tokens <= 0 || later.rest == kNoIndex) continue;
+        const uint4* key = at_slot<Shape>(keys_of<Shape>(w, layer, next.kv_head), later.slot(w));
 #pragma unroll
         for (uint32_t line = 0; line < Shape::kTokenBytes; line += 256) {
             const uint32_t own = line + w.lane % 2 * 128;
@@ -315,7 +315,6 @@ __device__ __forceinline__ void attend_rows(const Worker& w, int layer, const At
     }
     merge_rows<Shape>(w, tiles, attended, row0);
 }
-
 
 template <class Shape, class Heads>
 __device__ __forceinline__ void attention_tiles(const Worker w, int layer, const AttentionTiles tiles, FirstSplit<Shape>& begun,

@@ -153,7 +153,7 @@ struct HeldTokens<Shape, true> {
 using HeadWeights = uint32_t[4];
 constexpr float kWeightScale = 32768;
 
-// Two floats, as upper halves and what these are off by.
+// Two floats, as upper halves and what these are off by; past 131,008 from zero they saturate, as keys do past half of it.
 __device__ __forceinline__ void split_halves(float2 x, uint32_t& upper, uint32_t& lower) {
     upper = ptx::pack_f16x2(x.x, x.y);
     lower = ptx::pack_f16x2(x.x - ptx::half_to_float(upper & 0xffff), x.y - ptx::half_to_float(upper >> 16));

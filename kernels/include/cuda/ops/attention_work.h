@@ -13,7 +13,7 @@ struct AttentionShape {
     static constexpr bool kIsStaged = kIsStaged_;
     static constexpr int kGroup = kHeads / kKvHeads;  // query heads of a KV head
     static constexpr int kElements = kGroup * kDim, kPairs = kElements / 2;  // of a row's queries for a KV head
-    static constexpr int kChunks = kDim / 8;          // of 16 bytes, of a token's keys or values
+    static constexpr int kChunks = kDim / 8;  // of 16 bytes, of a token's keys or values
     static constexpr int kTokensATime = kLanes / kChunks;  // whose keys or values a warp copies at once
     static constexpr int kTokensAtOnce = kTokensATime * kConsumerWarps;
     static constexpr int kTimes = kSplitTokens / kTokensAtOnce;
@@ -131,7 +131,7 @@ struct DealtSplits {
         if (w.lane == 0) ptx::store_shared(w.shared + kDealtAt, total);
     }
     static __device__ __forceinline__ uint32_t total(const Worker& w) { return ptx::load_shared<uint32_t>(w.shared + kDealtAt); }
-    // Of the first kMostDealt.
+    // Of the first kMostDealt, or past the last.
     static __device__ __forceinline__ DealtSplit noted(const Worker& w, uint32_t number) {
         if (number >= total(w)) return {-1, 0, 0};
         const uint32_t found = ptx::load_shared<uint32_t>(w.shared + kDealtAt + 4 + number * 4);
