@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.hardware.__main__ import PARTS
+
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("correctness", "independence", "soak", "multi_step", "decode", "hang")
 LIMIT_S = 400
 
 pytestmark = [

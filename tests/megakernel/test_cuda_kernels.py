@@ -27,6 +27,8 @@ from tests.tiny_model import tiny_weights
 NUM_CASES = 210
 NUM_INTERLEAVINGS = 50
 CASES_A_GROUP = 10
+MOST_DEALT = 55
+"""`kMostDealt`"""
 FEW_CASES = (2, 4, 12, 13, 16, 19, 21, 24, 27, 29, 30, 31, 33, 38)
 FEW_INTERLEAVINGS = 4
 AT_ONCE = 2
@@ -272,6 +274,24 @@ def test_tiles_of_the_head_that_are_left_out_do_not_bring_the_others_sums_togeth
     model = EmulatedModel([program], weights)
     runs = [model.run(1, kv, rows, seed=seed) for seed in range(20)]
     assert all(run.bits == runs[0].bits for run in runs)
+
+
+def test_an_sm_has_more_splits_than_it_notes_down():
+    """32 rows, two KV heads, one or two splits of each: what is not noted down is found anew, in every layer."""
+    weights = tiny_weights(12, "llama", num_layers=2, hidden_size=64, num_heads=4, head_dim=16, vocab_size=70)
+    machine = toy_gpu(1)
+    plan = list_schedule(weights.shape, machine, 32, weights.formats)
+    program = compile_program(weights.shape, "toy", machine, 32, plan, formats=weights.formats)
+    kv = VmKv(2, 12 * BLOCK, 2 * weights.shape.num_kv_heads * 16, block_size=BLOCK, dtype=np.float16)
+    rng = np.random.default_rng(5)
+    for layer in kv.layers:
+        layer[...] = rng.standard_normal(layer.shape)
+    table = [int(block) for block in rng.permutation(12)]
+    rows = rows_of(Group(tokens=list(range(32)), parents=chain(32), context=8 * 16 - 12, table=table))
+    num_splits = sum(-(-(position + 1) // program.split_tokens) for position in rows.positions)
+    assert num_splits * weights.shape.num_kv_heads > MOST_DEALT
+    step = EmulatedModel([program], weights).run(32, kv, rows, has_journal=True)
+    check_ops(program, OpWeights(weights, Arithmetic.CUDA), kv, step, rows)
 
 
 def test_a_row_has_the_same_bits_alone_in_company_and_in_any_bucket():
