@@ -277,7 +277,7 @@ def test_tiles_of_the_head_that_are_left_out_do_not_bring_the_others_sums_togeth
 
 
 def test_an_sm_has_more_splits_than_it_notes_down():
-    """32 rows, two KV heads, one or two splits of each: what is not noted down is found anew, in every layer."""
+    """32 rows, two KV heads, one or two splits of each: those past the noted are found in each layer."""
     weights = tiny_weights(12, "llama", num_layers=2, hidden_size=64, num_heads=4, head_dim=16, vocab_size=70)
     machine = toy_gpu(1)
     plan = list_schedule(weights.shape, machine, 32, weights.formats)
