@@ -273,6 +273,10 @@ __device__ __forceinline__ void attend_rows(const Worker& w, int layer, const At
     for (uint32_t number = 0;; number++) {
         const uint32_t parity = number % 2;
         const SharedAddress partial = Shape::kIsDouble && parity ? w.shared + kSumsAt + Shape::kSecondAt : page;
+        DealtSplit after{-1, 0, 0};
+        Share<Shape> later{};
+        if (next.is_any()) after = DealtSplits<Shape>::at(w, tiles, row0, number + 2);
+        if (after.is_any()) later = Share<Shape>::of(w, after.row, after.split);
         HeadWeights weights[Shape::kHeadBlocks];
         held.await_all_but_last();
         if (num_tokens > 0)
@@ -287,11 +291,6 @@ __device__ __forceinline__ void attend_rows(const Worker& w, int layer, const At
         } else {
             held.end_loads();
         }
-        // Here, as values are waited for next.
-        DealtSplit after{-1, 0, 0};
-        Share<Shape> later{};
-        if (next.is_any()) after = DealtSplits<Shape>::at(w, tiles, row0, number + 2);
-        if (after.is_any()) later = Share<Shape>::of(w, after.row, after.split);
         held.await_all_but_last();
         if (num_tokens > 0)
             mix_tokens<Shape>(w, held, weights, partial + w.warp * (Shape::kElements * 4));
