@@ -1,0 +1,1 @@
+"""Catalogues: the sets of texts that targeting chooses from, compiled to tries."""
