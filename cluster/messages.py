@@ -64,6 +64,68 @@ class SamplingParams(Record, frozen=True, kw_only=True):
     """None: no logprobs. 0: the chosen token's alone. n: also the n likeliest."""
 
 
+class CatalogueRef(Record, frozen=True, kw_only=True):
+    """One compiled version of a catalogue, and where a worker finds it."""
+
+    name: str
+    version: int
+    checksum: str
+    """Of the compiled file: what local caches are keyed by."""
+    num_bytes: int
+    path: str
+    """On the machine that compiled it; read in place where a worker sees the same file."""
+    fetch_address: str = ""
+    """`host:port` of whoever serves the file by gRPC to workers that do not."""
+
+
+class Condition(Record, frozen=True, kw_only=True):
+    """What an item's attribute must be; an item that lacks the attribute fails it."""
+
+    attribute: str
+    any_of: tuple[str, ...] | None = None
+    """As text; None: not asked."""
+    at_least: float | None = None
+    at_most: float | None = None
+
+
+class TargetingParams(Record, frozen=True, kw_only=True):
+    """Instead of text: the `k` items of a catalogue that are likeliest after the prompt."""
+
+    catalogue: CatalogueRef
+    k: int
+    beams: int = 20
+    scoring: Literal["vocabulary", "catalogue"] = "vocabulary"
+    """`vocabulary`: log-probabilities over all tokens. `catalogue`: over those that go on within the
+    catalogue, for which the LM head computes nothing else."""
+    where: tuple[Condition, ...] = ()
+    """Of the items that are asked for; all must hold."""
+    diversity: float = 0.0
+    """0: none. Else each item's score is lowered by so much a better item that begins with the same token."""
+    noise_seed: int | None = None
+    """Set: stochastic beams, Gumbel noise of this seed on every score: k items drawn without replacement."""
+
+
+class ScoredItem(Record, frozen=True, kw_only=True):
+    rank: int
+    """From 1, the likeliest."""
+    item_id: str
+    text: str
+    logprob: float
+    bid: float | None = None
+
+
+class TargetingResult(Record, frozen=True, kw_only=True):
+    items: tuple[ScoredItem, ...]
+    is_complete: bool
+    """False: what was found by the deadline; better items may not have been reached."""
+    decoding: Literal["stepwise", "parallel", "none"]
+    """Whether all remaining paths were verified at once at some point; none: nothing ran."""
+    num_steps: int
+    num_rows: int
+    num_verified_items: int
+    """Items whose whole path was scored."""
+
+
 class GenerateRequest(Record, frozen=True, kw_only=True):
     """One sequence to decode, as the router hands it to a decode worker."""
 
@@ -77,6 +139,8 @@ class GenerateRequest(Record, frozen=True, kw_only=True):
     """Set: reserve blocks and wait for this hand-off. None: run the prompt as a chain of rows."""
     emitted_token_ids: tuple[int, ...] = ()
     """Tokens a client already has, from before a failover: forced, never emitted again."""
+    targeting: TargetingParams | None = None
+    """Set: nothing is emitted; the answer comes with SequenceFinished."""
 
 
 class TokenLogprob(Record, frozen=True, kw_only=True):
@@ -126,6 +190,7 @@ class SequenceFinished(Record, frozen=True, kw_only=True):
     text: str = ""
     """Text held back until now."""
     stop_match: str | None = None
+    targeting: TargetingResult | None = None
 
 
 class SequenceFailed(Record, frozen=True, kw_only=True):

@@ -1,11 +1,11 @@
 """A catalogue's items as a trie of their tokens, in compressed sparse rows.
 
-Every item's path is its text's tokens and then the model's end of text: so no item is a prefix of another, and
-a path's probability is that of the whole item. A node is *inner* (a token of some text: a row that a step can
-run) or a *leaf* (an end: never run, as its logit is its parent's).
+Every item's path is its text's tokens and then the model's end of text: so no item is a prefix of another,
+and a path's probability is that of the whole item. A node is *inner* (a token of some text: a row that a step
+can run) or a *leaf* (an end: never run, as its logit is its parent's).
 
-Nodes are numbered level by level, siblings side by side by ascending token; node 0 is the root, and stands for
-the context. Items are sorted by their paths, so those below a node are a range.
+Nodes are numbered level by level, siblings side by side by ascending token; node 0 is the root, and stands
+for the context. Items are sorted by their paths, so those below a node are a range.
 """
 
 import msgspec
