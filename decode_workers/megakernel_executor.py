@@ -139,6 +139,8 @@ def _rows(batch: StepBatch) -> Rows:
         needs_log_sums=batch.needs_log_sums,
         allowed_starts=None if batch.allowed_starts is None else _int32(batch.allowed_starts),
         allowed_token_ids=None if batch.allowed_token_ids is None else _int32(batch.allowed_token_ids),
+        held_starts=None if batch.held_starts is None else _int32(batch.held_starts),
+        held_slots=None if batch.held_slots is None else _int32(batch.held_slots),
     )
 
 

@@ -17,17 +17,18 @@ class StepBatch(Struct, frozen=True, kw_only=True, eq=False):
     """Rows of all sequences, grouped by sequence, every parent before its children.
 
     A row attends to its sequence's committed prefix, to its ancestors and to itself, whatever
-    else is in the batch; its KV is written to `slots[row]`.
+    else is in the batch; its KV is written to `slots[row]`. Ancestors may be rows of earlier steps: *held* ones.
     """
 
     token_ids: Int32Array
     """[rows]"""
     positions: Int32Array
-    """[rows] committed length of the row's sequence + depth of the row."""
+    """[rows] committed length of the row's sequence + held ancestors of its root + depth in the batch."""
     slots: Int32Array
     """[rows] token slot of the KV pool (block id * block size + offset) that the row writes."""
     parents: Int32Array
-    """[rows] index of the parent row in this batch, or NO_PARENT for a child of the committed prefix."""
+    """[rows] index of the parent row in this batch, or NO_PARENT for a child of the committed prefix or of a
+    held row."""
     sequence_starts: Int32Array
     """[sequences + 1] rows [starts[i], starts[i + 1]) belong to sequence i."""
     context_lengths: Int32Array
@@ -49,6 +50,11 @@ class StepBatch(Struct, frozen=True, kw_only=True, eq=False):
     allowed tokens that needs no reductions is computed for those alone."""
     allowed_token_ids: Int32Array | None = None
     """Ascending and unique within a row."""
+    held_starts: Int32Array | None = None
+    """[rows + 1] `held_slots[starts[i]:starts[i + 1]]` are the slots of row i's ancestors that earlier steps
+    ran, the root's first. Only a row without a parent in the batch names any: another has its parent's. None: no row has any. On a CPU at most 255 ancestors of a row may be held or in the batch."""
+    held_slots: Int32Array | None = None
+    """No row of the batch writes one of them."""
 
     @property
     def num_rows(self) -> int:

@@ -14,6 +14,7 @@ from decode_workers.step_batch import NO_PARENT, Int32Array, StepBatch, StepResu
 from megakernel.model.row_batch import IntArray, RowBatch, RowSpan
 from megakernel.model.torch_llama import TorchLlama
 from megakernel.model.weights import Weights
+from megakernel.step import StepError, check_held
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 MEASURED_CONTEXT_TOKENS = 256
@@ -70,6 +71,9 @@ class TorchExecutor:
         return BUCKETS
 
     def run(self, batch: StepBatch) -> StepResult:
+        """Raises StepError for held ancestors that cannot be."""
+        if batch.held_starts is not None:
+            _check_held(batch, self._num_blocks * self._layout.block_size_tokens)
         rows = np.flatnonzero(is_logit_row(batch))
         logits = self._model.forward(self._kv, row_batch(batch, self._layout.block_size_tokens), rows)
         return answer(batch, logits.cpu().numpy())
@@ -115,7 +119,24 @@ def row_batch(batch: StepBatch, block_size_tokens: int) -> RowBatch:
         slots=batch.slots.astype(np.int64),
         parents=batch.parents.astype(np.int64),
         spans=spans,
+        held_starts=None if batch.held_starts is None else batch.held_starts.astype(np.int64),
+        held_slots=None if batch.held_slots is None else batch.held_slots.astype(np.int64),
     )
+
+
+def _check_held(batch: StepBatch, num_slots: int) -> None:
+    assert batch.held_starts is not None and batch.held_slots is not None, "held_starts without held_slots"
+    check_held(batch.held_starts, batch.held_slots, batch.parents, num_slots)
+    contexts = np.repeat(batch.context_lengths, np.diff(batch.sequence_starts))
+    depths, held = batch.positions - contexts, np.diff(batch.held_starts)
+    is_wrong = (batch.parents == NO_PARENT) & (depths != held)
+    if is_wrong.any():
+        row = int(is_wrong.argmax())
+        raise StepError(
+            f"row {row}: its position is {batch.positions[row]}, but it has not {depths[row]} ancestors"
+            if held[row] < depths[row]
+            else f"row {row}: it has more than {depths[row]} ancestors"
+        )
 
 
 def context_slots(block_table: Int32Array, num_tokens: int, block_size_tokens: int) -> IntArray:

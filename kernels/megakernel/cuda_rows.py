@@ -4,6 +4,7 @@ As the CPU's reader of rows (kernels/include/cpu/step.h, head_rows.h), and with 
 """
 
 from collections.abc import Iterable
+from itertools import pairwise
 
 import msgspec
 import numpy as np
@@ -11,9 +12,7 @@ import numpy.typing as npt
 
 from megakernel.cuda_arguments import RowFlag
 from megakernel.head import MAX_TOP_K
-from megakernel.step import BoolArray, IntArray, Rows, StepError
-
-_NO_PARENT = -1
+from megakernel.step import NO_PARENT, BoolArray, IntArray, Rows, StepError, check_held
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,6 +76,9 @@ def read_rows(rows: Rows, limits: Limits) -> StepAsk:
     row_contexts = contexts[sequences]
     max_blocks = _check_tables(rows, limits)
     _check_fields(rows, row_contexts, limits)
+    if rows.held_starts is not None:
+        assert rows.held_slots is not None, "held_starts without held_slots"
+        check_held(rows.held_starts, rows.held_slots, rows.parents, limits.num_slots)
     path_starts, path_slots = _paths(rows, row_contexts, starts, sequences)
     allowed_starts, allowed_token_ids = _allowed(rows, limits.vocab_size)
     has_allowed = np.diff(allowed_starts) > 0
@@ -166,9 +168,10 @@ def _check_fields(rows: Rows, contexts: IntArray, limits: Limits) -> None:
 def _paths(
     rows: Rows, contexts: IntArray, starts: IntArray, sequences: IntArray
 ) -> tuple[IntArray, IntArray]:
-    """Slots of each row's ancestors and itself, and where each row's begin."""
+    """Slots of each row's ancestors and itself, held ones first, and where each row's begin."""
     depths: IntArray = rows.positions - contexts
-    if not depths.any() and (rows.parents == _NO_PARENT).all():
+    held = _held(rows)
+    if not held and not depths.any() and (rows.parents == NO_PARENT).all():
         return np.arange(len(depths) + 1, dtype=np.int32), rows.slots
     paths: list[list[int]] = []
     firsts = starts[sequences].tolist()
@@ -177,8 +180,9 @@ def _paths(
     ):
         if parent >= row:
             raise StepError(f"row {row}: its parent {parent} is not before it")
-        is_child = parent != _NO_PARENT
-        path = [*(paths[parent] if is_child and parent >= first else ()), slot]
+        is_child = parent != NO_PARENT
+        before = paths[parent] if is_child and parent >= first else held.get(row, ())
+        path = [*before, slot]
         if (is_child and parent < first) or len(path) <= depth:
             raise StepError(
                 f"row {row}: its position is {depth + int(contexts[row])}, but it has not {depth} ancestors"
@@ -187,6 +191,16 @@ def _paths(
             raise StepError(f"row {row}: it has more than {depth} ancestors")
         paths.append(path)
     return _starts([len(path) for path in paths]), _flat(paths)
+
+
+def _held(rows: Rows) -> dict[int, list[int]]:
+    """Slots of the held ancestors of each row that names any."""
+    if rows.held_starts is None or rows.held_slots is None:
+        return {}
+    starts, slots = rows.held_starts.tolist(), rows.held_slots.tolist()
+    return {
+        row: slots[begin:end] for row, (begin, end) in enumerate(pairwise(starts)) if begin < end
+    }
 
 
 def _allowed(rows: Rows, vocab_size: int) -> tuple[IntArray, IntArray]:

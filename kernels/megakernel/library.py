@@ -16,6 +16,7 @@ class StepInput(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("num_rows", "num_sequences", "max_blocks")),
         *((name, ctypes.c_void_p) for name in ("token_ids", "positions", "slots", "parents")),
         *((name, ctypes.c_void_p) for name in ("sequence_starts", "context_lengths", "block_tables")),
+        *((name, ctypes.c_void_p) for name in ("held_starts", "held_slots")),
         *((name, ctypes.c_void_p) for name in ("needs_logits", "needs_best")),
         *((name, ctypes.c_void_p) for name in ("allowed_starts", "allowed_token_ids")),
         *((name, ctypes.c_void_p) for name in ("logits", "stats", "allowed_logits", "values", "tokens")),

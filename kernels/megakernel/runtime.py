@@ -20,7 +20,15 @@ from megakernel.model.shape import ModelShape
 from megakernel.model.weights import Weights
 from megakernel.multi_step import HostRun, MultiStep, StepRun, check_multi_step
 from megakernel.program import Program
-from megakernel.step import BoolArray, FloatArray, IntArray, Rows, StepError, StepOutput
+from megakernel.step import (
+    BoolArray,
+    FloatArray,
+    IntArray,
+    Rows,
+    StepError,
+    StepOutput,
+    check_held_lengths,
+)
 
 WAIT_LIMIT_S = 10.0
 SPINS = 2_000
@@ -138,6 +146,11 @@ class Runtime:
         step.sequence_starts = rows.sequence_starts.ctypes.data
         step.context_lengths = rows.context_lengths.ctypes.data
         step.block_tables = rows.block_tables.ctypes.data
+        if rows.held_starts is not None:
+            assert rows.held_slots is not None, "held_starts without held_slots"
+            check_held_lengths(rows.held_starts, rows.held_slots, len(rows.token_ids))
+        step.held_starts = _address(rows.held_starts)
+        step.held_slots = _address(rows.held_slots)
         step.stats = None if stats is None else stats.ctypes.data
         output = _ask_head(step, rows, self._shape.vocab_size)
         pointers = None if stamps is None else _pointers(stamps)

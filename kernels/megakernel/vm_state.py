@@ -44,11 +44,11 @@ class VmStep(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     token_ids: IntArray
     """[rows]"""
     positions: IntArray
-    """[rows] committed tokens of the row's sequence + depth of the row."""
+    """[rows] committed tokens of the row's sequence + held ancestors of its root + depth of the row."""
     slots: IntArray
     """[rows] KV slot that the row writes; no two rows share one."""
     parents: IntArray
-    """[rows] the parent's index, or NO_PARENT for a child of the committed prefix."""
+    """[rows] the parent's index, or NO_PARENT for a child of the committed prefix or of a held row."""
     sequences: IntArray
     """[rows] the row's sequence."""
     context_lengths: IntArray
@@ -61,6 +61,10 @@ class VmStep(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     allowed_starts: IntArray | None = None
     """[rows + 1] row i may take `allowed_token_ids[starts[i]:starts[i + 1]]`; an empty slice: any token."""
     allowed_token_ids: IntArray | None = None
+    held_starts: IntArray | None = None
+    """[rows + 1] of row i, if it has no parent, `held_slots[starts[i]:starts[i + 1]]` are the slots of ancestors
+    that earlier steps ran."""
+    held_slots: IntArray | None = None
 
     @property
     def num_rows(self) -> int:
@@ -71,6 +75,12 @@ class VmStep(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         if self.allowed_starts is None or self.allowed_token_ids is None:
             return np.empty(0, dtype=np.int64)
         return self.allowed_token_ids[self.allowed_starts[row] : self.allowed_starts[row + 1]]
+
+    def held(self, row: int) -> IntArray:
+        """Slots of the held ancestors that the row names, the root's first."""
+        if self.held_starts is None or self.held_slots is None:
+            return np.empty(0, dtype=np.int64)
+        return self.held_slots[self.held_starts[row] : self.held_starts[row + 1]]
 
     def is_reduced(self, row: int) -> bool:
         return bool(self.needs_best[row]) if self.needs_best is not None else not len(self.allowed(row))
@@ -225,6 +235,14 @@ def check_step(program: Program, kv: VmKv, step: VmStep) -> None:
     """Raises StepError."""
     rows = step.num_rows
     lengths = {len(a) for a in (step.positions, step.slots, step.parents, step.sequences)}
+    if step.held_starts is not None and step.held_slots is not None:
+        _require(
+            len(step.held_starts) == rows + 1
+            and step.held_starts[0] == 0
+            and step.held_starts[-1] == len(step.held_slots)
+            and bool((np.diff(step.held_starts) >= 0).all()),
+            f"held_starts do not deal {len(step.held_slots)} held slots to {rows} rows",
+        )
     _require(lengths == {rows}, f"{rows} token ids beside arrays of lengths {sorted(lengths)}")
     _require(0 < rows <= program.bucket, f"{rows} rows, where the bucket has {program.bucket}")
     _require(len(set(step.slots.tolist())) == rows, "two rows write one slot")
@@ -237,7 +255,11 @@ def check_step(program: Program, kv: VmKv, step: VmStep) -> None:
     for row in range(rows):
         parent, sequence = int(step.parents[row]), int(step.sequences[row])
         _require(NO_PARENT <= parent < row, f"row {row} has parent {parent}, not before it")
-        expected = int(step.context_lengths[sequence])
+        held = step.held(row)
+        _require(_within(held, kv.num_slots), f"row {row}: a held slot is not in [0, {kv.num_slots})")
+        _require(not np.isin(held, step.slots).any(), f"row {row}: a row of the step writes a held slot")
+        _require(not len(held) or parent == NO_PARENT, f"row {row}: a parent in the step, and held slots")
+        expected = int(step.context_lengths[sequence]) + len(held)
         if parent != NO_PARENT:
             _require(int(step.sequences[parent]) == sequence, f"row {row}'s parent is of another sequence")
             expected = int(step.positions[parent]) + 1
@@ -271,11 +293,12 @@ def _key_slots(kv: VmKv, step: VmStep, row: int) -> IntArray:
     sequence = int(step.sequences[row])
     context = np.arange(int(step.context_lengths[sequence]), dtype=np.int64)
     blocks = step.block_tables[sequence][context // kv.block_size]
-    path = []
+    path, root = [], row
     while row != NO_PARENT:
         path.append(int(step.slots[row]))
-        row = int(step.parents[row])
-    return np.concatenate([blocks * kv.block_size + context % kv.block_size, path[::-1]]).astype(np.int64)
+        root, row = row, int(step.parents[row])
+    committed = blocks * kv.block_size + context % kv.block_size
+    return np.concatenate([committed, step.held(root), path[::-1]]).astype(np.int64)
 
 
 def _alternating(num_rows: int, group: int) -> IntArray:

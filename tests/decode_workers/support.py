@@ -40,6 +40,7 @@ from decode_workers.step_batch import (
     StepResult,
     ancestor_mask,
 )
+from megakernel.step import check_held
 
 EOS = 256
 VOCAB_SIZE = 257
@@ -149,10 +150,17 @@ class HashExecutor:
             slots = batch.block_tables[i][positions // size] * size + positions % size
             prefix = self.kv[slots].tolist()
             for row in range(start, end):
-                ancestors = [values[start + j] for j in range(row - start) if mask[row - start, j]]
+                rows = [start + j for j in range(row - start + 1) if mask[row - start, j]]
+                ancestors = self._held(batch, rows[0]) + [values[ancestor] for ancestor in rows[:-1]]
                 position = int(batch.positions[row])
                 assert position == len(prefix) + len(ancestors), "a row's position is not its depth's"
                 values.append(kv_value(int(batch.token_ids[row]), position, prefix + ancestors))
+        return values
+
+    def _held(self, batch: StepBatch, root: int) -> list[int]:
+        if batch.held_starts is None or batch.held_slots is None:
+            return []
+        values: list[int] = self.kv[batch.held_slots[batch.held_starts[root] : batch.held_starts[root + 1]]].tolist()
         return values
 
     def _check(self, batch: StepBatch) -> None:
@@ -161,6 +169,11 @@ class HashExecutor:
         assert batch.slots.min() >= 0
         for name in ("token_ids", "positions", "slots", "parents", "sequence_starts", "context_lengths"):
             assert getattr(batch, name).dtype == np.int32, name
+        if batch.held_starts is not None:
+            assert batch.held_slots is not None
+            assert batch.held_starts.dtype == batch.held_slots.dtype == np.int32
+            check_held(batch.held_starts, batch.held_slots, batch.parents, len(self.kv))
+            assert not np.isin(batch.held_slots, batch.slots).any(), "a row writes a held slot"
 
     def copy_slots(self, source: Int32Array, destination: Int32Array) -> None:
         self.kv[destination] = self.kv[source].copy()

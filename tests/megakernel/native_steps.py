@@ -57,6 +57,8 @@ def vm_step(rows: Rows) -> VmStep:
     return VmStep(
         sequences=np.repeat(np.arange(len(counts)), counts),
         **{name: getattr(rows, name).astype(np.int64) for name in fields},
+        held_starts=rows.held_starts,
+        held_slots=rows.held_slots,
         **_asked_of_head(rows),
     )
 

@@ -14,13 +14,14 @@ namespace headrace {
 constexpr int kMaxRows = 256;
 constexpr int kTokensABlock = kLanes;  // of the pool's own small blocks, in which K is stored transposed
 constexpr int kNoParent = -1;
-// A row's ancestors span at most kMaxRows positions, with a part of a small block on either side.
+// A row's path past the committed tokens spans at most kMaxRows positions, with a part of a small block on either side.
 constexpr int kMaxTailBlocks = kMaxRows / kTokensABlock + 2;
 
 // As the host passes it: see StepBatch (decode_workers/step_batch.py) for what the arrays hold.
 struct StepInput {
     int32_t num_rows, num_sequences, max_blocks;
     const int32_t *token_ids, *positions, *slots, *parents, *sequence_starts, *context_lengths, *block_tables;
+    const int32_t *held_starts, *held_slots;  // null: no row has held ancestors
     HeadInput head;
 };
 
@@ -79,6 +80,7 @@ class StepReader {
             return say("%d rows cannot be of %d sequences", input.num_rows, input.num_sequences);
         if (input.sequence_starts[0] != 0 || input.sequence_starts[input.num_sequences] != input.num_rows)
             return say("sequence starts do not cover the %d rows", input.num_rows);
+        if (const char* problem = check_held(input)) return problem;
         step_.num_rows = input.num_rows;
         step_.num_sequences = input.num_sequences;
         for (int i = 0; i <= input.num_sequences; i++) step_.sequence_starts[i] = input.sequence_starts[i];
@@ -93,6 +95,26 @@ class StepReader {
     const char* say(const char* format, Parts... parts) {
         snprintf(problem_, sizeof problem_, format, parts...);
         return problem_;
+    }
+
+    const char* check_held(const StepInput& input) {
+        if (!input.held_starts) return nullptr;
+        if (input.held_starts[0] != 0) return say("held_starts begin at %d", input.held_starts[0]);
+        for (int row = 0; row < input.num_rows; row++) {
+            const int begin = input.held_starts[row], end = input.held_starts[row + 1];
+            if (begin > end) return say("row %d: its held slots are [%d, %d)", row, begin, end);
+            if (begin < end && input.parents[row] != kNoParent)
+                return say("row %d: its parent is row %d, so it has no held slots of its own", row, input.parents[row]);
+            for (int at = begin; at < end; at++)
+                if (input.held_slots[at] < 0 || input.held_slots[at] >= limits_.num_slots())
+                    return say("row %d: held slot %d is not in a pool of %lld", row, input.held_slots[at],
+                               static_cast<long long>(limits_.num_slots()));
+        }
+        return nullptr;
+    }
+
+    static int num_held(const StepInput& input, int row) {
+        return input.held_starts ? input.held_starts[row + 1] - input.held_starts[row] : 0;
     }
 
     const char* read_sequence(const StepInput& input, int sequence) {
@@ -110,7 +132,10 @@ class StepReader {
         if (num_blocks < committed_blocks)
             return say("sequence %d: block table entry %d is %d; the pool has %d blocks", sequence, num_blocks,
                        table[num_blocks], limits_.num_blocks);
-        const int highest = context + (end - first);
+        int most_held = 0;
+        if (input.held_starts)
+            for (int row = first; row < end; row++) most_held = std::max(most_held, num_held(input, row));
+        const int highest = context + std::min(most_held, kMaxRows) + (end - first);
         spell_out(blocks_[sequence], table, num_blocks, highest);
         for (int row = first; row < end; row++)
             if (const char* problem = read_row(input, row, sequence, context, blocks_[sequence])) return problem;
@@ -138,18 +163,24 @@ class StepReader {
         if (row.position < context || row.position >= limits_.max_context_tokens)
             return say("row %d: position %d is not in [%d, %d)", index, row.position, context, limits_.max_context_tokens);
         const int first = input.sequence_starts[sequence];
-        int32_t path[kMaxRows];  // slots of positions context, context + 1, ..., position
+        int32_t path[kMaxRows];  // slots of positions context, ..., position: held ones, then rows of the step
         const int depth = row.position - context;
-        int ancestor = index;
-        for (int at = depth; at >= 0; at--) {
+        if (depth >= kMaxRows && input.held_starts)
+            return say("row %d: %d of its ancestors are not committed; at most %d may be", index, depth, kMaxRows - 1);
+        int ancestor = index, root = index, at = depth;
+        for (; at >= 0 && ancestor != kNoParent; at--) {
             if (ancestor < first || ancestor > index || at >= kMaxRows)
                 return say("row %d: its position is %d, but it has not %d ancestors", index, row.position, depth);
             path[at] = input.slots[ancestor];
             const int parent = input.parents[ancestor];
             if (parent >= ancestor) return say("row %d: its parent %d is not before it", ancestor, parent);
+            root = ancestor;
             ancestor = parent;
         }
-        if (ancestor != kNoParent) return say("row %d: it has more than %d ancestors", index, depth);
+        const int held = ancestor == kNoParent ? num_held(input, root) : 0, rest = at + 1;
+        if (held < rest) return say("row %d: its position is %d, but it has not %d ancestors", index, row.position, depth);
+        if (ancestor != kNoParent || held > rest) return say("row %d: it has more than %d ancestors", index, depth);
+        if (held > 0) std::copy_n(input.held_slots + input.held_starts[root], held, path);
         find_tail(row, path, context, blocks);
         turn(row.position, step_.turns + int64_t{index} * limits_.head_dim);
         return nullptr;

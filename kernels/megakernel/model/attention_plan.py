@@ -7,7 +7,8 @@ prefix and path alone. So batch company, chunking and tree shape cannot change a
 - a *tile* is a set of rows that lie on one path from the committed prefix to a leaf, beside the keys of that
   path in order of position; a row sees the keys up to its own position;
 - the splits that lie wholly inside the committed prefix are common to all paths of a sequence, so there
-  one tile holds rows of several paths.
+  one tile holds rows of several paths; as are those inside prefix and held ancestors, to paths that have the
+  same ones.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -98,27 +99,55 @@ def _span_tiles(batch: RowBatch, span: RowSpan, zero_slot: int, max_rows: int) -
     num_context = len(span.context_slots)
     rows = np.arange(span.start, span.end, dtype=np.int64)
     is_chain = bool(np.array_equal(batch.parents[span.start + 1 : span.end], rows[:-1]))
-    num_shared = 0
-    if not is_chain:
-        num_shared = num_context // SPLIT_TOKENS
-        shared = span.context_slots[: num_shared * SPLIT_TOKENS]
-        for start in range(0, len(rows) if num_shared else 0, max_rows):
-            yield _Tile(rows[start : start + max_rows], 0, shared.reshape(-1, SPLIT_TOKENS))
-    paths = [rows] if is_chain else _own_paths(batch, span)
+    if is_chain:
+        before = np.concatenate([span.context_slots, batch.held(span.start)])
+        yield from _path_tiles(batch, [rows], before, 0, zero_slot, max_rows)
+        return
+    num_shared = num_context // SPLIT_TOKENS
+    yield from _shared_tiles(rows, span.context_slots, 0, max_rows)
+    for paths in _paths_by_held(batch, span):
+        before = np.concatenate([span.context_slots, batch.held(int(paths[0][0]))])
+        num_own = len(before) // SPLIT_TOKENS
+        if num_own > num_shared:
+            yield from _shared_tiles(np.unique(np.concatenate(paths)), before, num_shared, max_rows)
+        yield from _path_tiles(batch, paths, before, num_own, zero_slot, max_rows)
+
+
+def _shared_tiles(rows: IntArray, slots: IntArray, first_split: int, max_rows: int) -> Iterator[_Tile]:
+    """Of all rows, beside whole splits of the slots before them from `first_split` on."""
+    num_splits = len(slots) // SPLIT_TOKENS
+    shared = slots[first_split * SPLIT_TOKENS : num_splits * SPLIT_TOKENS].reshape(-1, SPLIT_TOKENS)
+    for start in range(0, len(rows) if len(shared) else 0, max_rows):
+        yield _Tile(rows[start : start + max_rows], first_split, shared)
+
+
+def _path_tiles(
+    batch: RowBatch,
+    paths: Sequence[IntArray],
+    before: IntArray,
+    first_split: int,
+    zero_slot: int,
+    max_rows: int,
+) -> Iterator[_Tile]:
+    """Of paths behind the slots `before`, beside splits from `first_split` on; a row is in one tile."""
     placed: set[int] = set()
-    context_tail = span.context_slots[num_shared * SPLIT_TOKENS :]
+    tail = before[first_split * SPLIT_TOKENS :]
     for path in paths:
-        key_slots = np.concatenate([context_tail, batch.slots[path]])
+        key_slots = np.concatenate([tail, batch.slots[path]])
         own = np.array([index for index, row in enumerate(path) if int(row) not in placed], dtype=np.int64)
         placed.update(int(row) for row in path)
         for start in range(0, len(own), max_rows):
             part = own[start : start + max_rows]
-            num_keys = len(context_tail) + int(part[-1]) + 1
-            yield _Tile(path[part], num_shared, _padded_splits(key_slots[:num_keys], zero_slot))
+            num_keys = len(tail) + int(part[-1]) + 1
+            yield _Tile(path[part], first_split, _padded_splits(key_slots[:num_keys], zero_slot))
 
 
-def _own_paths(batch: RowBatch, span: RowSpan) -> list[IntArray]:
-    return [np.array(path, dtype=np.int64) for path in leaf_paths(batch.parents, span.start, span.end)]
+def _paths_by_held(batch: RowBatch, span: RowSpan) -> Iterator[list[IntArray]]:
+    """From root to leaf, those with the same held ancestors together."""
+    found: dict[bytes, list[IntArray]] = {}
+    for path in leaf_paths(batch.parents, span.start, span.end):
+        found.setdefault(batch.held(path[0]).tobytes(), []).append(np.array(path, dtype=np.int64))
+    yield from found.values()
 
 
 def _padded_splits(slots: IntArray, zero_slot: int) -> IntArray:

@@ -24,16 +24,26 @@ class RowBatch(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     token_ids: IntArray
     """[rows]"""
     positions: IntArray
-    """[rows] committed tokens of the row's sequence + depth of the row."""
+    """[rows] committed tokens of the row's sequence + held ancestors of its root + depth of the row."""
     slots: IntArray
     """[rows] KV slot that the row writes; no two rows share one."""
     parents: IntArray
     """[rows] the parent's index in this batch, or NO_PARENT."""
     spans: tuple[RowSpan, ...]
+    held_starts: IntArray | None = None
+    """[rows + 1] of row i, if it has no parent, `held_slots[starts[i]:starts[i + 1]]` are the slots of ancestors
+    that earlier passes ran, the root's first. None: no row has any."""
+    held_slots: IntArray | None = None
 
     @property
     def num_rows(self) -> int:
         return len(self.token_ids)
+
+    def held(self, row: int) -> IntArray:
+        """Slots of the held ancestors that the row names."""
+        if self.held_starts is None or self.held_slots is None:
+            return np.empty(0, dtype=np.int64)
+        return self.held_slots[self.held_starts[row] : self.held_starts[row + 1]]
 
 
 def chain_parents(start: int, num_rows: int) -> IntArray:

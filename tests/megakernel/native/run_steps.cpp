@@ -63,7 +63,7 @@ const char* step(void* engine, int context, int count, bool is_tree) {
     std::vector<float> logits(size_t(count) * kFacts.vocab_size), stats(size_t(count) * kFacts.vocab_size);
     const headrace::HeadInput head{wanted.data(), nullptr, nullptr, nullptr, logits.data(), stats.data()};
     const headrace::StepInput input{count,          1,      kBlocks,  tokens.data(), positions.data(), slots.data(),
-                                    parents.data(), starts, contexts, table.data(),  head};
+                                    parents.data(), starts, contexts, table.data(),  nullptr, nullptr, head};
     std::vector<headrace::Stamp> stamps(size_t(kFacts.num_workers) * kMaxInstructions);
     std::vector<headrace::Stamp*> stamps_by_worker;
     for (int i = 0; i < kFacts.num_workers; i++) stamps_by_worker.push_back(&stamps[size_t(i) * kMaxInstructions]);
@@ -79,7 +79,7 @@ const char* refused_step(void* engine) {
     const uint8_t wanted = 1;
     std::vector<float> logits(kFacts.vocab_size);
     const headrace::HeadInput head{&wanted, nullptr, nullptr, nullptr, logits.data(), nullptr};
-    const headrace::StepInput input{1, 1, 1, &token, &zero, &zero, &none, starts, &zero, &zero, head};
+    const headrace::StepInput input{1, 1, 1, &token, &zero, &zero, &none, starts, &zero, &zero, nullptr, nullptr, head};
     return headrace_run(engine, &input, nullptr) ? nullptr : "a token outside the vocabulary was taken";
 }
 
