@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 
 from cluster.config import DecodeConfig
-from cluster.messages import DecodeEvent, FailureCode, StepCost, TokensEmitted
+from cluster.messages import DecodeEvent, FailureCode, FinishReason, StepCost, TokensEmitted
 from cluster.metrics import DecodeMetrics
 from cluster.model_card import ModelCard
 from cluster.placement.predict import StepTable, step_ms, step_table
@@ -29,8 +29,10 @@ from decode_workers.request_check import RequestLimits
 from decode_workers.roster import Roster
 from decode_workers.rows import StepRows, assemble
 from decode_workers.scheduler import RowGrant, Waiting, plan_run, plan_step
+from decode_workers.search_rows import give_answers, take_search_rows
 from decode_workers.sequence import Sequence, SequenceState
 from decode_workers.step_batch import StepResult
+from decode_workers.targeting.search import TargetingSearch
 from decode_workers.verdicts import Verdict, judge_step
 
 Drafter = Callable[[Sequence, int], DraftTree]
@@ -101,6 +103,7 @@ class DecodeEngine:
         assert self._run_under_way is None, "measured beside a run"
         costs = self._executor.measure()
         self._step_table = step_table(costs)
+        self.roster.predict_by(self._step_table)
         return costs
 
     def step(self) -> list[DecodeEvent]:
@@ -114,8 +117,8 @@ class DecodeEngine:
                 self._go_on()
             elif grants:
                 started_s = time.perf_counter()
-                trees = self._draft(grants)
-                rows = assemble(grants, trees, self.kv.block_tables, self.kv.block_size_tokens)
+                trees, searches = self._draft(grants), take_search_rows(grants)
+                rows = assemble(grants, trees, searches, self.kv.block_tables, self.kv.block_size_tokens)
                 result = self._run(grants, rows)
                 if result is not None:
                     verdicts = self._verify(grants, trees, rows, result)
@@ -248,7 +251,14 @@ class DecodeEngine:
     def _verify(
         self, grants: list[RowGrant], trees: list[DraftTree], rows: StepRows, result: StepResult
     ) -> list[Verdict]:
-        return judge_step(grants, trees, rows.answer_starts, result)
+        verdicts = judge_step(grants, trees, rows.answer_starts, result)
+        if rows.search_answers:
+            faults = give_answers(rows.search_answers, result)
+            verdicts = [
+                faults.get(grant.sequence.request.request_id, verdict)
+                for grant, verdict in zip(grants, verdicts, strict=True)
+            ]
+        return verdicts
 
     def _commit(self, grants: list[RowGrant], trees: list[DraftTree], verdicts: list[Verdict]) -> None:
         num_emitted = num_prefilled = 0
@@ -260,13 +270,23 @@ class DecodeEngine:
             if verdict.path:
                 self._keep_path(sequence, grant.num_forced, tree, verdict.path)
             sequence.committed += grant.num_forced
-            if verdict.tokens:
+            if sequence.search is not None:
+                num_prefilled += grant.num_forced
+                self._commit_search(sequence, sequence.search)
+            elif verdict.tokens:
                 num_emitted += self._emit(sequence, verdict)
                 num_prefilled += grant.num_forced - 1
             else:
                 num_prefilled += grant.num_forced
         self.metrics.generation_tokens.inc(num_emitted)
         self.metrics.local_prefill_tokens.inc(num_prefilled)
+
+    def _commit_search(self, sequence: Sequence, search: TargetingSearch) -> None:
+        if sequence.is_searching and not sequence.is_prompt_published:
+            sequence.timeline.stamp(Stage.FIRST_TOKEN)
+            self.roster.publish_prompt(sequence)
+        if search.is_done:
+            self.roster.finish(sequence, FinishReason.STOP)
 
     def _keep_path(self, sequence: Sequence, num_forced: int, tree: DraftTree, path: tuple[int, ...]) -> None:
         """Move the accepted nodes' KV from the slots of their rows to those of their positions."""

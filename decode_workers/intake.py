@@ -32,10 +32,12 @@ class Intake:
         self._layout_fingerprint = layout_fingerprint
         self._salt_of = lru_cache(maxsize=MAX_TENANTS_REMEMBERED)(self._new_salt)
 
-    def accept(self, request: GenerateRequest, arrival: int) -> Sequence:
+    def accept(
+        self, request: GenerateRequest, arrival: int, items: ChosenItems | None = None
+    ) -> Sequence:
         """A sequence that knows its tokens so far; it has ended already where a replay had reached its end.
 
-        Raises InvalidRequestError.
+        `items`: what a targeting request chooses from. Raises InvalidRequestError.
         """
         fault = find_fault(request, self._limits)
         if fault is not None:
@@ -48,15 +50,45 @@ class Intake:
             if completion.finish_reason is not None:
                 raise InvalidRequestError("emitted_token_ids go on after the token that ends the completion")
             completion.push(token_id)
+        search = None if items is None else self._new_search(request, items)
         sequence = Sequence(
             request,
             completion,
             salt=self._salt_of(request.tenant),
-            kv_tokens=kv_tokens_needed(request, self._limits),
+            kv_tokens=(
+                kv_tokens_needed(request, self._limits)
+                if search is None
+                else len(request.prompt_token_ids) + search.num_slots
+            ),
             arrival=arrival,
+            search=search,
+            items=items,
         )
         sequence.timeline.stamp(Stage.DECODE_RECEIVED)
         return sequence
+
+    def _new_search(self, request: GenerateRequest, items: ChosenItems) -> TargetingSearch:
+        assert request.targeting is not None, "items for a request that wants none"
+        num_prompt, height = len(request.prompt_token_ids), int(items.catalogue.trie.height[ROOT])
+        if num_prompt + height > self._limits.max_context_tokens:
+            raise InvalidRequestError(
+                f"prompt of {num_prompt} tokens: at most {self._limits.max_context_tokens - height} before "
+                f"items of {height - 1} tokens"
+            )
+        if items.catalogue.trie.token.max() >= self._limits.vocab_size:
+            raise InvalidRequestError(
+                f"catalogue {request.targeting.catalogue.name}: its tokens are not this model's"
+            )
+        room = self._limits.kv_pool_tokens - num_prompt
+        num_slots = min(slots_needed(items.catalogue.trie, request.targeting.beams), MAX_SEARCH_SLOTS)
+        if num_slots > room:
+            raise InvalidRequestError(
+                f"prompt of {num_prompt} tokens and {request.targeting.beams} beams need "
+                f"{num_prompt + num_slots} KV slots: the pool has {self._limits.kv_pool_tokens}"
+            )
+        return TargetingSearch(
+            items.catalogue.trie, request.targeting, items.passing, self.step_table, num_slots
+        )
 
     def _new_salt(self, tenant: str) -> ChainHash:
         return chain_salt(self._layout_fingerprint, tenant)

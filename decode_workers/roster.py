@@ -23,6 +23,7 @@ from cluster.messages import (
     WorkerStatus,
 )
 from cluster.metrics import DecodeMetrics
+from cluster.placement.predict import StepTable
 from cluster.timeline import Stage
 from cluster.transfer import HandoffError
 from cluster.transfer.ledger import DuplicateHandoffError
@@ -31,6 +32,7 @@ from decode_workers.intake import Intake, InvalidRequestError
 from decode_workers.kv_pool import KvPool, Reservation
 from decode_workers.scheduler import AdmissionQueue
 from decode_workers.sequence import Sequence, SequenceState
+from decode_workers.targeting.chosen_items import ChosenItems
 from decode_workers.timers import Timers
 
 HANDOFF_PATIENCE = 2.0
@@ -71,15 +73,15 @@ class Roster:
 
     # What routers ask for.
 
-    def submit(self, request: GenerateRequest) -> None:
-        """Queue a request, or say at once why not."""
+    def submit(self, request: GenerateRequest, items: ChosenItems | None = None) -> None:
+        """Queue a request, or say at once why not. `items`: what a targeting request chooses from."""
         refusal = self._refusal(request)
         if refusal is not None:
             self._events.append(refusal)
             return
         self._num_submitted += 1
         try:
-            sequence = self._intake.accept(request, arrival=self._num_submitted)
+            sequence = self._intake.accept(request, arrival=self._num_submitted, items=items)
         except InvalidRequestError as error:
             self._events.append(_failed(request.request_id, FailureCode.INVALID, str(error)))
             return
@@ -90,6 +92,8 @@ class Roster:
             self._timers.set((_Due.DEADLINE, request.request_id), request.deadline_unix_ns)
         if sequence.completion.finish_reason is not None:
             self.finish(sequence, sequence.completion.finish_reason)
+        elif sequence.search is not None and sequence.search.is_done:
+            self.finish(sequence, FinishReason.STOP)  # no item passes the filter
 
     def cancel(self, request_id: RequestId) -> None:
         """End a sequence with what there is. A no-op for one that ended."""
@@ -110,6 +114,10 @@ class Roster:
         if sequence is not None:
             self._withdraw_handoff(sequence)
             self._start_running(sequence)
+
+    def predict_by(self, table: StepTable | None) -> None:
+        """What searches weigh one step of many rows against many of few by, from the next request on."""
+        self._intake.step_table = table
 
     # What the step asks for.
 
@@ -149,6 +157,7 @@ class Roster:
                 stamps_ns=sequence.timeline.stamps_ns,
                 text=text,
                 stop_match=sequence.completion.stop_match,
+                targeting=sequence.found_items(),
             )
         )
 

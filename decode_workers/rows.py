@@ -8,8 +8,10 @@ import numpy as np
 from cluster.messages import Record
 from decode_workers.draft_tree import NO_DRAFT, DraftTree, node_depths
 from decode_workers.scheduler import RowGrant
+from decode_workers.search_rows import SearchAnswer, SearchGrant, add_searches
 from decode_workers.sequence import Sequence
 from decode_workers.step_batch import NO_PARENT, BoolArray, Int32Array, StepBatch
+from decode_workers.targeting.search import SearchRows
 
 
 class StepRows(Record, frozen=True, kw_only=True, eq=False):
@@ -18,7 +20,9 @@ class StepRows(Record, frozen=True, kw_only=True, eq=False):
     batch: StepBatch
     answer_starts: SequenceOf[int]
     """By grant: where the last forced token's row is among the result's logits, or among its reductions if
-    the sequence reads those; the tree's nodes follow it."""
+    the sequence reads those; the tree's nodes follow it. Of grants without searches, which are the first."""
+    search_answers: tuple[SearchAnswer, ...] = ()
+    """Of the searches that asked, in order."""
 
 
 class _Rows(Record, frozen=True, kw_only=True, eq=False):
@@ -48,10 +52,48 @@ class _Asked(Record, frozen=True, kw_only=True, eq=False):
 def assemble(
     grants: SequenceOf[RowGrant],
     trees: SequenceOf[DraftTree],
+    searches: SequenceOf[SearchRows],
     block_tables: Int32Array,
     block_size_tokens: int,
 ) -> StepRows:
-    """Rows of each grant: its pending tokens as a chain, then its tree below the last of them.
+    """Rows of each grant: its pending tokens as a chain, then its tree below the last of them, or its search's.
+
+    `searches`: in order, what the grants for which `asks_catalogue` holds run or ask for. These come last.
+    """
+    plain = [grant for grant in grants if not grant.num_searched]
+    batch: StepBatch | None = None
+    answer_starts: SequenceOf[int] = ()
+    if plain:
+        batch, answer_starts = _plain_rows(plain, trees[: len(plain)], block_tables, block_size_tokens)
+    if not searches:
+        assert batch is not None, "a step without rows"
+        return StepRows(batch=batch, answer_starts=answer_starts)
+    asking = [grant for grant in grants if grant.asks_catalogue]
+    searched = [
+        SearchGrant(
+            sequence=grant.sequence,
+            rows=rows,
+            root_row=None if grant.num_searched else _last_row(batch, grants.index(grant)),
+        )
+        for grant, rows in zip(asking, searches, strict=True)
+    ]
+    batch, answers = add_searches(batch, searched, block_tables, block_size_tokens)
+    padded = (*answer_starts, *([0] * (len(grants) - len(plain))))
+    return StepRows(batch=batch, answer_starts=padded, search_answers=answers)
+
+
+def _last_row(batch: StepBatch | None, sequence: int) -> int:
+    assert batch is not None, "a prompt without rows"
+    return int(batch.sequence_starts[sequence + 1]) - 1
+
+
+def _plain_rows(
+    grants: SequenceOf[RowGrant],
+    trees: SequenceOf[DraftTree],
+    block_tables: Int32Array,
+    block_size_tokens: int,
+) -> tuple[StepBatch, SequenceOf[int]]:
+    """And by grant where its answers start.
 
     The i-th row of a sequence writes the i-th slot behind the committed ones, whatever its depth; a
     node's position is its depth's. `commit` moves the accepted path to the slots of its positions.
@@ -63,22 +105,20 @@ def assemble(
     block_places = rows.places // size
     first_rows = rows.starts[:-1]
     width = int(block_places.max()) + 1
-    return StepRows(
-        batch=StepBatch(
-            token_ids=rows.token_ids,
-            positions=rows.positions,
-            slots=block_tables[rows.tables, block_places] * size + rows.places % size,
-            parents=rows.parents,
-            sequence_starts=rows.starts,
-            context_lengths=rows.places[first_rows],
-            block_tables=block_tables[rows.tables[first_rows], :width],
-            needs_logits=asked.needs_logits,
-            needs_best=asked.needs_best,
-            top_k=asked.top_k,
-            needs_log_sums=asked.needs_log_sums,
-        ),
-        answer_starts=asked.answer_starts,
+    batch = StepBatch(
+        token_ids=rows.token_ids,
+        positions=rows.positions,
+        slots=block_tables[rows.tables, block_places] * size + rows.places % size,
+        parents=rows.parents,
+        sequence_starts=rows.starts,
+        context_lengths=rows.places[first_rows],
+        block_tables=block_tables[rows.tables[first_rows], :width],
+        needs_logits=asked.needs_logits,
+        needs_best=asked.needs_best,
+        top_k=asked.top_k,
+        needs_log_sums=asked.needs_log_sums,
     )
+    return batch, asked.answer_starts
 
 
 def _single_rows(grants: SequenceOf[RowGrant]) -> _Rows:
@@ -143,7 +183,7 @@ def _asked(grants: SequenceOf[RowGrant], trees: SequenceOf[DraftTree]) -> _Asked
             needs_logits += [False] * num_inner
             needs_best += [False] * num_inner
         num_answers = 1 + len(tree.token_ids)
-        is_sampled, reads_logits = grant.is_sampled, sequence.reads_logits
+        is_sampled, reads_logits = grant.is_sampled and sequence.search is None, sequence.reads_logits
         needs_logits += [is_sampled and reads_logits] * num_answers
         needs_best += [is_sampled and not reads_logits] * num_answers
         answer_starts.append(num_logits if reads_logits else num_best)

@@ -22,21 +22,36 @@ class RowGrant(Record, frozen=True, kw_only=True, gc=False):
     num_forced: int
     """Pending tokens that run, in order; all of them: the last one's logits are sampled."""
     max_draft_nodes: int
+    num_searched: int = 0
+    """Rows of its search of a catalogue; then it has no others."""
 
     @property
     def is_sampled(self) -> bool:
-        return self.num_forced == self.sequence.num_pending
+        return 0 < self.num_forced == self.sequence.num_pending
+
+    @property
+    def asks_catalogue(self) -> bool:
+        """Whether its rows, or the one that ends its prompt, are told a catalogue's tokens."""
+        return self.sequence.search is not None and (self.num_searched > 0 or self.is_sampled)
 
 
 def plan_step(running: SequenceOf[Sequence], max_rows: int, *, can_draft: bool) -> list[RowGrant]:
-    """Grants for the next step; `running` is in order of arrival.
+    """Grants for the next step, those of searches last; `running` is in order of arrival.
 
     Every sequence gets one row, those served longest ago first where there are more than rows. What is
-    left goes to pending chains, oldest first, then in equal shares to draft trees.
+    left goes to pending chains, oldest first, then to searches, in shares as equal as they want, then in equal
+    shares to draft trees.
     """
     chosen = running
     if len(running) > max_rows:
         chosen = sorted(running, key=lambda sequence: sequence.last_grant)[:max_rows]
+    if any(sequence.search is not None for sequence in chosen):
+        return _plan_beside_searches(chosen, max_rows, can_draft=can_draft)
+    return _plan_plain(chosen, max_rows, can_draft=can_draft)
+
+
+def _plan_plain(chosen: SequenceOf[Sequence], max_rows: int, *, can_draft: bool) -> list[RowGrant]:
+    """Of at most `max_rows` sequences, each with pending tokens."""
     spare = max_rows - len(chosen)
     num_forced = []
     for sequence in chosen:
@@ -52,6 +67,36 @@ def plan_step(running: SequenceOf[Sequence], max_rows: int, *, can_draft: bool) 
         )
         for sequence, count in zip(chosen, num_forced, strict=True)
     ]
+
+
+def _plan_beside_searches(
+    chosen: SequenceOf[Sequence], max_rows: int, *, can_draft: bool
+) -> list[RowGrant]:
+    searching = [sequence for sequence in chosen if sequence.is_searching]
+    # Prompts that a search will follow last: what they ask comes behind what others do.
+    others = sorted(
+        (sequence for sequence in chosen if not sequence.is_searching),
+        key=lambda sequence: sequence.search is not None,
+    )
+    wanted = [one.search.num_wanted_rows for one in searching if one.search is not None]
+    chains = _plan_plain(others, max_rows - len(searching), can_draft=False)
+    shares = _shares(wanted, max_rows - sum(grant.num_forced for grant in chains))
+    num_left = max_rows - sum(shares)
+    plain = _plan_plain(others, num_left, can_draft=True) if can_draft else chains
+    return plain + [
+        RowGrant(sequence=sequence, num_forced=0, max_draft_nodes=0, num_searched=share)
+        for sequence, share in zip(searching, shares, strict=True)
+    ]
+
+
+def _shares(wanted: SequenceOf[int], num_rows: int) -> list[int]:
+    """Of `num_rows`, at least one each: equal but for who wants less, the first ones larger."""
+    shares = [0] * len(wanted)
+    by_want = sorted(range(len(wanted)), key=lambda index: wanted[index])
+    for place, index in enumerate(by_want):
+        shares[index] = min(wanted[index], -(-num_rows // (len(wanted) - place)))
+        num_rows -= shares[index]
+    return shares
 
 
 class Waiting(Record, frozen=True, kw_only=True, gc=False):
@@ -98,7 +143,8 @@ def plan_run(
 
 def _can_run_alone(sequence: Sequence) -> bool:
     return (
-        not sequence.reads_logits
+        sequence.search is None
+        and not sequence.reads_logits
         and not sequence.num_top
         and sequence.num_pending == 1
         and len(sequence.completion.stop_token_ids) <= MAX_STOP_TOKENS
@@ -107,7 +153,7 @@ def _can_run_alone(sequence: Sequence) -> bool:
 
 def _draft_room(sequence: Sequence, num_forced: int, share: int) -> int:
     """Nodes that fit the share, the reserved slots, and the tokens this sequence may still emit."""
-    if num_forced < sequence.num_pending:
+    if num_forced < sequence.num_pending or sequence.search is not None:
         return 0
     assert sequence.reservation is not None, "a running sequence without blocks"
     slots_left = sequence.reservation.capacity_tokens - len(sequence.tokens)

@@ -11,10 +11,12 @@ last one, which is the first row of its next step.
 from enum import StrEnum
 
 from cluster.ids import ChainHash, HandoffId
-from cluster.messages import GenerateRequest, Usage
+from cluster.messages import GenerateRequest, TargetingResult, Usage
 from cluster.timeline import Timeline
 from decode_workers.completion import Completion
 from decode_workers.kv_pool import Reservation
+from decode_workers.targeting.chosen_items import ChosenItems
+from decode_workers.targeting.search import TargetingSearch
 from megakernel.head import MAX_TOP_K
 
 
@@ -34,6 +36,7 @@ class Sequence:
         "completion",
         "handoff_id",
         "is_prompt_published",
+        "items",
         "kv_tokens",
         "last_grant",
         "num_prompt",
@@ -42,13 +45,21 @@ class Sequence:
         "request",
         "reservation",
         "salt",
+        "search",
         "state",
         "timeline",
         "tokens",
     )
 
     def __init__(
-        self, request: GenerateRequest, completion: Completion, salt: ChainHash, kv_tokens: int, arrival: int
+        self,
+        request: GenerateRequest,
+        completion: Completion,
+        salt: ChainHash,
+        kv_tokens: int,
+        arrival: int,
+        search: TargetingSearch | None = None,
+        items: ChosenItems | None = None,
     ) -> None:
         self.request = request
         self.completion = completion
@@ -65,6 +76,9 @@ class Sequence:
         """Whether its tokens are judged from whole logits rows; else from reductions of them."""
         self.tokens: list[int] = [*request.prompt_token_ids, *request.emitted_token_ids]
         self.committed = 0
+        self.search = search
+        """Set: it emits nothing, and searches `items` once its prompt is computed."""
+        self.items = items
         self.state = SequenceState.QUEUED
         self.reservation: Reservation | None = None
         self.handoff_id: HandoffId | None = request.handoff_id
@@ -76,6 +90,11 @@ class Sequence:
     @property
     def num_pending(self) -> int:
         return len(self.tokens) - self.committed
+
+    @property
+    def is_searching(self) -> bool:
+        """Whether the rows of its next step are its search's."""
+        return self.search is not None and self.committed == len(self.tokens)
 
     @property
     def next_index(self) -> int:
@@ -90,6 +109,12 @@ class Sequence:
     @property
     def uncomputed_prompt_tokens(self) -> int:
         return max(0, self.num_prompt - self.committed)
+
+    def found_items(self) -> TargetingResult | None:
+        """The best so far of a targeting request."""
+        if self.search is None or self.items is None:
+            return None
+        return self.items.result(self.search)
 
     def usage(self) -> Usage:
         return Usage(

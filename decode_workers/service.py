@@ -5,6 +5,7 @@ come back by `deliver`, once a step.
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Iterable
 from functools import partial
 
@@ -18,6 +19,7 @@ from cluster.messages import (
     GenerateRequest,
     SequenceFailed,
     SequenceFinished,
+    TargetingParams,
 )
 from cluster.model_card import ModelCard
 from cluster.wire import conversions
@@ -25,11 +27,14 @@ from cluster.wire import headrace_pb2 as pb
 from cluster.wire import headrace_pb2_grpc as pb_grpc
 from decode_workers.inbox import Inbox
 from decode_workers.roster import Roster
+from decode_workers.targeting.item_chooser import ItemChooser, NoItemsError
 
 MAX_OUTBOX_EVENTS = 65_536
 """Events a stream may be behind by before it is cut: its router stopped reading."""
 LAST_WRITE_S = 2.0
 """How long a stream that ends may take to write its last message."""
+
+logger = logging.getLogger(__name__)
 
 DecodeContext = grpc.aio.ServicerContext[pb.DecodeCommand, pb.DecodeEvents]
 
@@ -82,12 +87,23 @@ class _Stream:
 
 
 class DecodeService(pb_grpc.DecodeServicer):
-    def __init__(self, roster: Roster, inbox: Inbox, card: ModelCard, max_commands_waiting: int) -> None:
-        """`roster` is only named in calls that the engine's thread runs."""
+    def __init__(
+        self,
+        roster: Roster,
+        inbox: Inbox,
+        card: ModelCard,
+        max_commands_waiting: int,
+        chooser: ItemChooser | None = None,
+    ) -> None:
+        """`roster` is only named in calls that the engine's thread runs. Without `chooser` targeting requests
+        are refused."""
         self._roster = roster
         self._inbox = inbox
         self._card = card
         self._max_commands_waiting = max_commands_waiting
+        self._chooser = chooser
+        self._choosing: dict[RequestId, asyncio.Task[None]] = {}
+        """Targeting requests whose catalogue is being opened."""
         self._streams: set[_Stream] = set()
         self._owners: dict[RequestId, _Stream] = {}
         self._idle = asyncio.Event()
@@ -174,7 +190,7 @@ class DecodeService(pb_grpc.DecodeServicer):
             case "cancel":
                 request_id = RequestId(command.cancel.request_id)
                 if request_id in stream.request_ids:
-                    self._inbox.post(partial(self._roster.cancel, request_id))
+                    self._cancel(request_id)
             case "retry_handoff":
                 request_id = RequestId(command.retry_handoff.request_id)
                 handoff_id = HandoffId(command.retry_handoff.handoff_id)
@@ -204,13 +220,46 @@ class DecodeService(pb_grpc.DecodeServicer):
             self._owners[request_id] = stream
             self._idle.clear()
             stream.request_ids.add(request_id)
-            self._inbox.post(partial(self._roster.submit, request))
+            if request.targeting is None:
+                self._inbox.post(partial(self._roster.submit, request))
+            else:
+                choosing = asyncio.create_task(self._choose(request, request.targeting))
+                self._choosing[request_id] = choosing
+                choosing.add_done_callback(lambda _: self._choosing.pop(request_id, None))
+
+    async def _choose(self, request: GenerateRequest, params: TargetingParams) -> None:
+        """Open the catalogue, which may have to be fetched first, then submit the request."""
+        request_id = request.request_id
+        try:
+            if self._chooser is None:
+                raise NoItemsError("this worker serves no catalogues", is_retryable=False)
+            items = await asyncio.to_thread(self._chooser.choose, params)
+        except NoItemsError as error:
+            code = FailureCode.UNAVAILABLE if error.is_retryable else FailureCode.INVALID
+            self.deliver([_failed(request_id, code, str(error), is_retryable=error.is_retryable)])
+        except Exception as error:
+            logger.exception("a catalogue could not be opened")
+            message = f"catalogue {params.catalogue.name}: {type(error).__name__}: {error}"
+            self.deliver([_failed(request_id, FailureCode.INTERNAL, message, is_retryable=True)])
+        else:
+            if request_id in self._owners:
+                self._inbox.post(partial(self._roster.submit, request, items))
+
+    def _cancel(self, request_id: RequestId) -> None:
+        choosing = self._choosing.get(request_id)
+        if choosing is None:
+            self._inbox.post(partial(self._roster.cancel, request_id))
+        else:
+            # The roster hears of it in the order in which it hears of the request.
+            choosing.add_done_callback(
+                lambda _: self._inbox.post(partial(self._roster.cancel, request_id))
+            )
 
     def _abandon(self, stream: _Stream) -> None:
         """Cancel what a stream started and did not see the end of."""
         for request_id in stream.request_ids:
             self._disown(request_id)
-            self._inbox.post(partial(self._roster.cancel, request_id))
+            self._cancel(request_id)
         stream.request_ids.clear()
 
     def _disown(self, request_id: RequestId) -> None:

@@ -41,7 +41,7 @@ def judge_step(
     verdicts: list[Verdict] = []
     for grant, tree, start in zip(grants, trees, answer_starts, strict=True):
         sequence = grant.sequence
-        if not grant.is_sampled:
+        if not grant.is_sampled or sequence.search is not None:
             verdicts.append(NOTHING_SAMPLED)
         elif sequence.reads_logits:
             logits = result.logits[start : start + 1 + tree.num_nodes]
