@@ -52,6 +52,8 @@ class TargetingSearch:
         """
         if params.k < 1 or params.beams < 1:
             raise ValueError(f"k is {params.k} and beams {params.beams}: both must be at least 1")
+        if not params.diversity >= 0:
+            raise ValueError(f"diversity is {params.diversity}, must be at least 0")
         self._wanted = WantedTrie(trie, mask, is_renormalised=params.scoring == "catalogue")
         self._beams = params.beams
         self._noise_seed = params.noise_seed
@@ -118,7 +120,9 @@ class TargetingSearch:
         self.num_steps += 1
         self.num_rows += rows.num_rows
         if self._order is not None:
-            self._finish(edges[self._forest.layout.edge_rows[edges] == NO_ROW])
+            ended = edges[self._forest.layout.edge_rows[edges] == NO_ROW]
+            self.num_verified_items += len(ended)
+            self._finish(ended)
             self._order.prune(self._finished)
             if self._forest.num_pending == 0:
                 self._forest = None
@@ -154,12 +158,14 @@ class TargetingSearch:
         nodes = layout.edge_nodes if edges is None else layout.edge_nodes[edges]
         scores = forest.edge_scores if edges is None else forest.edge_scores[edges]
         ranks = self._wanted.least_rank[nodes]
+        is_ended = self._wanted.is_ended(nodes)
+        self.num_verified_items += int(np.count_nonzero(is_ended))
         best = best_first(scores, ranks, 2 * self._beams)
-        is_ended = self._wanted.is_ended(nodes[best])
-        ended = best[: self._beams][is_ended[: self._beams]]
-        going_on = best[~is_ended][: self._beams]
+        has_ended = is_ended[best]
+        ended = best[: self._beams][has_ended[: self._beams]]
+        going_on = best[~has_ended][: self._beams]
         if len(going_on) < self._beams and len(best) < len(nodes):
-            others = np.flatnonzero(~self._wanted.is_ended(nodes))
+            others = np.flatnonzero(~is_ended)
             going_on = others[best_first(scores[others], ranks[others], self._beams)]
         if len(ended):
             self._finish(ended if edges is None else edges[ended])
@@ -190,7 +196,6 @@ class TargetingSearch:
     def _finish(self, edges: IndexArray) -> None:
         forest = self._forest
         assert forest is not None
-        self.num_verified_items += len(edges)
         items = self._wanted.first_item(forest.layout.edge_nodes[edges])
         self._finished.add(items, forest.edge_scores[edges], forest.edge_logprobs[edges])
 
