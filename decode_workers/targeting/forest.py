@@ -1,0 +1,307 @@
+"""Rows to run below nodes whose ancestors' KV is held: which have run, where their KV is, what they scored.
+
+A slot is in use from the step that writes it until no row below it is pending. Nothing is copied.
+"""
+
+import numpy as np
+from msgspec import Struct
+
+from decode_workers.step_batch import NO_PARENT, BoolArray, Float32Array, Int32Array
+from decode_workers.targeting import noise
+from decode_workers.targeting.scoring import (
+    Float64Array,
+    catalogue_logprobs,
+    check_finite,
+    vocabulary_logprobs,
+)
+from decode_workers.targeting.wanted import NO_ROW, IndexArray, Layout, WantedTrie, as_int32
+
+NO_SLOT = -1
+
+
+class OutOfSlotsError(ValueError):
+    """No slot is free for the next row: fewer are reserved than `slots_needed` asks for."""
+
+
+class SearchRows(Struct, frozen=True, kw_only=True, eq=False):
+    """Rows of one search in one step, every parent before its children."""
+
+    nodes: Int32Array
+    """[rows]"""
+    token_ids: Int32Array
+    depths: Int32Array
+    """[rows] 0 for a child of the root: its position is the context's length. The root's own row has -1."""
+    parents: Int32Array
+    """[rows] index of the parent in these rows, or NO_PARENT."""
+    held_starts: Int32Array
+    """[rows + 1]"""
+    held_slots: Int32Array
+    """Local slots of the ancestors that earlier steps ran, root side first; of rows without a parent here."""
+    slots: Int32Array
+    """[rows] the local slot that each row writes; the root's row, whose slot is the context's, has NO_SLOT."""
+    allowed_starts: Int32Array
+    """[rows + 1] a row without allowed tokens is run for its KV alone."""
+    allowed_token_ids: Int32Array
+    """Ascending within a row."""
+    needs_log_sums: BoolArray
+    """[rows]"""
+    forest_rows: IndexArray
+    """The forest's own numbers of these rows."""
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.nodes)
+
+
+class Frontier(Struct, frozen=True, kw_only=True, eq=False):
+    """Nodes that are scored and have not run, best first."""
+
+    nodes: IndexArray
+    scores: Float64Array
+    """What is ranked: log-probabilities, with noise where it was asked for."""
+    logprobs: Float64Array
+    depths: IndexArray
+    """As in SearchRows."""
+    paths: IndexArray
+    """[nodes, any width] slots of their ancestors, root side first; NO_SLOT anywhere between is no ancestor."""
+
+    def only(self, which: BoolArray) -> "Frontier":
+        if which.all():
+            return self
+        return Frontier(
+            nodes=self.nodes[which],
+            scores=self.scores[which],
+            logprobs=self.logprobs[which],
+            depths=self.depths[which],
+            paths=self.paths[which],
+        )
+
+
+class Forest:
+    def __init__(
+        self, wanted: WantedTrie, layout: Layout, top: Frontier, capacity_slots: int, noise_seed: int | None
+    ) -> None:
+        self.layout = layout
+        self.top = top
+        self._wanted = wanted
+        self._noise_seed = noise_seed
+        num_rows, num_top = layout.num_rows, len(top.nodes)
+        self.is_pending = np.ones(num_rows, dtype=np.bool_)
+        self.num_pending = num_rows
+        self.scores = np.full(num_rows, np.nan)
+        self.scores[:num_top] = top.scores
+        self.logprobs = self.scores if noise_seed is None else np.full(num_rows, np.nan)
+        self.logprobs[:num_top] = top.logprobs
+        self.edge_scores = np.full(len(layout.edge_nodes), np.nan)
+        self.edge_logprobs = self.edge_scores if noise_seed is None else self.edge_scores.copy()
+        self._slots = np.full(num_rows, NO_SLOT, dtype=np.intp)
+        self._capacity_slots = capacity_slots
+        self._is_used: BoolArray | None = None
+
+    def free_slots(self) -> IndexArray:
+        if self._is_used is None:
+            self._is_used = self._slots_in_use()
+        return np.flatnonzero(~self._is_used)
+
+    def release(self) -> None:
+        """Look again which slots are in use: after rows ran or were dropped."""
+        self._is_used = None
+
+    def drop(self, rows: IndexArray) -> None:
+        self.is_pending[rows] = False
+        self.num_pending = int(np.count_nonzero(self.is_pending))
+
+    def take(self, rows: IndexArray) -> SearchRows:
+        """Pending rows, parents first, whose parents run with them or have run. Raises OutOfSlotsError."""
+        layout, num_rows = self.layout, len(rows)
+        slots = self.free_slots()[:num_rows]
+        if len(slots) < num_rows:
+            raise OutOfSlotsError(f"{num_rows} rows need slots, {len(slots)} of {self._capacity_slots} are free")
+        assert self._is_used is not None
+        self._is_used[slots] = True
+        self._slots[rows] = slots
+        self.is_pending[rows] = False
+        self.num_pending -= num_rows
+        parents = self._places(rows)
+        held = self._paths(rows)
+        if not layout.is_flat:
+            held[parents != NO_PARENT] = NO_SLOT
+        is_held = held != NO_SLOT
+        nodes = layout.nodes[rows]
+        starts, edges = self._edges(rows)
+        asked_starts, asked = starts, layout.edge_nodes[edges]
+        if self._wanted.is_renormalised and not layout.is_flat:
+            counts = np.diff(starts)
+            is_asked = counts > 1
+            asked_starts = _starts(np.where(is_asked, counts, 0))
+            asked = asked[np.repeat(is_asked, counts)]
+        return SearchRows(
+            nodes=as_int32(nodes),
+            token_ids=self._wanted.token[nodes],
+            depths=as_int32(self.top.depths[layout.owners[rows]] + layout.levels[rows]),
+            parents=as_int32(parents),
+            held_starts=as_int32(_starts(np.count_nonzero(is_held, axis=1))),
+            held_slots=as_int32(held[is_held]),
+            slots=as_int32(slots),
+            allowed_starts=as_int32(asked_starts),
+            allowed_token_ids=self._wanted.token[asked],
+            needs_log_sums=np.full(num_rows, not self._wanted.is_renormalised),
+            forest_rows=rows,
+        )
+
+    def take_root(self) -> SearchRows:
+        """Of the forest of the root alone: the context's last token, whose slot is not ours."""
+        self.is_pending[:] = False
+        self.num_pending = 0
+        zero = np.zeros(1, dtype=np.int32)
+        edge_nodes = self.layout.edge_nodes
+        return SearchRows(
+            nodes=zero,
+            token_ids=zero - 1,
+            depths=zero - 1,
+            parents=zero + NO_PARENT,
+            held_starts=np.zeros(2, dtype=np.int32),
+            held_slots=np.zeros(0, dtype=np.int32),
+            slots=zero + NO_SLOT,
+            allowed_starts=np.array([0, len(edge_nodes)], dtype=np.int32),
+            allowed_token_ids=self._wanted.token[edge_nodes],
+            needs_log_sums=np.full(1, not self._wanted.is_renormalised),
+            forest_rows=np.zeros(1, dtype=np.intp),
+        )
+
+    def give(
+        self, batch: SearchRows, allowed_logits: Float32Array, log_sums: Float32Array | None
+    ) -> IndexArray:
+        """Score the edges of rows that ran, and return those edges. Raises BadLogitsError."""
+        rows, layout = batch.forest_rows, self.layout
+        starts, edges = self._edges(rows)
+        conditional = self._conditional(batch, starts, allowed_logits, log_sums)
+        if layout.is_flat:
+            self._score(rows, starts, edges, conditional)
+            return edges
+        levels = layout.levels[rows]
+        for level in np.unique(levels):
+            at_level = np.flatnonzero(levels == level)
+            counts = starts[at_level + 1] - starts[at_level]
+            places = _ranges(starts[at_level], counts)
+            level_edges = edges[places]
+            self._score(rows[at_level], _starts(counts), level_edges, conditional[places])
+            below = layout.edge_rows[level_edges]
+            has_row = below != NO_ROW
+            self.scores[below[has_row]] = self.edge_scores[level_edges[has_row]]
+            self.logprobs[below[has_row]] = self.edge_logprobs[level_edges[has_row]]
+        return edges
+
+    def children(self, edges: IndexArray) -> Frontier:
+        """What edges of rows that ran lead to."""
+        rows = np.searchsorted(self.layout.edge_starts, edges, side="right") - 1
+        paths = self._paths(rows)
+        own = self._slots[rows][:, None]
+        return Frontier(
+            nodes=self.layout.edge_nodes[edges],
+            scores=self.edge_scores[edges],
+            logprobs=self.edge_logprobs[edges],
+            depths=self.top.depths[self.layout.owners[rows]] + self.layout.levels[rows] + 1,
+            paths=np.concatenate([paths, own], axis=1),
+        )
+
+    def _score(
+        self, rows: IndexArray, starts: IndexArray, edges: IndexArray, conditional: Float64Array
+    ) -> None:
+        counts = np.diff(starts)
+        self.edge_logprobs[edges] = np.repeat(self.logprobs[rows], counts) + conditional
+        if self._noise_seed is not None:
+            self.edge_scores[edges] = noise.perturbed(
+                self._noise_seed,
+                parents=self.layout.nodes[rows],
+                parent_scores=self.scores[rows],
+                parent_logprobs=self.logprobs[rows],
+                edge_starts=starts,
+                edge_nodes=self.layout.edge_nodes[edges],
+                edge_logprobs=conditional,
+            )
+
+    def _conditional(
+        self, batch: SearchRows, starts: IndexArray, logits: Float32Array, log_sums: Float32Array | None
+    ) -> Float64Array:
+        num_asked = len(batch.allowed_token_ids)
+        assert logits.shape == (num_asked,), f"{logits.shape} logits of {num_asked} allowed tokens"
+        check_finite(logits, "allowed logit")
+        counts = np.diff(starts)
+        if not self._wanted.is_renormalised:
+            assert log_sums is not None
+            assert log_sums.shape == counts.shape, f"{log_sums.shape} log-sum-exps of {len(counts)} rows"
+            check_finite(log_sums, "log-sum-exp of row")
+            return vocabulary_logprobs(logits, log_sums, counts)
+        if num_asked == starts[-1]:
+            return catalogue_logprobs(logits, starts[:-1], counts)
+        # Only children were not asked for: their log-probability is 0.
+        conditional = np.zeros(int(starts[-1]))
+        if num_asked:
+            is_asked = np.diff(batch.allowed_starts) > 0
+            conditional[np.repeat(is_asked, counts)] = catalogue_logprobs(
+                logits, batch.allowed_starts[:-1][is_asked], counts[is_asked]
+            )
+        return conditional
+
+    def _places(self, rows: IndexArray) -> IndexArray:
+        """Where each row's parent is among `rows`."""
+        parents = self.layout.parents[rows]
+        if self.layout.is_flat:
+            return parents
+        place = np.full(self.layout.num_rows, NO_PARENT, dtype=np.intp)
+        place[rows] = np.arange(len(rows))
+        return np.where(parents == NO_ROW, NO_PARENT, place[parents])
+
+    def _paths(self, rows: IndexArray) -> IndexArray:
+        """[rows, width] slots of their ancestors, root side first, NO_SLOT between."""
+        above = self.top.paths[self.layout.owners[rows]]
+        if self.layout.is_flat:
+            return above
+        columns: list[IndexArray] = []
+        ancestors = self.layout.parents[rows]
+        while (is_row := ancestors != NO_ROW).any():
+            columns.append(np.where(is_row, self._slots[ancestors], NO_SLOT))
+            ancestors = np.where(is_row, self.layout.parents[ancestors], NO_ROW)
+        return np.concatenate([above, *(column[:, None] for column in reversed(columns))], axis=1)
+
+    def _edges(self, rows: IndexArray) -> tuple[IndexArray, IndexArray]:
+        """Where each row's edges start among those of `rows`, and their places among the forest's."""
+        starts = self.layout.edge_starts
+        if len(rows) == self.layout.num_rows and self.layout.is_flat:
+            return starts, np.arange(int(starts[-1]))
+        first = starts[rows]
+        counts = starts[rows + 1] - first
+        return _starts(counts), _ranges(first, counts)
+
+    def _slots_in_use(self) -> BoolArray:
+        """By rows that ran and have a pending row below, and by the ancestors of the forest's trees that do."""
+        is_used = np.zeros(self._capacity_slots + 1, dtype=np.bool_)
+        """Its last place is NO_SLOT's."""
+        layout = self.layout
+        is_needed = np.zeros(layout.num_rows, dtype=np.bool_)
+        rows = np.flatnonzero(self.is_pending)
+        while len(rows):
+            rows = layout.parents[rows]
+            rows = rows[rows != NO_ROW]
+            rows = np.unique(rows[~is_needed[rows]])
+            is_needed[rows] = True
+        is_used[self._slots[is_needed]] = True
+        has_pending = np.zeros(len(self.top.nodes), dtype=np.bool_)
+        has_pending[layout.owners[self.is_pending]] = True
+        is_used[self.top.paths[has_pending]] = True
+        return is_used[:-1]
+
+
+def _starts(counts: IndexArray) -> IndexArray:
+    starts = np.zeros(len(counts) + 1, dtype=np.intp)
+    np.cumsum(counts, out=starts[1:])
+    return starts
+
+
+def _ranges(first: IndexArray, counts: IndexArray) -> IndexArray:
+    """[first, first + count) of each, one after the other."""
+    starts = _starts(counts)
+    places = np.repeat(first - starts[:-1], counts)
+    places += np.arange(len(places))
+    return places

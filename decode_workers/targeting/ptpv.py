@@ -1,0 +1,153 @@
+"""PTPV: when to run every remaining row below the frontier at once, and in which chunks.
+
+What it finds is exact: each wanted item below the frontier is scored, or bounded by a scored ancestor that is
+worse than the kth best item found, as log-probabilities only fall.
+"""
+
+import numpy as np
+
+from cluster.placement.predict import StepTable, step_ms
+from decode_workers.targeting.finished import FinishedItems
+from decode_workers.targeting.forest import NO_SLOT, Forest, Frontier
+from decode_workers.targeting.wanted import NO_ROW, IndexArray, Layout, WantedTrie
+
+_LOOSE = 4
+"""How far an estimate of rows may be above what would pay before the rows are not even counted."""
+
+
+def plan_parallel(
+    wanted: WantedTrie,
+    frontier: Frontier,
+    finished: FinishedItems,
+    *,
+    table: StepTable,
+    beams: int,
+    capacity_slots: int,
+) -> Layout | None:
+    """All rows below the frontier, where running them is predicted faster than going on stepwise; else None."""
+    heights = wanted.height[frontier.nodes]
+    height, width = int(heights.max()), len(frontier.nodes)
+    if height < 2:
+        return None
+    most = wanted.num_inner[frontier.nodes]
+    if wanted.is_filtered:
+        most = np.minimum(most, wanted.count(frontier.nodes) * heights.astype(np.int64))
+    most_rows = int(most.sum())
+    later = min(beams, most_rows)
+    most_ms = step_ms(table, width) + (height - 1) * _chunks_ms(table, later, table.max_rows)
+    full_ms = step_ms(table, table.max_rows)
+    if full_ms <= 0:
+        return None
+    paying_rows = (int(most_ms / full_ms) + 1) * table.max_rows
+    is_exact = not wanted.is_filtered and not wanted.is_renormalised and finished.edge_score is None
+    if most_rows > (paying_rows if is_exact else _LOOSE * paying_rows):
+        return None
+    layout = wanted.all_below(
+        frontier.nodes, paying_rows if finished.edge_score is None else _LOOSE * paying_rows
+    )
+    if layout is None:
+        return None
+    used = frontier.paths[frontier.paths != NO_SLOT]
+    free_slots = capacity_slots - len(np.unique(used)) - int(layout.levels[-1])
+    chunk = min(table.max_rows, free_slots)
+    if chunk < width:
+        return None
+    parallel, stepwise = predicted_ms(layout, frontier, finished, table=table, beams=beams, chunk=chunk)
+    return layout if parallel < stepwise else None
+
+
+def predicted_ms(
+    layout: Layout, frontier: Frontier, finished: FinishedItems, *, table: StepTable, beams: int, chunk: int
+) -> tuple[float, float]:
+    """Of running `layout` in chunks of `chunk` rows, and of going on stepwise.
+
+    Once k items are finished, both lose the rows below what cannot be better. Which those are is not known
+    yet; paths are taken to fall as slowly as the best of the frontier did, so that too few are counted out.
+    """
+    survivors = np.ones(layout.num_rows, dtype=np.bool_)
+    expected_rows = layout.num_rows
+    if finished.edge_score is not None:
+        fall = -float(frontier.scores[0]) / (int(frontier.depths[0]) + 1)
+        survivors = frontier.scores[layout.owners] - layout.levels * max(fall, 0.0) >= finished.edge_score
+        # The first chunk is full before anything of it is known.
+        expected_rows = min(layout.num_rows, max(chunk, int(np.count_nonzero(survivors))))
+    widths = np.minimum(np.bincount(layout.levels[survivors]), beams)
+    stepwise = sum(_chunks_ms(table, int(width), table.max_rows) for width in widths)
+    return _chunks_ms(table, expected_rows, chunk), stepwise
+
+
+def _chunks_ms(table: StepTable, rows: int, chunk: int) -> float:
+    full, rest = divmod(rows, chunk)
+    return full * step_ms(table, chunk) + (step_ms(table, rest) if rest else 0.0)
+
+
+class ParallelOrder:
+    """Which rows of a forest run next, when all of them are to."""
+
+    def __init__(self, wanted: WantedTrie, forest: Forest) -> None:
+        self._wanted = wanted
+        self._forest = forest
+        levels = forest.layout.levels
+        self._num_levels = int(levels[-1]) + 1
+        self._level_starts = np.searchsorted(levels, np.arange(self._num_levels + 1))
+        self._preorder: IndexArray | None = None
+
+    def choose(self, max_rows: int) -> IndexArray:
+        """Best bound first, and of one bound level by level, so that what is run first prunes most.
+
+        A row left behind holds its ancestors' slots. So one slot a level stays free; where it would not, trees
+        are run to their ends, the deepest begun one first, which never holds more than one path of each.
+        """
+        forest = self._forest
+        num_free = len(forest.free_slots())
+        pending = np.flatnonzero(forest.is_pending)
+        if len(pending) <= min(max_rows, num_free):
+            return pending
+        open_rows = self._open_rows()[pending]
+        count = min(max_rows, num_free - self._num_levels)
+        if count > 0:
+            order = np.argsort(-forest.scores[open_rows], kind="stable")
+        else:
+            count = max(1, min(max_rows, num_free))
+            if self._preorder is None:
+                self._preorder = self._in_preorder()
+            order = np.lexsort((self._preorder[pending], open_rows, -forest.layout.levels[open_rows]))
+        return pending[order[:count]]
+
+    def prune(self, finished: FinishedItems) -> None:
+        """Drop rows below which nothing can be of the k best."""
+        forest = self._forest
+        pending = np.flatnonzero(forest.is_pending)
+        if len(pending):
+            open_rows = self._open_rows()[pending]
+            ranks = self._wanted.least_rank[forest.layout.nodes[open_rows]]
+            forest.drop(pending[finished.is_hopeless(forest.scores[open_rows], ranks)])
+        forest.release()
+
+    def _open_rows(self) -> IndexArray:
+        """[rows] of each the nearest row up from it, itself included, that is scored."""
+        scores, parents = self._forest.scores, self._forest.layout.parents
+        rows = np.arange(len(scores))
+        is_scored = ~np.isnan(scores)
+        for start, end in zip(self._level_starts[1:-1], self._level_starts[2:], strict=True):
+            level = slice(start, end)
+            rows[level] = np.where(is_scored[level], rows[level], rows[parents[level]])
+        return rows
+
+    def _in_preorder(self) -> IndexArray:
+        """[rows] each row's place in an order where every subtree is a range."""
+        parents = self._forest.layout.parents
+        sizes = np.ones(len(parents), dtype=np.intp)
+        bounds = list(zip(self._level_starts[:-1], self._level_starts[1:], strict=True))
+        for start, end in reversed(bounds[1:]):
+            np.add.at(sizes, parents[start:end], sizes[start:end])
+        places = np.zeros(len(parents), dtype=np.intp)
+        for start, end in bounds:
+            before = np.cumsum(sizes[start:end]) - sizes[start:end]
+            above = parents[start:end]
+            if above[0] == NO_ROW:
+                places[start:end] = before
+                continue
+            first_sibling = np.searchsorted(above, above, side="left")
+            places[start:end] = places[above] + 1 + before - before[first_sibling]
+        return places

@@ -1,0 +1,203 @@
+"""One request's search for the k likeliest items of a catalogue: a state machine that the engine drives.
+
+    rows = search.root_ask()                      # unless search.is_done already
+    search.give(rows, allowed_logits, log_sums)
+    while not search.is_done:
+        rows = search.take(as many as the step has room for)
+        search.give(rows, allowed_logits, log_sums)
+
+A round ranks all children of the frontier. Of the best `beams` those that have ended are finished; the best
+`beams` that have not are the next frontier: beam search as the transformers library defines it, for a length
+penalty of 0 and without early stopping. Log-probabilities only fall, so a node that is worse than the kth best
+finished item is dropped, and when none is left the search is done; neither changes the result.
+Results depend on neither how rows are cut into steps nor the company they keep.
+"""
+
+import numpy as np
+from msgspec import Struct
+
+from cluster.catalogue.trie import ROOT, Trie
+from cluster.messages import TargetingParams
+from cluster.placement.predict import StepTable
+from decode_workers.step_batch import BoolArray, Float32Array
+from decode_workers.targeting import noise
+from decode_workers.targeting.finished import FinishedItems, best_first
+from decode_workers.targeting.forest import Forest, Frontier, SearchRows
+from decode_workers.targeting.ptpv import ParallelOrder, plan_parallel
+from decode_workers.targeting.scoring import Float64Array
+from decode_workers.targeting.wanted import NO_ROW, IndexArray, Layout, WantedTrie
+
+
+class Found(Struct, frozen=True, kw_only=True, eq=False):
+    items: IndexArray
+    """Sorted items, at most k, best first."""
+    logprobs: Float64Array
+    """Without noise or penalties."""
+    is_complete: bool
+    """False: what was finished so far; better items may not have been reached."""
+
+
+class TargetingSearch:
+    def __init__(
+        self,
+        trie: Trie,
+        params: TargetingParams,
+        mask: BoolArray | None,
+        step_table: StepTable | None,
+        capacity_slots: int,
+    ) -> None:
+        """`mask`: which sorted items are wanted; None: all. Without a step table no round goes parallel.
+
+        `capacity_slots` is at least `slots_needed(trie, params.beams, 0)`, or rows may find none free.
+        """
+        if params.k < 1 or params.beams < 1:
+            raise ValueError(f"k is {params.k} and beams {params.beams}: both must be at least 1")
+        if not params.diversity >= 0:
+            raise ValueError(f"diversity is {params.diversity}, must be at least 0")
+        self._wanted = WantedTrie(trie, mask, is_renormalised=params.scoring == "catalogue")
+        self._beams = params.beams
+        self._noise_seed = params.noise_seed
+        self._table = step_table
+        self._capacity_slots = capacity_slots
+        self._finished = FinishedItems(self._wanted, params.k, params.diversity)
+        self._forest: Forest | None = None
+        self._order: ParallelOrder | None = None
+        """Set: the round is the last, and runs all that remains."""
+        self._taken: SearchRows | None = None
+        self.went_parallel = False
+        self.num_steps = 0
+        self.num_rows = 0
+        self.num_verified_items = 0
+        self._begin()
+
+    @property
+    def is_done(self) -> bool:
+        return self._forest is None
+
+    def result(self) -> Found:
+        """At any time: of a search that is not done, the best of what is finished."""
+        items, logprobs = self._finished.best()
+        return Found(items=items, logprobs=logprobs, is_complete=self.is_done)
+
+    def root_ask(self) -> SearchRows:
+        """The row of the context's last token, which runs first and alone."""
+        assert self._forest is not None
+        assert self.num_steps == 0
+        assert self._taken is None
+        self._taken = self._forest.take_root()
+        return self._taken
+
+    def wanted_rows(self) -> int:
+        """How many rows `take` could use now: none while rows are out."""
+        if self._forest is None or self._taken is not None or self.num_steps == 0:
+            return 0
+        if self._order is None:
+            return self._forest.num_pending
+        return min(self._forest.num_pending, max(1, len(self._forest.free_slots())))
+
+    def take(self, max_rows: int) -> SearchRows:
+        """The next rows, at least one and at most `max_rows`. Raises OutOfSlotsError."""
+        assert self._forest is not None
+        assert self._taken is None, "rows are out already"
+        assert self.num_steps > 0, "the root's row runs first"
+        assert max_rows > 0
+        if self._order is None:
+            first = self._forest.layout.num_rows - self._forest.num_pending
+            rows = np.arange(first, min(first + max_rows, self._forest.layout.num_rows))
+        else:
+            rows = self._order.choose(max_rows)
+        self._taken = self._forest.take(rows)
+        return self._taken
+
+    def give(self, rows: SearchRows, allowed_logits: Float32Array, log_sums: Float32Array | None) -> None:
+        """What a step says of the rows last taken: a logit an allowed token, in their order, and under
+        `vocabulary` scoring a log-sum-exp a row. Raises BadLogitsError where one is not finite.
+        """
+        assert self._forest is not None
+        assert rows is self._taken, "not the rows last taken"
+        edges = self._forest.give(rows, allowed_logits, log_sums)
+        self._taken = None
+        self.num_steps += 1
+        self.num_rows += rows.num_rows
+        if self._order is not None:
+            ended = edges[self._forest.layout.edge_rows[edges] == NO_ROW]
+            self.num_verified_items += len(ended)
+            self._finish(ended)
+            self._order.prune(self._finished)
+            if self._forest.num_pending == 0:
+                self._forest = None
+        elif self._forest.num_pending == 0:
+            self._end_round()
+
+    def _begin(self) -> None:
+        wanted = self._wanted
+        root = np.array([ROOT])
+        if wanted.num_wanted == 0:
+            return
+        if wanted.is_ended(root)[0]:
+            self.num_verified_items = 1
+            self._finished.add(wanted.first_item(root), np.zeros(1), np.zeros(1))
+            return
+        start = 0.0 if self._noise_seed is None else noise.root_score(self._noise_seed)
+        top = Frontier(
+            nodes=root,
+            scores=np.array([start]),
+            logprobs=np.zeros(1),
+            depths=np.array([-1]),
+            paths=np.zeros((1, 0), dtype=np.intp),
+        )
+        self._forest = self._forest_of(wanted.one_level(root), top)
+
+    def _end_round(self) -> None:
+        """Rank the children of the frontier, and go on below the best."""
+        forest = self._forest
+        assert forest is not None
+        layout = forest.layout
+        # A chain's inner edges lead to rows that ran in this round.
+        edges = None if layout.is_flat else np.flatnonzero(layout.edge_rows == NO_ROW)
+        nodes = layout.edge_nodes if edges is None else layout.edge_nodes[edges]
+        scores = forest.edge_scores if edges is None else forest.edge_scores[edges]
+        ranks = self._wanted.least_rank[nodes]
+        is_ended = self._wanted.is_ended(nodes)
+        self.num_verified_items += int(np.count_nonzero(is_ended))
+        best = best_first(scores, ranks, 2 * self._beams)
+        has_ended = is_ended[best]
+        ended = best[: self._beams][has_ended[: self._beams]]
+        going_on = best[~has_ended][: self._beams]
+        if len(going_on) < self._beams and len(best) < len(nodes):
+            others = np.flatnonzero(~is_ended)
+            going_on = others[best_first(scores[others], ranks[others], self._beams)]
+        if len(ended):
+            self._finish(ended if edges is None else edges[ended])
+        going_on = going_on[~self._finished.is_hopeless(scores[going_on], ranks[going_on])]
+        if not len(going_on):
+            self._forest = None
+            return
+        self._go_on(forest.children(going_on if edges is None else edges[going_on]))
+
+    def _go_on(self, frontier: Frontier) -> None:
+        layout: Layout | None = None
+        if self._table is not None:
+            layout = plan_parallel(
+                self._wanted,
+                frontier,
+                self._finished,
+                table=self._table,
+                beams=self._beams,
+                capacity_slots=self._capacity_slots,
+            )
+        if layout is None:
+            self._forest = self._forest_of(self._wanted.next_round(frontier.nodes), frontier)
+            return
+        self._forest = self._forest_of(layout, frontier)
+        self._order = ParallelOrder(self._wanted, self._forest)
+        self.went_parallel = True
+
+    def _finish(self, edges: IndexArray) -> None:
+        forest = self._forest
+        assert forest is not None
+        items = self._wanted.first_item(forest.layout.edge_nodes[edges])
+        self._finished.add(items, forest.edge_scores[edges], forest.edge_logprobs[edges])
+
+    def _forest_of(self, layout: Layout, top: Frontier) -> Forest:
+        return Forest(self._wanted, layout, top, self._capacity_slots, self._noise_seed)

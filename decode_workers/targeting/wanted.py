@@ -1,0 +1,208 @@
+"""The part of a trie that a request wants: its items after the filter, and which nodes must run to score them."""
+
+import numpy as np
+import numpy.typing as npt
+from msgspec import Struct
+
+from cluster.catalogue.trie import ROOT, Trie
+from decode_workers.step_batch import BoolArray, Int32Array
+
+IndexArray = npt.NDArray[np.intp]
+
+NO_ROW = -1
+
+
+class Layout(Struct, frozen=True, kw_only=True, eq=False):
+    """Rows below some nodes, level by level, siblings side by side; and the edges to their wanted children."""
+
+    nodes: IndexArray
+    """[rows]"""
+    parents: IndexArray
+    """[rows] the parent's row, or NO_ROW for one of the nodes that the layout hangs on."""
+    owners: IndexArray
+    """[rows] which of those nodes a row is below, or is."""
+    levels: IndexArray
+    """[rows] 0 for those nodes."""
+    edge_starts: IndexArray
+    """[rows + 1] at least one edge a row."""
+    edge_nodes: IndexArray
+    """[edges] wanted children, ascending."""
+    edge_rows: IndexArray
+    """[edges] the child's row, or NO_ROW where it is not in the layout."""
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.nodes)
+
+    @property
+    def is_flat(self) -> bool:
+        return len(self.levels) == 0 or int(self.levels[-1]) == 0
+
+
+class WantedTrie:
+    """A trie under a filter and a scoring: every question takes nodes, and answers for all of them at once.
+
+    A node is *wanted* where an item below passes. It has *ended* where its score is an item's: at a leaf, and
+    under `catalogue` scoring wherever one wanted item is left, since an only child's log-probability is 0.
+    """
+
+    def __init__(self, trie: Trie, mask: BoolArray | None, *, is_renormalised: bool) -> None:
+        """`mask` is over sorted items; None wants all of them. Raises ValueError where its length is another."""
+        if mask is not None and mask.shape != (trie.count_items,):
+            raise ValueError(f"the filter has shape {mask.shape}, the catalogue {trie.count_items} items")
+        self.is_renormalised = is_renormalised
+        # A memory-mapped subclass of ndarray pays for itself at every index.
+        self.first_child = np.asarray(trie.first_child)
+        self.token = np.asarray(trie.token)
+        self.least_rank = np.asarray(trie.least_rank)
+        self.upload_rank = np.asarray(trie.upload_rank)
+        self.num_inner = np.asarray(trie.num_inner)
+        self.height = np.asarray(trie.height)
+        self._first_item = np.asarray(trie.first_item)
+        self._num_items = np.asarray(trie.num_items)
+        self._leaf_item = np.asarray(trie.leaf_item)
+        self._before: IndexArray | None = None
+        """[items + 1] wanted items before each sorted item."""
+        self._wanted_items: IndexArray | None = None
+        if mask is not None and not mask.all():
+            self._wanted_items = np.flatnonzero(mask)
+            self._before = np.zeros(len(mask) + 1, dtype=np.intp)
+            np.cumsum(mask, out=self._before[1:])
+
+    @property
+    def num_wanted(self) -> int:
+        return len(self.upload_rank) if self._wanted_items is None else len(self._wanted_items)
+
+    @property
+    def is_filtered(self) -> bool:
+        return self._wanted_items is not None
+
+    def count(self, nodes: IndexArray) -> npt.NDArray[np.integer]:
+        """Wanted items below each."""
+        if self._before is None:
+            return self._num_items[nodes]
+        first = self._first_item[nodes]
+        return self._before[first + self._num_items[nodes]] - self._before[first]
+
+    def first_item(self, nodes: IndexArray) -> IndexArray:
+        """The first wanted item below each: of a node that has ended, its item."""
+        first: IndexArray = self._first_item[nodes].astype(np.intp)
+        if self._before is None or self._wanted_items is None:
+            return first
+        return self._wanted_items[self._before[first]]
+
+    def is_ended(self, nodes: IndexArray) -> BoolArray:
+        """Of wanted nodes."""
+        if self.is_renormalised:
+            return self.count(nodes) == 1
+        return self._leaf_item[nodes] >= 0
+
+    def first_tokens(self, items: IndexArray) -> IndexArray:
+        """The root's child that each item is below, numbered from 1."""
+        children = slice(int(self.first_child[ROOT]), int(self.first_child[ROOT + 1]))
+        return np.searchsorted(self._first_item[children], items, side="right")
+
+    def children(self, nodes: IndexArray) -> tuple[IndexArray, IndexArray]:
+        """Edges to wanted children: where each node's begin (and one end more), and the children."""
+        starts = self.first_child[nodes]
+        counts = self.first_child[nodes + 1] - starts
+        edge_starts = np.zeros(len(nodes) + 1, dtype=np.intp)
+        np.cumsum(counts, out=edge_starts[1:])
+        edge_nodes = np.repeat(starts - edge_starts[:-1], counts)
+        edge_nodes += np.arange(len(edge_nodes))
+        if self._before is None:
+            return edge_starts, edge_nodes
+        is_wanted = self.count(edge_nodes) > 0
+        before = np.zeros(len(edge_nodes) + 1, dtype=np.intp)
+        np.cumsum(is_wanted, out=before[1:])
+        return before[edge_starts], edge_nodes[is_wanted]
+
+    def one_level(self, nodes: IndexArray) -> Layout:
+        return _flat(nodes, *self.children(nodes))
+
+    def next_round(self, nodes: IndexArray) -> Layout:
+        """Rows that tell `nodes`' children apart: the nodes, and under `catalogue` scoring the chains below.
+
+        An only child's score needs no row, but whoever is scored below it needs its KV: a chain runs at once.
+        """
+        if not self.is_renormalised:
+            return self.one_level(nodes)
+        edge_starts, edge_nodes = self.children(nodes)
+        if (np.diff(edge_starts) > 1).all():
+            return _flat(nodes, edge_starts, edge_nodes)
+        layout = self._layout(nodes, only_chains=True, max_rows=None)
+        assert layout is not None
+        return layout
+
+    def all_below(self, nodes: IndexArray, max_rows: int) -> Layout | None:
+        """Every row that scores the wanted items below `nodes`; None where they are more than `max_rows`."""
+        return self._layout(nodes, only_chains=False, max_rows=max_rows)
+
+    def _layout(self, nodes: IndexArray, *, only_chains: bool, max_rows: int | None) -> Layout | None:
+        level, start = 0, 0
+        parents = np.full(len(nodes), NO_ROW, dtype=np.intp)
+        owners = np.arange(len(nodes))
+        levels: list[tuple[IndexArray, ...]] = []
+        while len(nodes):
+            if max_rows is not None and start + len(nodes) > max_rows:
+                return None
+            edge_starts, edge_nodes = self.children(nodes)
+            counts = np.diff(edge_starts)
+            goes_on = ~self.is_ended(edge_nodes)
+            if only_chains:
+                goes_on &= np.repeat(counts == 1, counts)
+            edge_rows = np.full(len(edge_nodes), NO_ROW, dtype=np.intp)
+            end = start + len(nodes)
+            below = np.flatnonzero(goes_on)
+            edge_rows[below] = np.arange(end, end + len(below))
+            levels.append((nodes, parents, owners, np.full(len(nodes), level), counts, edge_nodes, edge_rows))
+            within = np.repeat(np.arange(len(nodes)), counts)[below]
+            nodes, parents, owners = edge_nodes[below], start + within, owners[within]
+            level, start = level + 1, end
+        whole = [np.concatenate(parts) for parts in zip(*levels, strict=True)]
+        edge_starts = np.zeros(start + 1, dtype=np.intp)
+        np.cumsum(whole[4], out=edge_starts[1:])
+        return Layout(
+            nodes=whole[0],
+            parents=whole[1],
+            owners=whole[2],
+            levels=whole[3],
+            edge_starts=edge_starts,
+            edge_nodes=whole[5],
+            edge_rows=whole[6],
+        )
+
+
+def _flat(nodes: IndexArray, edge_starts: IndexArray, edge_nodes: IndexArray) -> Layout:
+    return Layout(
+        nodes=nodes,
+        parents=np.full(len(nodes), NO_ROW, dtype=np.intp),
+        owners=np.arange(len(nodes)),
+        levels=np.zeros(len(nodes), dtype=np.intp),
+        edge_starts=edge_starts,
+        edge_nodes=edge_nodes,
+        edge_rows=np.full(len(edge_nodes), NO_ROW, dtype=np.intp),
+    )
+
+
+def level_widths(trie: Trie) -> tuple[int, ...]:
+    """Inner nodes of each level below the root. Reads all nodes: once a catalogue, not once a request."""
+    widths: list[int] = []
+    start, end = (int(bound) for bound in trie.first_child[:2])
+    while start < end:
+        widths.append(int((trie.leaf_item[start:end] < 0).sum()))
+        start, end = int(trie.first_child[start]), int(trie.first_child[end])
+    return tuple(widths)
+
+
+def slots_needed(trie: Trie, beams: int, max_rows: int) -> int:
+    """Slots with which no search of `beams` ever waits for one, in steps of at most `max_rows` rows.
+
+    Stepwise, each level has at most `beams` nodes whose KV is still wanted, the rows that run included. The rest
+    lets a parallel chunk be as large as a step; `slots_needed(trie, beams, 0)` are enough to end.
+    """
+    return sum(min(beams, width) for width in level_widths(trie)) + max_rows
+
+
+def as_int32(indices: IndexArray) -> Int32Array:
+    return indices.astype(np.int32)
