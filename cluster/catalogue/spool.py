@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 
 AnyArray = npt.NDArray[Any]
-_COPY_BYTES = 1 << 20
 _BUFFER_BYTES = 1 << 16
 
 
@@ -37,9 +36,14 @@ class ArraySpool:
         self._file.write(data)
         self.count += len(data)
 
+    def flush(self) -> None:
+        """What was appended can be read by `path`; does nothing where it is closed."""
+        if not self._file.closed:
+            self._file.flush()
+
     def read(self, start: int = 0, count: int | None = None) -> AnyArray:
-        """A copy in memory."""
-        self._file.flush()
+        """A copy in memory; also after `close`."""
+        self.flush()
         length = self.count - start if count is None else count
         return np.fromfile(self.path, self.dtype, length, offset=start * self.dtype.itemsize)
 
@@ -52,7 +56,7 @@ class ArraySpool:
 
     def mapped(self) -> AnyArray:
         """Read-only; its pages are the system's to take back."""
-        self._file.flush()
+        self.flush()
         if not self.count:
             return np.zeros(0, self.dtype)
         return np.memmap(self.path, self.dtype, "r", shape=(self.count,))
