@@ -17,7 +17,7 @@ class StepBatch(Struct, frozen=True, kw_only=True, eq=False):
     """Rows of all sequences, grouped by sequence, every parent before its children.
 
     A row attends to its sequence's committed prefix, to its ancestors and to itself, whatever
-    else is in the batch; its KV is written to `slots[row]`. Ancestors may be rows of earlier steps: *held* ones.
+    else is in the batch; its KV is written to `slots[row]`. *Held* ancestors are rows of earlier steps.
     """
 
     token_ids: Int32Array
@@ -52,7 +52,8 @@ class StepBatch(Struct, frozen=True, kw_only=True, eq=False):
     """Ascending and unique within a row."""
     held_starts: Int32Array | None = None
     """[rows + 1] `held_slots[starts[i]:starts[i + 1]]` are the slots of row i's ancestors that earlier steps
-    ran, the root's first. Only a row without a parent in the batch names any: another has its parent's. None: no row has any. On a CPU at most 255 ancestors of a row may be held or in the batch."""
+    ran, the root's first. Only a row without a parent in the batch names any: another has its parent's. None:
+    no row has any. A CPU takes 255 ancestors of a row, held and in the batch."""
     held_slots: Int32Array | None = None
     """No row of the batch writes one of them."""
 

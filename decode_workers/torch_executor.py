@@ -125,7 +125,8 @@ def row_batch(batch: StepBatch, block_size_tokens: int) -> RowBatch:
 
 
 def _check_held(batch: StepBatch, num_slots: int) -> None:
-    assert batch.held_starts is not None and batch.held_slots is not None, "held_starts without held_slots"
+    assert batch.held_starts is not None
+    assert batch.held_slots is not None, "held_starts without held_slots"
     check_held(batch.held_starts, batch.held_slots, batch.parents, num_slots)
     contexts = np.repeat(batch.context_lengths, np.diff(batch.sequence_starts))
     depths, held = batch.positions - contexts, np.diff(batch.held_starts)

@@ -198,9 +198,7 @@ def _held(rows: Rows) -> dict[int, list[int]]:
     if rows.held_starts is None or rows.held_slots is None:
         return {}
     starts, slots = rows.held_starts.tolist(), rows.held_slots.tolist()
-    return {
-        row: slots[begin:end] for row, (begin, end) in enumerate(pairwise(starts)) if begin < end
-    }
+    return {row: slots[begin:end] for row, (begin, end) in enumerate(pairwise(starts)) if begin < end}
 
 
 def _allowed(rows: Rows, vocab_size: int) -> tuple[IntArray, IntArray]:

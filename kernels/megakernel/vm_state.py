@@ -62,8 +62,8 @@ class VmStep(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """[rows + 1] row i may take `allowed_token_ids[starts[i]:starts[i + 1]]`; an empty slice: any token."""
     allowed_token_ids: IntArray | None = None
     held_starts: IntArray | None = None
-    """[rows + 1] of row i, if it has no parent, `held_slots[starts[i]:starts[i + 1]]` are the slots of ancestors
-    that earlier steps ran."""
+    """[rows + 1] of row i, where it has no parent, `held_slots[starts[i]:starts[i + 1]]` are the slots of
+    ancestors that earlier steps ran, the root's first."""
     held_slots: IntArray | None = None
 
     @property

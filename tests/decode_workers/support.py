@@ -160,7 +160,9 @@ class HashExecutor:
     def _held(self, batch: StepBatch, root: int) -> list[int]:
         if batch.held_starts is None or batch.held_slots is None:
             return []
-        values: list[int] = self.kv[batch.held_slots[batch.held_starts[root] : batch.held_starts[root + 1]]].tolist()
+        values: list[int] = self.kv[
+            batch.held_slots[batch.held_starts[root] : batch.held_starts[root + 1]]
+        ].tolist()
         return values
 
     def _check(self, batch: StepBatch) -> None:

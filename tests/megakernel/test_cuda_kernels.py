@@ -1,5 +1,6 @@
 """The generated CUDA kernels under emulation: the VM's results op by op, in any order of threads."""
 
+import random
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +16,10 @@ from megakernel.pipeline import compile_program
 from megakernel.plan import OpPlan
 from megakernel.program import Epilogue, Opcode
 from megakernel.schedule import list_schedule
+from megakernel.step import Rows
 from megakernel.vm import Vm
 from megakernel.vm_state import NO_PARENT, Arithmetic, OpWeights, VmKv
+from tests.forests import draw_forest
 from tests.megakernel.emulated_cases import BUCKETS, FAMILIES, NUM_WORKERS, Case, draw_case
 from tests.megakernel.emulated_model import EmulatedModel, EmulatedStep, toy_gpu
 from tests.megakernel.native_steps import BLOCK, Group, chain, rows_of, vm_step
@@ -319,6 +322,36 @@ def test_a_row_has_the_same_bits_alone_in_company_and_in_any_bucket():
     )
     assert (together[4] == alone[0]).all()
     assert (together[:4] == of_tree).all()
+
+
+def test_ancestors_may_be_rows_of_earlier_steps():
+    """Trees behind contexts, in one step and level by level, over slots of no order: the same bits."""
+    weights = tiny_weights(6, "llama", hidden_size=64, num_heads=4, head_dim=16, vocab_size=70)
+    plan = list_schedule(weights.shape, toy_gpu(), 16, weights.formats)
+    program = compile_program(weights.shape, "toy", toy_gpu(), 16, plan, formats=weights.formats)
+    model, rng = EmulatedModel([program], weights), random.Random(8)
+    forest = draw_forest(
+        rng, vocab_size=70, block_size=BLOCK, num_blocks=40, most_nodes=14, contexts=(0, 5, 30, 125)
+    )
+    committed = np.random.default_rng(9).standard_normal((2, 40 * BLOCK, 2 * 2 * 16)).astype(np.float16)
+
+    def logits_of(parts) -> np.ndarray:
+        kv = VmKv(2, 40 * BLOCK, 2 * 2 * 16, block_size=BLOCK, dtype=np.float16)
+        slots, found = forest.scattered_slots(rng, kv.num_slots), np.zeros((forest.num_nodes, 70))
+        for layer, values in zip(kv.layers, committed, strict=True):
+            layer[...] = values
+            layer[slots] = np.nan
+        for nodes in parts:
+            step = model.run(16, kv, Rows(**forest.fields(nodes, slots)))
+            found[nodes] = step.buffers["logits"]
+            for layer, values in zip(kv.layers, step.regions["kv"], strict=True):
+                layer[...] = values
+        return found
+
+    whole = logits_of([list(range(forest.num_nodes))])
+    assert not np.isnan(whole).any()
+    assert (logits_of(forest.levels()) == whole).all()
+    assert (logits_of(forest.random_chunks(rng, 6)) == whole).all()
 
 
 @pytest.mark.parametrize(("family", "bucket"), [("qwen2", 4), ("qwen3", 32)])

@@ -60,6 +60,38 @@ def test_rows_without_ancestors_are_their_own_paths():
     assert tables.path_slots.tolist() == tables.slots.tolist()
 
 
+def with_held(rows, *held):
+    """`held` are slots, by row."""
+    return changed(
+        rows,
+        held_starts=int32(np.cumsum([0, *map(len, held)])),
+        held_slots=int32([slot for slots in held for slot in slots]),
+    )
+
+
+def held_groups():
+    """`two_groups`, its first root two tokens behind the context, its second one, and the last row none."""
+    rows = changed(two_groups(), positions=int32([22, 23, 23, 21, 24, 25, 0]))
+    return with_held(rows, [190, 2], [], [], [190], [], [], [])
+
+
+def test_held_ancestors_come_before_those_of_the_step():
+    tables = read_rows(held_groups(), LIMITS).tables
+    paths = np.split(tables.path_slots, tables.path_starts[1:-1])
+    own, two, one = tables.slots, [190, 2], [190]
+    of_step = [[0], [0, 1], [0, 2], [3], [0, 1, 4], [0, 1, 4, 5], [6]]
+    held = [two, two, two, one, two, two, []]
+    assert [path.tolist() for path in paths] == [
+        before + own[rows].tolist() for before, rows in zip(held, of_step, strict=True)
+    ]
+
+
+def test_a_held_path_may_be_longer_than_a_step_has_rows():
+    rows = rows_of(Group(tokens=[1], parents=[NO_PARENT], context=0, table=[0]))
+    tables = read_rows(with_held(changed(rows, positions=int32([40])), range(50, 90)), LIMITS).tables
+    assert tables.path_slots.tolist() == [*range(50, 90), 0]
+
+
 def test_block_tables_are_as_wide_as_contexts_need():
     asked = read_rows(two_groups(), LIMITS)
     assert asked.max_blocks == 2
@@ -173,6 +205,38 @@ REFUSED = {
         "row 6: its position is 1, but it has not 1 ancestors",
     ),
     "parent below none": (lambda rows: edited(rows, "parents", 1, -2), "row 1: its position is 21"),
+    "few held starts": (
+        lambda rows: changed(rows, held_starts=int32([0, 0]), held_slots=int32([])),
+        "2 held_starts: one a row, and one, are 8",
+    ),
+    "held end": (
+        lambda rows: changed(rows, held_starts=int32([0] * 8), held_slots=int32([5])),
+        "held_starts end at 0 of 1 held slots",
+    ),
+    "held begin": (
+        lambda rows: changed(rows, held_starts=int32([1] * 8), held_slots=int32([5])),
+        "held_starts begin at 1",
+    ),
+    "falling held starts": (
+        lambda rows: changed(rows, held_starts=int32([0, 2, 1, *[2] * 5]), held_slots=int32([5, 6])),
+        r"row 1: its held slots are \[2, 1\)",
+    ),
+    "held slot": (
+        lambda rows: with_held(rows, [], [], [], [191, 192], [], [], []),
+        "row 3: held slot 192 is not in a pool of 192",
+    ),
+    "held by a child": (
+        lambda rows: with_held(rows, [], [], [7], [], [], [], []),
+        "row 2: its parent is row 0, so it has no held slots of its own",
+    ),
+    "held, and too near": (
+        lambda rows: with_held(rows, [], [], [], [7], [], [], []),
+        "row 3: it has more than 0 ancestors",
+    ),
+    "held, and too far": (
+        lambda rows: edited(with_held(rows, [], [], [], [7], [], [], []), "positions", 3, 22),
+        "row 3: its position is 22, but it has not 2 ancestors",
+    ),
     "top k": (lambda rows: changed(rows, top_k=65), "top_k is 65; it is at most 64"),
     "few starts": (
         lambda rows: changed(rows, allowed_starts=int32([0, 1]), allowed_token_ids=int32([1])),

@@ -1,5 +1,7 @@
 """The VM against the PyTorch oracle, in any interleaving, and rows that never depend on their company."""
 
+import random
+
 import msgspec
 import numpy as np
 import pytest
@@ -8,9 +10,12 @@ import torch
 from megakernel.program import Wait
 from megakernel.quantize import fake_quantize
 from megakernel.reference import reference_logits
+from megakernel.step import Rows as NativeRows
 from megakernel.vm import Vm, VmStuckError
 from megakernel.vm_bisect import run_bisect
 from megakernel.vm_state import NO_PARENT, OpWeights, StepError, kv_for
+from tests.forests import draw_forest
+from tests.megakernel.native_steps import vm_step
 from tests.megakernel.programs import Recipe, build_program
 from tests.megakernel.vm_steps import BLOCK_SIZE, Rows, Sequence, chain, step_of
 from tests.tiny_model import LLAMA3_SCALING, TinyWeights, tiny_weights
@@ -98,6 +103,29 @@ def test_each_node_of_a_tree_sees_its_own_path(weights):
             path.insert(0, nodes[parent])
             parent = parents[parent]
         np.testing.assert_allclose(logits[row], reference_logits(weights, prefix + path)[-1], **TOLERANCE)
+
+
+def test_ancestors_may_be_rows_of_earlier_steps(llama):
+    vm, rng = vm_of(llama, Recipe(bucket=16, workers=2)), random.Random(3)
+    forest = draw_forest(
+        rng,
+        vocab_size=llama.shape.vocab_size,
+        block_size=BLOCK_SIZE,
+        num_blocks=vm.kv.num_slots // BLOCK_SIZE,
+        most_nodes=14,
+        contexts=(0, 3, 17),
+    )
+    for layer in vm.kv.layers:
+        layer[...] = np.random.default_rng(4).standard_normal(layer.shape)
+    found = []
+    for parts in ([list(range(14))], forest.levels(), forest.random_chunks(rng, 5)):
+        slots = forest.scattered_slots(rng, vm.kv.num_slots)
+        logits = np.zeros((14, vm.program.geometry.vocab_size))
+        for nodes in parts:
+            logits[nodes] = vm.run(vm_step(NativeRows(**forest.fields(nodes, slots)))).logits
+        found.append(logits)
+    np.testing.assert_array_equal(found[1], found[0])
+    np.testing.assert_array_equal(found[2], found[0])
 
 
 def test_head_statistics_are_those_of_the_logits(weights):
@@ -206,6 +234,14 @@ def test_a_program_that_cannot_go_on_names_who_waits(llama):
         ({"token_ids": [0, 160]}, r"token id is not in \[0, 160\)"),
         ({"context_lengths": [8], "positions": [8, 9]}, "does not cover 8 tokens"),
         ({"slots": [1]}, "arrays of lengths"),
+        ({"held_starts": [0, 1], "held_slots": [3]}, "do not deal 1 held slots to 2 rows"),
+        ({"held_starts": [0, 1, 1], "held_slots": [160]}, r"row 0: a held slot is not in \[0, "),
+        ({"held_starts": [0, 1, 1], "held_slots": [0]}, "row 0: a row of the step writes a held slot"),
+        ({"held_starts": [0, 1, 1], "held_slots": [3]}, "row 0 is at position 0, not 1"),
+        (
+            {"held_starts": [0, 0, 1], "held_slots": [3], "positions": [0, 2]},
+            "row 1: a parent in the step, and held slots",
+        ),
     ],
 )
 def test_steps_that_make_no_sense_are_refused(llama, change, message):

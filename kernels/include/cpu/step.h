@@ -105,11 +105,13 @@ class StepReader {
             if (begin > end) return say("row %d: its held slots are [%d, %d)", row, begin, end);
             if (begin < end && input.parents[row] != kNoParent)
                 return say("row %d: its parent is row %d, so it has no held slots of its own", row, input.parents[row]);
-            for (int at = begin; at < end; at++)
+        }
+        // The host says that the last start is the number of slots: none of those that ascend is past it.
+        for (int row = 0; row < input.num_rows; row++)
+            for (int at = input.held_starts[row]; at < input.held_starts[row + 1]; at++)
                 if (input.held_slots[at] < 0 || input.held_slots[at] >= limits_.num_slots())
                     return say("row %d: held slot %d is not in a pool of %lld", row, input.held_slots[at],
                                static_cast<long long>(limits_.num_slots()));
-        }
         return nullptr;
     }
 

@@ -31,8 +31,8 @@ class RowBatch(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """[rows] the parent's index in this batch, or NO_PARENT."""
     spans: tuple[RowSpan, ...]
     held_starts: IntArray | None = None
-    """[rows + 1] of row i, if it has no parent, `held_slots[starts[i]:starts[i + 1]]` are the slots of ancestors
-    that earlier passes ran, the root's first. None: no row has any."""
+    """[rows + 1] of row i, where it has no parent, `held_slots[starts[i]:starts[i + 1]]` are the slots of
+    ancestors that earlier passes ran, the root's first. None: no row has any."""
     held_slots: IntArray | None = None
 
     @property
