@@ -3,15 +3,22 @@
 from functools import lru_cache
 
 from cluster.block_hash import chain_salt
+from cluster.catalogue.trie import ROOT
 from cluster.ids import ChainHash
 from cluster.messages import GenerateRequest
+from cluster.placement.predict import StepTable
 from cluster.text import Tokenizer
 from cluster.timeline import Stage
 from decode_workers.completion import Completion
+from decode_workers.kv_pool import MAX_SEARCH_SLOTS
 from decode_workers.request_check import RequestLimits, completion_limit, find_fault, kv_tokens_needed
 from decode_workers.sequence import Sequence
+from decode_workers.targeting.chosen_items import ChosenItems
+from decode_workers.targeting.search import TargetingSearch
 
 MAX_TENANTS_REMEMBERED = 1024
+SPARE_SLOTS = 128
+"""Of a search, for rows of a parallel step and what they leave behind: two of the largest steps."""
 
 
 class InvalidRequestError(ValueError):
@@ -30,11 +37,11 @@ class Intake:
         self._eos_token_ids = eos_token_ids
         self._limits = limits
         self._layout_fingerprint = layout_fingerprint
+        self.step_table: StepTable | None = None
+        """What searches predict by; None: they go token by token."""
         self._salt_of = lru_cache(maxsize=MAX_TENANTS_REMEMBERED)(self._new_salt)
 
-    def accept(
-        self, request: GenerateRequest, arrival: int, items: ChosenItems | None = None
-    ) -> Sequence:
+    def accept(self, request: GenerateRequest, arrival: int, items: ChosenItems | None = None) -> Sequence:
         """A sequence that knows its tokens so far; it has ended already where a replay had reached its end.
 
         `items`: what a targeting request chooses from. Raises InvalidRequestError.
@@ -58,7 +65,7 @@ class Intake:
             kv_tokens=(
                 kv_tokens_needed(request, self._limits)
                 if search is None
-                else len(request.prompt_token_ids) + search.num_slots
+                else len(request.prompt_token_ids) + search.capacity_slots
             ),
             arrival=arrival,
             search=search,
@@ -75,19 +82,24 @@ class Intake:
                 f"prompt of {num_prompt} tokens: at most {self._limits.max_context_tokens - height} before "
                 f"items of {height - 1} tokens"
             )
-        if items.catalogue.trie.token.max() >= self._limits.vocab_size:
+        if items.catalogue.header.vocab_size > self._limits.vocab_size:
             raise InvalidRequestError(
-                f"catalogue {request.targeting.catalogue.name}: its tokens are not this model's"
+                f"catalogue {request.targeting.catalogue.name} was compiled for a vocabulary of "
+                f"{items.catalogue.header.vocab_size} tokens, this model has {self._limits.vocab_size}"
             )
-        room = self._limits.kv_pool_tokens - num_prompt
-        num_slots = min(slots_needed(items.catalogue.trie, request.targeting.beams), MAX_SEARCH_SLOTS)
-        if num_slots > room:
+        beams = request.targeting.beams
+        fewest, room = items.slots_needed(beams), self._limits.kv_pool_tokens - num_prompt
+        if fewest > room:
             raise InvalidRequestError(
-                f"prompt of {num_prompt} tokens and {request.targeting.beams} beams need "
-                f"{num_prompt + num_slots} KV slots: the pool has {self._limits.kv_pool_tokens}"
+                f"prompt of {num_prompt} tokens and {beams} beams need {num_prompt + fewest} KV slots: the pool "
+                f"has {self._limits.kv_pool_tokens}"
             )
         return TargetingSearch(
-            items.catalogue.trie, request.targeting, items.passing, self.step_table, num_slots
+            items.catalogue.trie,
+            request.targeting,
+            None if items.passing is None else items.passing.mask,
+            self.step_table,
+            min(fewest + SPARE_SLOTS, room, MAX_SEARCH_SLOTS),
         )
 
     def _new_salt(self, tenant: str) -> ChainHash:

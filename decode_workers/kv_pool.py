@@ -30,6 +30,8 @@ from decode_workers.executor import StepExecutor
 from decode_workers.step_batch import Int32Array
 
 NO_BLOCK = -1
+MAX_SEARCH_SLOTS = 64 * 65
+"""64 beams of 65 tokens: what a request may want behind its prompt, beyond what it has positions for."""
 
 
 class Reservation(Record, frozen=True, kw_only=True):
@@ -54,7 +56,8 @@ class KvPool:
         self._blocks = BlockPool(executor.num_blocks, self.block_size_tokens)
         self._lock = threading.Lock()
         self._used_tokens = used_tokens
-        max_blocks = min(executor.num_blocks, self.num_blocks_for(max_context_tokens))
+        # A search has more slots than its sequence has positions.
+        max_blocks = min(executor.num_blocks, self.num_blocks_for(max_context_tokens + MAX_SEARCH_SLOTS))
         self.block_tables: Int32Array = np.full((max_sequences, max_blocks), NO_BLOCK, dtype=np.int32)
         """[sequences, blocks] by `Reservation.table_index`; entries past the last block are NO_BLOCK."""
         self._free_tables = list(range(max_sequences - 1, -1, -1))

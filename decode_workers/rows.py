@@ -11,7 +11,7 @@ from decode_workers.scheduler import RowGrant
 from decode_workers.search_rows import SearchAnswer, SearchGrant, add_searches
 from decode_workers.sequence import Sequence
 from decode_workers.step_batch import NO_PARENT, BoolArray, Int32Array, StepBatch
-from decode_workers.targeting.search import SearchRows
+from decode_workers.targeting.forest import SearchRows
 
 
 class StepRows(Record, frozen=True, kw_only=True, eq=False):

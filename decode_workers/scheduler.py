@@ -69,16 +69,14 @@ def _plan_plain(chosen: SequenceOf[Sequence], max_rows: int, *, can_draft: bool)
     ]
 
 
-def _plan_beside_searches(
-    chosen: SequenceOf[Sequence], max_rows: int, *, can_draft: bool
-) -> list[RowGrant]:
+def _plan_beside_searches(chosen: SequenceOf[Sequence], max_rows: int, *, can_draft: bool) -> list[RowGrant]:
     searching = [sequence for sequence in chosen if sequence.is_searching]
     # Prompts that a search will follow last: what they ask comes behind what others do.
     others = sorted(
         (sequence for sequence in chosen if not sequence.is_searching),
         key=lambda sequence: sequence.search is not None,
     )
-    wanted = [one.search.num_wanted_rows for one in searching if one.search is not None]
+    wanted = [one.search.wanted_rows() for one in searching if one.search is not None]
     chains = _plan_plain(others, max_rows - len(searching), can_draft=False)
     shares = _shares(wanted, max_rows - sum(grant.num_forced for grant in chains))
     num_left = max_rows - sum(shares)

@@ -11,7 +11,8 @@ from decode_workers.sampler import BadLogitsError
 from decode_workers.scheduler import RowGrant
 from decode_workers.sequence import Sequence
 from decode_workers.step_batch import NO_PARENT, BoolArray, Int32Array, StepBatch, StepResult
-from decode_workers.targeting.search import SearchRows, TargetingSearch
+from decode_workers.targeting.forest import SearchRows
+from decode_workers.targeting.search import TargetingSearch
 from decode_workers.verdicts import Verdict
 
 
@@ -40,7 +41,7 @@ class SearchAnswer(Record, frozen=True, kw_only=True, eq=False):
         assert result.allowed_logits is not None, "a step without allowed tokens"
         edges = result.allowed_logits[self.first_edge : self.first_edge + len(self.rows.allowed_token_ids)]
         log_sums = None
-        if self.rows.needs_log_sums:
+        if self.rows.needs_log_sums.any():
             assert result.reductions is not None, "a step without reductions"
             log_sums = result.reductions.log_sums[self.first_row : self.first_row + num_rows]
         search_of(self.sequence).give(self.rows, edges, log_sums)
@@ -90,8 +91,10 @@ def add_searches(
     for grant in grants:
         start = next_row if grant.root_row is None else grant.root_row
         end = start + grant.rows.num_rows
-        (needs_best if grant.rows.needs_log_sums else needs_logits)[start:end] = True
         num_allowed[start:end] = np.diff(grant.rows.allowed_starts)
+        needs_best[start:end] = grant.rows.needs_log_sums
+        # Without allowed tokens a row is run for its KV alone.
+        needs_logits[start:end] = ~grant.rows.needs_log_sums & (num_allowed[start:end] > 0)
         starts.append(start)
         next_row = max(next_row, end)
     asked = np.flatnonzero(needs_logits | needs_best)
@@ -101,7 +104,7 @@ def add_searches(
         batch,
         needs_logits=needs_logits,
         needs_best=needs_best if needs_best.any() else None,
-        needs_log_sums=batch.needs_log_sums or any(grant.rows.needs_log_sums for grant in grants),
+        needs_log_sums=batch.needs_log_sums or any(grant.rows.needs_log_sums.any() for grant in grants),
         allowed_starts=_starts(num_allowed[asked]),
         allowed_token_ids=np.concatenate([grant.rows.allowed_token_ids for grant in grants]),
     )
@@ -164,7 +167,7 @@ def _own_rows(grant: SearchGrant, block_tables: Int32Array, block_size_tokens: i
 
     return StepBatch(
         token_ids=rows.token_ids,
-        positions=rows.depths + (committed - np.int32(1)),
+        positions=rows.depths + committed,
         slots=slots(rows.slots),
         parents=rows.parents,
         sequence_starts=np.array([0, rows.num_rows], dtype=np.int32),

@@ -251,9 +251,7 @@ class DecodeService(pb_grpc.DecodeServicer):
             self._inbox.post(partial(self._roster.cancel, request_id))
         else:
             # The roster hears of it in the order in which it hears of the request.
-            choosing.add_done_callback(
-                lambda _: self._inbox.post(partial(self._roster.cancel, request_id))
-            )
+            choosing.add_done_callback(lambda _: self._inbox.post(partial(self._roster.cancel, request_id)))
 
     def _abandon(self, stream: _Stream) -> None:
         """Cancel what a stream started and did not see the end of."""

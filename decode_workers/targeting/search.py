@@ -58,7 +58,7 @@ class TargetingSearch:
         self._beams = params.beams
         self._noise_seed = params.noise_seed
         self._table = step_table
-        self._capacity_slots = capacity_slots
+        self.capacity_slots = capacity_slots
         self._finished = FinishedItems(self._wanted, params.k, params.diversity)
         self._forest: Forest | None = None
         self._order: ParallelOrder | None = None
@@ -184,7 +184,7 @@ class TargetingSearch:
                 self._finished,
                 table=self._table,
                 beams=self._beams,
-                capacity_slots=self._capacity_slots,
+                capacity_slots=self.capacity_slots,
             )
         if layout is None:
             self._forest = self._forest_of(self._wanted.next_round(frontier.nodes), frontier)
@@ -200,4 +200,4 @@ class TargetingSearch:
         self._finished.add(items, forest.edge_scores[edges], forest.edge_logprobs[edges])
 
     def _forest_of(self, layout: Layout, top: Frontier) -> Forest:
-        return Forest(self._wanted, layout, top, self._capacity_slots, self._noise_seed)
+        return Forest(self._wanted, layout, top, self.capacity_slots, self._noise_seed)
