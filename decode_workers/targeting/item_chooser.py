@@ -2,7 +2,7 @@
 
 from functools import lru_cache
 
-from cluster.catalogue.local import FetchError, LocalCatalogues
+from cluster.catalogue.store import FetchError, LocalCatalogues
 
 from cluster.catalogue.file import Catalogue, ConditionError
 from cluster.catalogue.file_format import CatalogueFileError
