@@ -48,7 +48,7 @@ def plan_parallel(
     if layout is None:
         return None
     used = frontier.paths[frontier.paths != NO_SLOT]
-    free_slots = capacity_slots - len(np.unique(used)) - int(layout.levels[-1])
+    free_slots = capacity_slots - len(np.unique(used)) - layout.num_levels
     chunk = min(table.max_rows, free_slots)
     if chunk < width:
         return None
@@ -88,7 +88,7 @@ class ParallelOrder:
         self._wanted = wanted
         self._forest = forest
         levels = forest.layout.levels
-        self._num_levels = int(levels[-1]) + 1
+        self._num_levels = forest.layout.num_levels
         self._level_starts = np.searchsorted(levels, np.arange(self._num_levels + 1))
         self._preorder: IndexArray | None = None
 

@@ -103,10 +103,10 @@ class TargetingSearch:
         assert max_rows > 0
         if self._order is None:
             first = self._forest.layout.num_rows - self._forest.num_pending
-            rows = np.arange(first, min(first + max_rows, self._forest.layout.num_rows))
+            next_rows = slice(first, min(first + max_rows, self._forest.layout.num_rows))
+            self._taken = self._forest.take(next_rows)
         else:
-            rows = self._order.choose(max_rows)
-        self._taken = self._forest.take(rows)
+            self._taken = self._forest.take(self._order.choose(max_rows))
         return self._taken
 
     def give(self, rows: SearchRows, allowed_logits: Float32Array, log_sums: Float32Array | None) -> None:
@@ -115,12 +115,12 @@ class TargetingSearch:
         """
         assert self._forest is not None
         assert rows is self._taken, "not the rows last taken"
-        edges = self._forest.give(rows, allowed_logits, log_sums)
+        self._forest.give(rows, allowed_logits, log_sums)
         self._taken = None
         self.num_steps += 1
         self.num_rows += rows.num_rows
         if self._order is not None:
-            ended = edges[self._forest.layout.edge_rows[edges] == NO_ROW]
+            ended = self._forest.ended_edges(rows)
             self.num_verified_items += len(ended)
             self._finish(ended)
             self._order.prune(self._finished)
@@ -145,6 +145,7 @@ class TargetingSearch:
             logprobs=np.zeros(1),
             depths=np.array([-1]),
             paths=np.zeros((1, 0), dtype=np.intp),
+            has_gaps=False,
         )
         self._forest = self._forest_of(wanted.one_level(root), top)
 

@@ -10,6 +10,8 @@ from decode_workers.step_batch import BoolArray, Int32Array
 IndexArray = npt.NDArray[np.intp]
 
 NO_ROW = -1
+_NONE = np.full(4096, NO_ROW, dtype=np.intp)
+_NONE.flags.writeable = False
 
 
 class Layout(Struct, frozen=True, kw_only=True, eq=False):
@@ -23,6 +25,7 @@ class Layout(Struct, frozen=True, kw_only=True, eq=False):
     """[rows] which of those nodes a row is below, or is."""
     levels: IndexArray
     """[rows] 0 for those nodes."""
+    num_levels: int
     edge_starts: IndexArray
     """[rows + 1] at least one edge a row."""
     edge_nodes: IndexArray
@@ -36,7 +39,7 @@ class Layout(Struct, frozen=True, kw_only=True, eq=False):
 
     @property
     def is_flat(self) -> bool:
-        return len(self.levels) == 0 or int(self.levels[-1]) == 0
+        return self.num_levels == 1
 
 
 class WantedTrie:
@@ -128,7 +131,7 @@ class WantedTrie:
         if not self.is_renormalised:
             return self.one_level(nodes)
         edge_starts, edge_nodes = self.children(nodes)
-        if (np.diff(edge_starts) > 1).all():
+        if (edge_starts[1:] - edge_starts[:-1] > 1).all():
             return _flat(nodes, edge_starts, edge_nodes)
         layout = self._layout(nodes, only_chains=True, max_rows=None)
         assert layout is not None
@@ -147,7 +150,7 @@ class WantedTrie:
             if max_rows is not None and start + len(nodes) > max_rows:
                 return None
             edge_starts, edge_nodes = self.children(nodes)
-            counts = np.diff(edge_starts)
+            counts = edge_starts[1:] - edge_starts[:-1]
             goes_on = ~self.is_ended(edge_nodes)
             if only_chains:
                 goes_on &= np.repeat(counts == 1, counts)
@@ -159,6 +162,8 @@ class WantedTrie:
             within = np.repeat(np.arange(len(nodes)), counts)[below]
             nodes, parents, owners = edge_nodes[below], start + within, owners[within]
             level, start = level + 1, end
+        if level == 1:
+            return _flat(levels[0][0], edge_starts, edge_nodes)
         whole = [np.concatenate(parts) for parts in zip(*levels, strict=True)]
         edge_starts = np.zeros(start + 1, dtype=np.intp)
         np.cumsum(whole[4], out=edge_starts[1:])
@@ -167,6 +172,7 @@ class WantedTrie:
             parents=whole[1],
             owners=whole[2],
             levels=whole[3],
+            num_levels=level,
             edge_starts=edge_starts,
             edge_nodes=whole[5],
             edge_rows=whole[6],
@@ -176,13 +182,18 @@ class WantedTrie:
 def _flat(nodes: IndexArray, edge_starts: IndexArray, edge_nodes: IndexArray) -> Layout:
     return Layout(
         nodes=nodes,
-        parents=np.full(len(nodes), NO_ROW, dtype=np.intp),
+        parents=_none(len(nodes)),
         owners=np.arange(len(nodes)),
         levels=np.zeros(len(nodes), dtype=np.intp),
+        num_levels=1,
         edge_starts=edge_starts,
         edge_nodes=edge_nodes,
-        edge_rows=np.full(len(edge_nodes), NO_ROW, dtype=np.intp),
+        edge_rows=_none(len(edge_nodes)),
     )
+
+
+def _none(count: int) -> IndexArray:
+    return _NONE[:count] if count <= len(_NONE) else np.full(count, NO_ROW, dtype=np.intp)
 
 
 def level_widths(trie: Trie) -> tuple[int, ...]:
