@@ -4,9 +4,8 @@ A slot is in use from the step that writes it until no row below it is pending. 
 """
 
 import numpy as np
-from msgspec import Struct
 
-from decode_workers.step_batch import NO_PARENT, BoolArray, Float32Array, Int32Array
+from decode_workers.step_batch import NO_PARENT, BoolArray, Float32Array
 from decode_workers.targeting import noise
 from decode_workers.targeting.scoring import (
     Float64Array,
@@ -14,61 +13,12 @@ from decode_workers.targeting.scoring import (
     check_finite,
     vocabulary_logprobs,
 )
+from decode_workers.targeting.search_rows import NO_SLOT, Frontier, Rows, SearchRows
 from decode_workers.targeting.wanted import NO_ROW, IndexArray, Layout, WantedTrie, as_int32
-
-NO_SLOT = -1
-
-Rows = IndexArray | slice
-"""Some of a forest's rows, or of its edges: a round that runs in order takes ranges, which cost nothing to index."""
 
 
 class OutOfSlotsError(ValueError):
     """No slot is free for the next row: fewer are reserved than `slots_needed` asks for."""
-
-
-class SearchRows(Struct, frozen=True, kw_only=True, eq=False):
-    """Rows of one search in one step, every parent before its children."""
-
-    nodes: Int32Array
-    """[rows]"""
-    token_ids: Int32Array
-    depths: Int32Array
-    """[rows] 0 for a child of the root: its position is the context's length. The root's own row has -1."""
-    parents: Int32Array
-    """[rows] index of the parent in these rows, or NO_PARENT."""
-    held_starts: Int32Array
-    """[rows + 1]"""
-    held_slots: Int32Array
-    """Local slots of the ancestors that earlier steps ran, root side first; of rows without a parent here."""
-    slots: Int32Array
-    """[rows] the local slot that each row writes; the root's row, whose slot is the context's, has NO_SLOT."""
-    allowed_starts: Int32Array
-    """[rows + 1] a row without allowed tokens is run for its KV alone."""
-    allowed_token_ids: Int32Array
-    """Ascending within a row."""
-    needs_log_sums: BoolArray
-    """[rows]"""
-    forest_rows: Rows
-    """The forest's own numbers of these rows."""
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.nodes)
-
-
-class Frontier(Struct, frozen=True, kw_only=True, eq=False):
-    """Nodes that are scored and have not run, best first."""
-
-    nodes: IndexArray
-    scores: Float64Array
-    """What is ranked: log-probabilities, with noise where it was asked for."""
-    logprobs: Float64Array
-    depths: IndexArray
-    """As in SearchRows."""
-    paths: IndexArray
-    """[nodes, any width] slots of their ancestors, root side first; NO_SLOT anywhere between is no ancestor."""
-    has_gaps: bool
-    """Whether there may be NO_SLOT in `paths`."""
 
 
 class Forest:
@@ -85,7 +35,9 @@ class Forest:
         self.scores = top.scores
         """[rows] NaN where the parent has not run."""
         self.logprobs = top.logprobs
-        if num_rows > num_top:
+        if not layout.is_flat and layout.is_scored:
+            self.scores, self.logprobs = top.scores[layout.owners], top.logprobs[layout.owners]
+        elif not layout.is_flat:
             self.scores = np.full(num_rows, np.nan)
             self.scores[:num_top] = top.scores
             self.logprobs = np.full(num_rows, np.nan)
@@ -118,7 +70,9 @@ class Forest:
         num_rows = len(nodes)
         slots = self.free_slots()[:num_rows]
         if len(slots) < num_rows:
-            raise OutOfSlotsError(f"{num_rows} rows need slots, {len(slots)} of {self._capacity_slots} are free")
+            raise OutOfSlotsError(
+                f"{num_rows} rows need slots, {len(slots)} of {self._capacity_slots} are free"
+            )
         assert self._is_used is not None
         self._is_used[slots] = True
         self._slots[rows] = slots
@@ -172,14 +126,16 @@ class Forest:
         starts, edges = self._edges(batch.forest_rows)
         counts = starts[1:] - starts[:-1]
         conditional = self._conditional(batch, starts, counts, allowed_logits, log_sums)
-        if layout.is_flat:
+        if layout.is_scored:
             self._score(batch.forest_rows, starts, counts, edges, conditional)
             return
         rows = np.arange(layout.num_rows)[batch.forest_rows]
         edges = np.arange(len(layout.edge_nodes))[edges]
         levels = layout.levels[rows]
-        for level in np.unique(levels):
-            at_level = np.flatnonzero(levels == level)
+        for level in range(layout.num_levels):
+            at_level = (levels == level).nonzero()[0]
+            if not len(at_level):
+                continue
             level_counts = counts[at_level]
             places = _ranges(starts[at_level], level_counts)
             level_edges = edges[places]
@@ -193,7 +149,8 @@ class Forest:
     def ended_edges(self, batch: SearchRows) -> IndexArray:
         """Of rows that ran: edges to nodes that are no rows of the forest."""
         edges = np.arange(len(self.layout.edge_nodes))[self._edges(batch.forest_rows)[1]]
-        return edges[self.layout.edge_rows[edges] == NO_ROW]
+        ended: IndexArray = edges[self.layout.edge_rows[edges] == NO_ROW]
+        return ended
 
     def children(self, edges: IndexArray) -> Frontier:
         """What edges of rows that ran lead to."""
@@ -251,7 +208,7 @@ class Forest:
         if num_asked:
             is_asked = counts > 1
             conditional[np.repeat(is_asked, counts)] = catalogue_logprobs(
-                logits, batch.allowed_starts[:-1][is_asked], counts[is_asked]
+                logits, _starts(counts[is_asked])[:-1], counts[is_asked]
             )
         return conditional
 
@@ -262,14 +219,19 @@ class Forest:
 
     def _held(self, rows: Rows, parents: IndexArray) -> tuple[IndexArray, IndexArray]:
         """Slots of ancestors that ran before, of the rows that have no parent beside them, in sparse rows."""
-        held = self._paths(rows)
-        if self.layout.is_flat and not self.top.has_gaps:
+        if self.layout.is_flat:
+            held = self._paths(rows)
             num_rows, width = held.shape
-            return np.arange(num_rows + 1) * width, held.ravel()
-        if not self.layout.is_flat:
-            held[parents != NO_PARENT] = NO_SLOT
+            if not self.top.has_gaps:
+                return np.arange(num_rows + 1) * width, held.ravel()
+            is_held = held != NO_SLOT
+            return _starts(is_held.sum(axis=1)), held[is_held]
+        alone = (parents == NO_PARENT).nonzero()[0]
+        held = self._paths(np.arange(self.layout.num_rows)[rows][alone])
         is_held = held != NO_SLOT
-        return _starts(is_held.sum(axis=1)), held[is_held]
+        counts = np.zeros(len(parents), dtype=np.intp)
+        counts[alone] = is_held.sum(axis=1)
+        return _starts(counts), held[is_held]
 
     def _places(self, rows: Rows) -> IndexArray:
         """Where each row's parent is among `rows`."""
@@ -303,7 +265,7 @@ class Forest:
         return _starts(counts), _ranges(starts[rows], counts)
 
     def _slots_in_use(self) -> BoolArray:
-        """By rows that ran and have a pending row below, and by the ancestors of the forest's trees that do."""
+        """By rows that ran and have a pending row below, and by ancestors of the forest's trees that do."""
         is_used = np.zeros(self._capacity_slots + 1, dtype=np.bool_)
         """Its last place is NO_SLOT's."""
         layout = self.layout

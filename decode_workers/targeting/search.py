@@ -8,9 +8,12 @@
 
 A round ranks all children of the frontier. Of the best `beams` those that have ended are finished; the best
 `beams` that have not are the next frontier: beam search as the transformers library defines it, for a length
-penalty of 0 and without early stopping. Log-probabilities only fall, so a node that is worse than the kth best
-finished item is dropped, and when none is left the search is done; neither changes the result.
+penalty of 0 and without early stopping. Log-probabilities only fall: a node that is worse than the kth best
+finished item is dropped, and when none is left the search is done. Neither changes the result.
 Results depend on neither how rows are cut into steps nor the company they keep.
+
+Noise: exact draws need `beams` of at least k, and under `vocabulary` scoring as many as keep every drawn
+item's path, since a node may owe its score to paths outside the catalogue.
 """
 
 import numpy as np
@@ -22,9 +25,10 @@ from cluster.placement.predict import StepTable
 from decode_workers.step_batch import BoolArray, Float32Array
 from decode_workers.targeting import noise
 from decode_workers.targeting.finished import FinishedItems, best_first
-from decode_workers.targeting.forest import Forest, Frontier, SearchRows
+from decode_workers.targeting.forest import Forest
 from decode_workers.targeting.ptpv import ParallelOrder, plan_parallel
 from decode_workers.targeting.scoring import Float64Array
+from decode_workers.targeting.search_rows import Frontier, SearchRows
 from decode_workers.targeting.wanted import NO_ROW, IndexArray, Layout, WantedTrie
 
 
