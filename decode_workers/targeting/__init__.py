@@ -1,1 +1,1 @@
-"""Constrained beam search over a catalogue's trie, and its verification at once: pure, driven by the engine."""
+"""Constrained beam search over a catalogue's trie, and PTPV: pure, driven by the engine."""

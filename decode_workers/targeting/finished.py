@@ -4,10 +4,10 @@ import numpy as np
 
 from decode_workers.step_batch import BoolArray
 from decode_workers.targeting.scoring import Float64Array
-from decode_workers.targeting.wanted import IndexArray, WantedTrie
+from decode_workers.targeting.wanted import IndexArray, RankArray, WantedTrie
 
 
-def best_first(scores: Float64Array, ranks: IndexArray, count: int) -> IndexArray:
+def best_first(scores: Float64Array, ranks: RankArray, count: int) -> IndexArray:
     """Places of the `count` best, best first; of equals, the lower rank."""
     places = None
     if len(scores) > 2 * count:
@@ -64,7 +64,7 @@ class FinishedItems:
     def edge_score(self) -> float | None:
         return None if self._edge is None else self._edge[0]
 
-    def is_hopeless(self, scores: Float64Array, least_ranks: IndexArray) -> BoolArray:
+    def is_hopeless(self, scores: Float64Array, least_ranks: RankArray) -> BoolArray:
         """Of paths that scored so far, with the least rank below each: no item there can be of the k best."""
         if self._edge is None:
             return np.zeros(len(scores), dtype=np.bool_)
@@ -74,7 +74,7 @@ class FinishedItems:
             hopeless |= (scores == score) & (least_ranks > rank)
         return hopeless
 
-    def _adjusted(self, items: IndexArray, scores: Float64Array, ranks: IndexArray) -> Float64Array:
+    def _adjusted(self, items: IndexArray, scores: Float64Array, ranks: RankArray) -> Float64Array:
         if not self._diversity:
             return scores
         groups = self._wanted.first_tokens(items)

@@ -4,9 +4,8 @@ A slot is in use from the step that writes it until no row below it is pending. 
 """
 
 import numpy as np
-from msgspec import Struct
 
-from decode_workers.step_batch import NO_PARENT, BoolArray, Float32Array, Int32Array
+from decode_workers.step_batch import NO_PARENT, BoolArray, Float32Array
 from decode_workers.targeting import noise
 from decode_workers.targeting.scoring import (
     Float64Array,
@@ -14,67 +13,12 @@ from decode_workers.targeting.scoring import (
     check_finite,
     vocabulary_logprobs,
 )
+from decode_workers.targeting.search_rows import NO_SLOT, Frontier, Rows, SearchRows
 from decode_workers.targeting.wanted import NO_ROW, IndexArray, Layout, WantedTrie, as_int32
-
-NO_SLOT = -1
 
 
 class OutOfSlotsError(ValueError):
     """No slot is free for the next row: fewer are reserved than `slots_needed` asks for."""
-
-
-class SearchRows(Struct, frozen=True, kw_only=True, eq=False):
-    """Rows of one search in one step, every parent before its children."""
-
-    nodes: Int32Array
-    """[rows]"""
-    token_ids: Int32Array
-    depths: Int32Array
-    """[rows] 0 for a child of the root: its position is the context's length. The root's own row has -1."""
-    parents: Int32Array
-    """[rows] index of the parent in these rows, or NO_PARENT."""
-    held_starts: Int32Array
-    """[rows + 1]"""
-    held_slots: Int32Array
-    """Local slots of the ancestors that earlier steps ran, root side first; of rows without a parent here."""
-    slots: Int32Array
-    """[rows] the local slot that each row writes; the root's row, whose slot is the context's, has NO_SLOT."""
-    allowed_starts: Int32Array
-    """[rows + 1] a row without allowed tokens is run for its KV alone."""
-    allowed_token_ids: Int32Array
-    """Ascending within a row."""
-    needs_log_sums: BoolArray
-    """[rows]"""
-    forest_rows: IndexArray
-    """The forest's own numbers of these rows."""
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.nodes)
-
-
-class Frontier(Struct, frozen=True, kw_only=True, eq=False):
-    """Nodes that are scored and have not run, best first."""
-
-    nodes: IndexArray
-    scores: Float64Array
-    """What is ranked: log-probabilities, with noise where it was asked for."""
-    logprobs: Float64Array
-    depths: IndexArray
-    """As in SearchRows."""
-    paths: IndexArray
-    """[nodes, any width] slots of their ancestors, root side first; NO_SLOT anywhere between is no ancestor."""
-
-    def only(self, which: BoolArray) -> "Frontier":
-        if which.all():
-            return self
-        return Frontier(
-            nodes=self.nodes[which],
-            scores=self.scores[which],
-            logprobs=self.logprobs[which],
-            depths=self.depths[which],
-            paths=self.paths[which],
-        )
 
 
 class Forest:
@@ -88,20 +32,28 @@ class Forest:
         num_rows, num_top = layout.num_rows, len(top.nodes)
         self.is_pending = np.ones(num_rows, dtype=np.bool_)
         self.num_pending = num_rows
-        self.scores = np.full(num_rows, np.nan)
-        self.scores[:num_top] = top.scores
-        self.logprobs = self.scores if noise_seed is None else np.full(num_rows, np.nan)
-        self.logprobs[:num_top] = top.logprobs
-        self.edge_scores = np.full(len(layout.edge_nodes), np.nan)
-        self.edge_logprobs = self.edge_scores if noise_seed is None else self.edge_scores.copy()
-        self._slots = np.full(num_rows, NO_SLOT, dtype=np.intp)
+        self.scores = top.scores
+        """[rows] NaN where the parent has not run."""
+        self.logprobs = top.logprobs
+        if not layout.is_flat and layout.is_scored:
+            self.scores, self.logprobs = top.scores[layout.owners], top.logprobs[layout.owners]
+        elif not layout.is_flat:
+            self.scores = np.full(num_rows, np.nan)
+            self.scores[:num_top] = top.scores
+            self.logprobs = np.full(num_rows, np.nan)
+            self.logprobs[:num_top] = top.logprobs
+        self.edge_logprobs = np.empty(len(layout.edge_nodes))
+        """[edges] of rows that ran."""
+        self.edge_scores = self.edge_logprobs if noise_seed is None else np.empty(len(layout.edge_nodes))
+        self._slots = np.empty(num_rows, dtype=np.intp)
+        self._slots.fill(NO_SLOT)
         self._capacity_slots = capacity_slots
         self._is_used: BoolArray | None = None
 
     def free_slots(self) -> IndexArray:
         if self._is_used is None:
             self._is_used = self._slots_in_use()
-        return np.flatnonzero(~self._is_used)
+        return (~self._is_used).nonzero()[0]
 
     def release(self) -> None:
         """Look again which slots are in use: after rows ran or were dropped."""
@@ -111,41 +63,40 @@ class Forest:
         self.is_pending[rows] = False
         self.num_pending = int(np.count_nonzero(self.is_pending))
 
-    def take(self, rows: IndexArray) -> SearchRows:
+    def take(self, rows: Rows) -> SearchRows:
         """Pending rows, parents first, whose parents run with them or have run. Raises OutOfSlotsError."""
-        layout, num_rows = self.layout, len(rows)
+        layout = self.layout
+        nodes = layout.nodes[rows]
+        num_rows = len(nodes)
         slots = self.free_slots()[:num_rows]
         if len(slots) < num_rows:
-            raise OutOfSlotsError(f"{num_rows} rows need slots, {len(slots)} of {self._capacity_slots} are free")
+            raise OutOfSlotsError(
+                f"{num_rows} rows need slots, {len(slots)} of {self._capacity_slots} are free"
+            )
         assert self._is_used is not None
         self._is_used[slots] = True
         self._slots[rows] = slots
         self.is_pending[rows] = False
         self.num_pending -= num_rows
         parents = self._places(rows)
-        held = self._paths(rows)
-        if not layout.is_flat:
-            held[parents != NO_PARENT] = NO_SLOT
-        is_held = held != NO_SLOT
-        nodes = layout.nodes[rows]
+        held_starts, held_slots = self._held(rows, parents)
         starts, edges = self._edges(rows)
-        asked_starts, asked = starts, layout.edge_nodes[edges]
+        asked = layout.edge_nodes[edges]
         if self._wanted.is_renormalised and not layout.is_flat:
-            counts = np.diff(starts)
+            counts = starts[1:] - starts[:-1]
             is_asked = counts > 1
-            asked_starts = _starts(np.where(is_asked, counts, 0))
-            asked = asked[np.repeat(is_asked, counts)]
+            starts, asked = _starts(counts * is_asked), asked[np.repeat(is_asked, counts)]
         return SearchRows(
             nodes=as_int32(nodes),
             token_ids=self._wanted.token[nodes],
             depths=as_int32(self.top.depths[layout.owners[rows]] + layout.levels[rows]),
             parents=as_int32(parents),
-            held_starts=as_int32(_starts(np.count_nonzero(is_held, axis=1))),
-            held_slots=as_int32(held[is_held]),
+            held_starts=as_int32(held_starts),
+            held_slots=as_int32(held_slots),
             slots=as_int32(slots),
-            allowed_starts=as_int32(asked_starts),
+            allowed_starts=as_int32(starts),
             allowed_token_ids=self._wanted.token[asked],
-            needs_log_sums=np.full(num_rows, not self._wanted.is_renormalised),
+            needs_log_sums=self._needs_log_sums(num_rows),
             forest_rows=rows,
         )
 
@@ -165,50 +116,63 @@ class Forest:
             slots=zero + NO_SLOT,
             allowed_starts=np.array([0, len(edge_nodes)], dtype=np.int32),
             allowed_token_ids=self._wanted.token[edge_nodes],
-            needs_log_sums=np.full(1, not self._wanted.is_renormalised),
-            forest_rows=np.zeros(1, dtype=np.intp),
+            needs_log_sums=self._needs_log_sums(1),
+            forest_rows=slice(0, 1),
         )
 
-    def give(
-        self, batch: SearchRows, allowed_logits: Float32Array, log_sums: Float32Array | None
-    ) -> IndexArray:
-        """Score the edges of rows that ran, and return those edges. Raises BadLogitsError."""
-        rows, layout = batch.forest_rows, self.layout
-        starts, edges = self._edges(rows)
-        conditional = self._conditional(batch, starts, allowed_logits, log_sums)
-        if layout.is_flat:
-            self._score(rows, starts, edges, conditional)
-            return edges
+    def give(self, batch: SearchRows, allowed_logits: Float32Array, log_sums: Float32Array | None) -> None:
+        """Score the edges of rows that ran. Raises BadLogitsError."""
+        layout = self.layout
+        starts, edges = self._edges(batch.forest_rows)
+        counts = starts[1:] - starts[:-1]
+        conditional = self._conditional(batch, starts, counts, allowed_logits, log_sums)
+        if layout.is_scored:
+            self._score(batch.forest_rows, starts, counts, edges, conditional)
+            return
+        rows = np.arange(layout.num_rows)[batch.forest_rows]
+        edges = np.arange(len(layout.edge_nodes))[edges]
         levels = layout.levels[rows]
-        for level in np.unique(levels):
-            at_level = np.flatnonzero(levels == level)
-            counts = starts[at_level + 1] - starts[at_level]
-            places = _ranges(starts[at_level], counts)
+        for level in range(layout.num_levels):
+            at_level = (levels == level).nonzero()[0]
+            if not len(at_level):
+                continue
+            level_counts = counts[at_level]
+            places = _ranges(starts[at_level], level_counts)
             level_edges = edges[places]
-            self._score(rows[at_level], _starts(counts), level_edges, conditional[places])
+            level_starts = _starts(level_counts)
+            self._score(rows[at_level], level_starts, level_counts, level_edges, conditional[places])
             below = layout.edge_rows[level_edges]
             has_row = below != NO_ROW
             self.scores[below[has_row]] = self.edge_scores[level_edges[has_row]]
             self.logprobs[below[has_row]] = self.edge_logprobs[level_edges[has_row]]
-        return edges
+
+    def ended_edges(self, batch: SearchRows) -> IndexArray:
+        """Of rows that ran: edges to nodes that are no rows of the forest."""
+        edges = np.arange(len(self.layout.edge_nodes))[self._edges(batch.forest_rows)[1]]
+        ended: IndexArray = edges[self.layout.edge_rows[edges] == NO_ROW]
+        return ended
 
     def children(self, edges: IndexArray) -> Frontier:
         """What edges of rows that ran lead to."""
-        rows = np.searchsorted(self.layout.edge_starts, edges, side="right") - 1
+        layout, top = self.layout, self.top
+        rows = layout.edge_starts.searchsorted(edges, side="right") - 1
+        depths = top.depths[layout.owners[rows]]
+        depths += layout.levels[rows] + 1
         paths = self._paths(rows)
-        own = self._slots[rows][:, None]
+        if self._slots[0] != NO_SLOT:
+            paths = np.concatenate([paths, self._slots[rows][:, None]], axis=1)
         return Frontier(
-            nodes=self.layout.edge_nodes[edges],
+            nodes=layout.edge_nodes[edges],
             scores=self.edge_scores[edges],
             logprobs=self.edge_logprobs[edges],
-            depths=self.top.depths[self.layout.owners[rows]] + self.layout.levels[rows] + 1,
-            paths=np.concatenate([paths, own], axis=1),
+            depths=depths,
+            paths=paths,
+            has_gaps=top.has_gaps or not layout.is_flat,
         )
 
     def _score(
-        self, rows: IndexArray, starts: IndexArray, edges: IndexArray, conditional: Float64Array
+        self, rows: Rows, starts: IndexArray, counts: IndexArray, edges: Rows, conditional: Float64Array
     ) -> None:
-        counts = np.diff(starts)
         self.edge_logprobs[edges] = np.repeat(self.logprobs[rows], counts) + conditional
         if self._noise_seed is not None:
             self.edge_scores[edges] = noise.perturbed(
@@ -222,12 +186,16 @@ class Forest:
             )
 
     def _conditional(
-        self, batch: SearchRows, starts: IndexArray, logits: Float32Array, log_sums: Float32Array | None
+        self,
+        batch: SearchRows,
+        starts: IndexArray,
+        counts: IndexArray,
+        logits: Float32Array,
+        log_sums: Float32Array | None,
     ) -> Float64Array:
         num_asked = len(batch.allowed_token_ids)
         assert logits.shape == (num_asked,), f"{logits.shape} logits of {num_asked} allowed tokens"
         check_finite(logits, "allowed logit")
-        counts = np.diff(starts)
         if not self._wanted.is_renormalised:
             assert log_sums is not None
             assert log_sums.shape == counts.shape, f"{log_sums.shape} log-sum-exps of {len(counts)} rows"
@@ -238,22 +206,43 @@ class Forest:
         # Only children were not asked for: their log-probability is 0.
         conditional = np.zeros(int(starts[-1]))
         if num_asked:
-            is_asked = np.diff(batch.allowed_starts) > 0
+            is_asked = counts > 1
             conditional[np.repeat(is_asked, counts)] = catalogue_logprobs(
-                logits, batch.allowed_starts[:-1][is_asked], counts[is_asked]
+                logits, _starts(counts[is_asked])[:-1], counts[is_asked]
             )
         return conditional
 
-    def _places(self, rows: IndexArray) -> IndexArray:
+    def _needs_log_sums(self, num_rows: int) -> BoolArray:
+        needs: BoolArray = np.zeros(num_rows, dtype=np.bool_)
+        needs.fill(not self._wanted.is_renormalised)
+        return needs
+
+    def _held(self, rows: Rows, parents: IndexArray) -> tuple[IndexArray, IndexArray]:
+        """Slots of ancestors that ran before, of the rows that have no parent beside them, in sparse rows."""
+        if self.layout.is_flat:
+            held = self._paths(rows)
+            num_rows, width = held.shape
+            if not self.top.has_gaps:
+                return np.arange(num_rows + 1) * width, held.ravel()
+            is_held = held != NO_SLOT
+            return _starts(is_held.sum(axis=1)), held[is_held]
+        alone = (parents == NO_PARENT).nonzero()[0]
+        held = self._paths(np.arange(self.layout.num_rows)[rows][alone])
+        is_held = held != NO_SLOT
+        counts = np.zeros(len(parents), dtype=np.intp)
+        counts[alone] = is_held.sum(axis=1)
+        return _starts(counts), held[is_held]
+
+    def _places(self, rows: Rows) -> IndexArray:
         """Where each row's parent is among `rows`."""
         parents = self.layout.parents[rows]
         if self.layout.is_flat:
             return parents
         place = np.full(self.layout.num_rows, NO_PARENT, dtype=np.intp)
-        place[rows] = np.arange(len(rows))
+        place[rows] = np.arange(len(parents))
         return np.where(parents == NO_ROW, NO_PARENT, place[parents])
 
-    def _paths(self, rows: IndexArray) -> IndexArray:
+    def _paths(self, rows: Rows) -> IndexArray:
         """[rows, width] slots of their ancestors, root side first, NO_SLOT between."""
         above = self.top.paths[self.layout.owners[rows]]
         if self.layout.is_flat:
@@ -265,20 +254,24 @@ class Forest:
             ancestors = np.where(is_row, self.layout.parents[ancestors], NO_ROW)
         return np.concatenate([above, *(column[:, None] for column in reversed(columns))], axis=1)
 
-    def _edges(self, rows: IndexArray) -> tuple[IndexArray, IndexArray]:
+    def _edges(self, rows: Rows) -> tuple[IndexArray, Rows]:
         """Where each row's edges start among those of `rows`, and their places among the forest's."""
         starts = self.layout.edge_starts
-        if len(rows) == self.layout.num_rows and self.layout.is_flat:
-            return starts, np.arange(int(starts[-1]))
-        first = starts[rows]
-        counts = starts[rows + 1] - first
-        return _starts(counts), _ranges(first, counts)
+        if isinstance(rows, slice):
+            own = starts[rows.start : rows.stop + 1]
+            first = own[0]
+            return (own - first if first else own), slice(first, own[-1])
+        counts = starts[rows + 1] - starts[rows]
+        return _starts(counts), _ranges(starts[rows], counts)
 
     def _slots_in_use(self) -> BoolArray:
-        """By rows that ran and have a pending row below, and by the ancestors of the forest's trees that do."""
+        """By rows that ran and have a pending row below, and by ancestors of the forest's trees that do."""
         is_used = np.zeros(self._capacity_slots + 1, dtype=np.bool_)
         """Its last place is NO_SLOT's."""
         layout = self.layout
+        if self.num_pending == layout.num_rows:
+            is_used[self.top.paths] = True
+            return is_used[:-1]
         is_needed = np.zeros(layout.num_rows, dtype=np.bool_)
         rows = np.flatnonzero(self.is_pending)
         while len(rows):

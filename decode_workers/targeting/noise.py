@@ -1,7 +1,8 @@
-"""Stochastic beams: a top-down draw of Gumbel-perturbed log-probabilities (Kool, van Hoof and Welling, "Stochastic
-Beams and Where to Find Them", ICML 2019). The k items of highest perturbed score are k draws without replacement.
+"""Stochastic beams: a top-down draw of log-probabilities perturbed by Gumbel noise.
 
-A node's noise is keyed on (seed, node) alone, so it does not depend on what ran with it.
+Kool, van Hoof and Welling, "Stochastic Beams and Where to Find Them" (ICML 2019): the k items of highest
+perturbed score are k draws without replacement. A node's noise is keyed on (seed, node) alone, so it does not
+depend on what ran with it.
 """
 
 import numpy as np
@@ -30,8 +31,8 @@ def perturbed(
 ) -> Float64Array:
     """Scores of edges, given their parents': noise on each, on condition that the largest is the parent's.
 
-    `edge_logprobs` are conditional on the parent. Where they leave probability to paths outside the catalogue,
-    those take part as one more child: each wanted item's score is then Gumbel noise on its own log-probability.
+    `edge_logprobs` are conditional on the parent. Where they leave probability to paths that are not wanted,
+    those take part as one more child: so each item's score is Gumbel noise on its own log-probability.
     """
     counts, starts = np.diff(edge_starts), edge_starts[:-1]
     raw = np.repeat(parent_logprobs, counts) + edge_logprobs + _gumbel(seed, edge_nodes, _OF_NODE)
@@ -39,7 +40,9 @@ def perturbed(
     rest = 1.0 - np.add.reduceat(np.exp(edge_logprobs), starts)
     has_rest = rest > 1e-9
     if has_rest.any():
-        others = np.log(rest[has_rest]) + parent_logprobs[has_rest] + _gumbel(seed, parents[has_rest], _OF_REST)
+        others = (
+            np.log(rest[has_rest]) + parent_logprobs[has_rest] + _gumbel(seed, parents[has_rest], _OF_REST)
+        )
         largest[has_rest] = np.maximum(largest[has_rest], others)
     bound = np.repeat(parent_scores, counts)
     below = raw - np.repeat(largest, counts)

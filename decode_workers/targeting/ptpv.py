@@ -5,14 +5,18 @@ worse than the kth best item found, as log-probabilities only fall.
 """
 
 import numpy as np
+import numpy.typing as npt
 
 from cluster.placement.predict import StepTable, step_ms
 from decode_workers.targeting.finished import FinishedItems
-from decode_workers.targeting.forest import NO_SLOT, Forest, Frontier
+from decode_workers.targeting.forest import Forest
+from decode_workers.targeting.search_rows import NO_SLOT, Frontier
 from decode_workers.targeting.wanted import NO_ROW, IndexArray, Layout, WantedTrie
 
-_LOOSE = 4
-"""How far an estimate of rows may be above what would pay before the rows are not even counted."""
+_LOOSE = 1.25
+"""An estimate that is worse than stepwise by more than this is not looked into."""
+_MOST_PRUNED = 4
+"""How many times the rows that would pay may remain where most are expected to be pruned."""
 
 
 def plan_parallel(
@@ -24,36 +28,44 @@ def plan_parallel(
     beams: int,
     capacity_slots: int,
 ) -> Layout | None:
-    """All rows below the frontier, where running them is predicted faster than going on stepwise; else None."""
+    """All rows below the frontier where running them is predicted faster than going on stepwise, or None."""
     heights = wanted.height[frontier.nodes]
-    height, width = int(heights.max()), len(frontier.nodes)
-    if height < 2:
+    height, width, chunk = int(heights.max()), len(frontier.nodes), table.max_rows
+    if height < 2 or step_ms(table, chunk) <= 0:
         return None
-    most = wanted.num_inner[frontier.nodes]
-    if wanted.is_filtered:
-        most = np.minimum(most, wanted.count(frontier.nodes) * heights.astype(np.int64))
-    most_rows = int(most.sum())
-    later = min(beams, most_rows)
-    most_ms = step_ms(table, width) + (height - 1) * _chunks_ms(table, later, table.max_rows)
-    full_ms = step_ms(table, table.max_rows)
-    if full_ms <= 0:
+    num_rows = _estimated_rows(wanted, frontier, heights)
+    later = min(beams, -(-max(num_rows - width, 1) // (height - 1)))
+    stepwise = step_ms(table, width) + (height - 1) * _chunks_ms(table, later, chunk)
+    if finished.edge_score is None:
+        parallel = _chunks_ms(table, num_rows, chunk)
+    else:
+        parallel = _chunks_ms(table, min(num_rows, max(chunk, width)), chunk)
+    if parallel > _LOOSE * stepwise:
         return None
-    paying_rows = (int(most_ms / full_ms) + 1) * table.max_rows
-    is_exact = not wanted.is_filtered and not wanted.is_renormalised and finished.edge_score is None
-    if most_rows > (paying_rows if is_exact else _LOOSE * paying_rows):
-        return None
-    layout = wanted.all_below(
-        frontier.nodes, paying_rows if finished.edge_score is None else _LOOSE * paying_rows
-    )
+    most_rows = (int(_LOOSE * stepwise / step_ms(table, chunk)) + 1) * chunk
+    if finished.edge_score is not None:
+        most_rows *= _MOST_PRUNED
+    layout = wanted.all_below(frontier.nodes, most_rows)
     if layout is None:
         return None
     used = frontier.paths[frontier.paths != NO_SLOT]
-    free_slots = capacity_slots - len(np.unique(used)) - int(layout.levels[-1])
+    free_slots = capacity_slots - len(np.unique(used)) - layout.num_levels
     chunk = min(table.max_rows, free_slots)
     if chunk < width:
         return None
     parallel, stepwise = predicted_ms(layout, frontier, finished, table=table, beams=beams, chunk=chunk)
     return layout if parallel < stepwise else None
+
+
+def _estimated_rows(wanted: WantedTrie, frontier: Frontier, heights: npt.NDArray[np.uint8]) -> int:
+    """Rows below the frontier: exact for all items in the vocabulary's scoring, else rather too many."""
+    most = wanted.num_inner[frontier.nodes]
+    if wanted.is_renormalised:
+        # Every node with an only child that has ended needs no row: mostly one row a branch is left.
+        most = np.minimum(most, wanted.count(frontier.nodes))
+    elif wanted.is_filtered:
+        most = np.minimum(most, wanted.count(frontier.nodes) * heights.astype(np.int64))
+    return max(int(most.sum()), len(frontier.nodes))
 
 
 def predicted_ms(
@@ -88,15 +100,15 @@ class ParallelOrder:
         self._wanted = wanted
         self._forest = forest
         levels = forest.layout.levels
-        self._num_levels = int(levels[-1]) + 1
+        self._num_levels = forest.layout.num_levels
         self._level_starts = np.searchsorted(levels, np.arange(self._num_levels + 1))
         self._preorder: IndexArray | None = None
 
     def choose(self, max_rows: int) -> IndexArray:
         """Best bound first, and of one bound level by level, so that what is run first prunes most.
 
-        A row left behind holds its ancestors' slots. So one slot a level stays free; where it would not, trees
-        are run to their ends, the deepest begun one first, which never holds more than one path of each.
+        A row left behind holds its ancestors' slots. So one slot a level stays free; where it would not,
+        trees are run to their ends, the deepest one begun first, which holds no more than one path beside.
         """
         forest = self._forest
         num_free = len(forest.free_slots())

@@ -8,9 +8,12 @@
 
 A round ranks all children of the frontier. Of the best `beams` those that have ended are finished; the best
 `beams` that have not are the next frontier: beam search as the transformers library defines it, for a length
-penalty of 0 and without early stopping. Log-probabilities only fall, so a node that is worse than the kth best
-finished item is dropped, and when none is left the search is done; neither changes the result.
+penalty of 0 and without early stopping. Log-probabilities only fall: a node that is worse than the kth best
+finished item is dropped, and when none is left the search is done. Neither changes the result.
 Results depend on neither how rows are cut into steps nor the company they keep.
+
+Noise: exact draws need `beams` of at least k, and under `vocabulary` scoring as many as keep every drawn
+item's path, since a node may owe its score to paths outside the catalogue.
 """
 
 import numpy as np
@@ -22,9 +25,10 @@ from cluster.placement.predict import StepTable
 from decode_workers.step_batch import BoolArray, Float32Array
 from decode_workers.targeting import noise
 from decode_workers.targeting.finished import FinishedItems, best_first
-from decode_workers.targeting.forest import Forest, Frontier, SearchRows
+from decode_workers.targeting.forest import Forest
 from decode_workers.targeting.ptpv import ParallelOrder, plan_parallel
 from decode_workers.targeting.scoring import Float64Array
+from decode_workers.targeting.search_rows import Frontier, SearchRows
 from decode_workers.targeting.wanted import NO_ROW, IndexArray, Layout, WantedTrie
 
 
@@ -103,10 +107,10 @@ class TargetingSearch:
         assert max_rows > 0
         if self._order is None:
             first = self._forest.layout.num_rows - self._forest.num_pending
-            rows = np.arange(first, min(first + max_rows, self._forest.layout.num_rows))
+            next_rows = slice(first, min(first + max_rows, self._forest.layout.num_rows))
+            self._taken = self._forest.take(next_rows)
         else:
-            rows = self._order.choose(max_rows)
-        self._taken = self._forest.take(rows)
+            self._taken = self._forest.take(self._order.choose(max_rows))
         return self._taken
 
     def give(self, rows: SearchRows, allowed_logits: Float32Array, log_sums: Float32Array | None) -> None:
@@ -115,12 +119,12 @@ class TargetingSearch:
         """
         assert self._forest is not None
         assert rows is self._taken, "not the rows last taken"
-        edges = self._forest.give(rows, allowed_logits, log_sums)
+        self._forest.give(rows, allowed_logits, log_sums)
         self._taken = None
         self.num_steps += 1
         self.num_rows += rows.num_rows
         if self._order is not None:
-            ended = edges[self._forest.layout.edge_rows[edges] == NO_ROW]
+            ended = self._forest.ended_edges(rows)
             self.num_verified_items += len(ended)
             self._finish(ended)
             self._order.prune(self._finished)
@@ -145,6 +149,7 @@ class TargetingSearch:
             logprobs=np.zeros(1),
             depths=np.array([-1]),
             paths=np.zeros((1, 0), dtype=np.intp),
+            has_gaps=False,
         )
         self._forest = self._forest_of(wanted.one_level(root), top)
 

@@ -1,4 +1,4 @@
-"""The part of a trie that a request wants: its items after the filter, and which nodes must run to score them."""
+"""The part of a trie that a request wants: its items after the filter, and the rows that score them."""
 
 import numpy as np
 import numpy.typing as npt
@@ -8,12 +8,15 @@ from cluster.catalogue.trie import ROOT, Trie
 from decode_workers.step_batch import BoolArray, Int32Array
 
 IndexArray = npt.NDArray[np.intp]
+RankArray = npt.NDArray[np.int32]
 
 NO_ROW = -1
+_NONE = np.full(4096, NO_ROW, dtype=np.intp)
+_NONE.flags.writeable = False
 
 
 class Layout(Struct, frozen=True, kw_only=True, eq=False):
-    """Rows below some nodes, level by level, siblings side by side; and the edges to their wanted children."""
+    """Rows below some nodes, level by level, siblings side by side; and edges to their wanted children."""
 
     nodes: IndexArray
     """[rows]"""
@@ -23,6 +26,9 @@ class Layout(Struct, frozen=True, kw_only=True, eq=False):
     """[rows] which of those nodes a row is below, or is."""
     levels: IndexArray
     """[rows] 0 for those nodes."""
+    num_levels: int
+    is_scored: bool
+    """Whether a row below another is its only child, under `catalogue` scoring: of the same score."""
     edge_starts: IndexArray
     """[rows + 1] at least one edge a row."""
     edge_nodes: IndexArray
@@ -36,7 +42,7 @@ class Layout(Struct, frozen=True, kw_only=True, eq=False):
 
     @property
     def is_flat(self) -> bool:
-        return len(self.levels) == 0 or int(self.levels[-1]) == 0
+        return self.num_levels == 1
 
 
 class WantedTrie:
@@ -47,7 +53,7 @@ class WantedTrie:
     """
 
     def __init__(self, trie: Trie, mask: BoolArray | None, *, is_renormalised: bool) -> None:
-        """`mask` is over sorted items; None wants all of them. Raises ValueError where its length is another."""
+        """`mask` is over sorted items; None wants all. Raises ValueError where its length is another."""
         if mask is not None and mask.shape != (trie.count_items,):
             raise ValueError(f"the filter has shape {mask.shape}, the catalogue {trie.count_items} items")
         self.is_renormalised = is_renormalised
@@ -77,12 +83,14 @@ class WantedTrie:
     def is_filtered(self) -> bool:
         return self._wanted_items is not None
 
-    def count(self, nodes: IndexArray) -> npt.NDArray[np.integer]:
+    def count(self, nodes: IndexArray) -> RankArray | IndexArray:
         """Wanted items below each."""
+        num_items: RankArray = self._num_items[nodes]
         if self._before is None:
-            return self._num_items[nodes]
+            return num_items
         first = self._first_item[nodes]
-        return self._before[first + self._num_items[nodes]] - self._before[first]
+        wanted: IndexArray = self._before[first + num_items] - self._before[first]
+        return wanted
 
     def first_item(self, nodes: IndexArray) -> IndexArray:
         """The first wanted item below each: of a node that has ended, its item."""
@@ -93,9 +101,9 @@ class WantedTrie:
 
     def is_ended(self, nodes: IndexArray) -> BoolArray:
         """Of wanted nodes."""
-        if self.is_renormalised:
-            return self.count(nodes) == 1
-        return self._leaf_item[nodes] >= 0
+        ended: BoolArray
+        ended = self.count(nodes) == 1 if self.is_renormalised else self._leaf_item[nodes] >= 0
+        return ended
 
     def first_tokens(self, items: IndexArray) -> IndexArray:
         """The root's child that each item is below, numbered from 1."""
@@ -128,7 +136,7 @@ class WantedTrie:
         if not self.is_renormalised:
             return self.one_level(nodes)
         edge_starts, edge_nodes = self.children(nodes)
-        if (np.diff(edge_starts) > 1).all():
+        if (edge_starts[1:] - edge_starts[:-1] > 1).all():
             return _flat(nodes, edge_starts, edge_nodes)
         layout = self._layout(nodes, only_chains=True, max_rows=None)
         assert layout is not None
@@ -139,69 +147,61 @@ class WantedTrie:
         return self._layout(nodes, only_chains=False, max_rows=max_rows)
 
     def _layout(self, nodes: IndexArray, *, only_chains: bool, max_rows: int | None) -> Layout | None:
-        level, start = 0, 0
-        parents = np.full(len(nodes), NO_ROW, dtype=np.intp)
-        owners = np.arange(len(nodes))
+        start = 0
+        parents, owners = _none(len(nodes)), np.arange(len(nodes))
         levels: list[tuple[IndexArray, ...]] = []
         while len(nodes):
-            if max_rows is not None and start + len(nodes) > max_rows:
+            end = start + len(nodes)
+            if max_rows is not None and end > max_rows:
                 return None
             edge_starts, edge_nodes = self.children(nodes)
-            counts = np.diff(edge_starts)
+            counts = edge_starts[1:] - edge_starts[:-1]
             goes_on = ~self.is_ended(edge_nodes)
             if only_chains:
                 goes_on &= np.repeat(counts == 1, counts)
-            edge_rows = np.full(len(edge_nodes), NO_ROW, dtype=np.intp)
-            end = start + len(nodes)
-            below = np.flatnonzero(goes_on)
+            below = goes_on.nonzero()[0]
+            edge_rows = np.empty(len(edge_nodes), dtype=np.intp)
+            edge_rows.fill(NO_ROW)
             edge_rows[below] = np.arange(end, end + len(below))
-            levels.append((nodes, parents, owners, np.full(len(nodes), level), counts, edge_nodes, edge_rows))
-            within = np.repeat(np.arange(len(nodes)), counts)[below]
+            levels.append((nodes, parents, owners, counts, edge_nodes, edge_rows))
+            within = edge_starts.searchsorted(below, side="right") - 1
             nodes, parents, owners = edge_nodes[below], start + within, owners[within]
-            level, start = level + 1, end
+            start = end
+        if len(levels) == 1:
+            return _flat(levels[0][0], edge_starts, edge_nodes)
+        sizes = [len(level[0]) for level in levels]
         whole = [np.concatenate(parts) for parts in zip(*levels, strict=True)]
         edge_starts = np.zeros(start + 1, dtype=np.intp)
-        np.cumsum(whole[4], out=edge_starts[1:])
+        np.cumsum(whole[3], out=edge_starts[1:])
         return Layout(
             nodes=whole[0],
             parents=whole[1],
             owners=whole[2],
-            levels=whole[3],
+            levels=np.repeat(np.arange(len(levels)), sizes),
+            num_levels=len(levels),
+            is_scored=only_chains,
             edge_starts=edge_starts,
-            edge_nodes=whole[5],
-            edge_rows=whole[6],
+            edge_nodes=whole[4],
+            edge_rows=whole[5],
         )
 
 
 def _flat(nodes: IndexArray, edge_starts: IndexArray, edge_nodes: IndexArray) -> Layout:
     return Layout(
         nodes=nodes,
-        parents=np.full(len(nodes), NO_ROW, dtype=np.intp),
+        parents=_none(len(nodes)),
         owners=np.arange(len(nodes)),
         levels=np.zeros(len(nodes), dtype=np.intp),
+        num_levels=1,
+        is_scored=True,
         edge_starts=edge_starts,
         edge_nodes=edge_nodes,
-        edge_rows=np.full(len(edge_nodes), NO_ROW, dtype=np.intp),
+        edge_rows=_none(len(edge_nodes)),
     )
 
 
-def level_widths(trie: Trie) -> tuple[int, ...]:
-    """Inner nodes of each level below the root. Reads all nodes: once a catalogue, not once a request."""
-    widths: list[int] = []
-    start, end = (int(bound) for bound in trie.first_child[:2])
-    while start < end:
-        widths.append(int((trie.leaf_item[start:end] < 0).sum()))
-        start, end = int(trie.first_child[start]), int(trie.first_child[end])
-    return tuple(widths)
-
-
-def slots_needed(trie: Trie, beams: int, max_rows: int) -> int:
-    """Slots with which no search of `beams` ever waits for one, in steps of at most `max_rows` rows.
-
-    Stepwise, each level has at most `beams` nodes whose KV is still wanted, the rows that run included. The rest
-    lets a parallel chunk be as large as a step; `slots_needed(trie, beams, 0)` are enough to end.
-    """
-    return sum(min(beams, width) for width in level_widths(trie)) + max_rows
+def _none(count: int) -> IndexArray:
+    return _NONE[:count] if count <= len(_NONE) else np.full(count, NO_ROW, dtype=np.intp)
 
 
 def as_int32(indices: IndexArray) -> Int32Array:

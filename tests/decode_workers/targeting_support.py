@@ -1,4 +1,4 @@
-"""A model whose logits are a function of the path alone, a driver that checks what each row sees, and references."""
+"""A model whose logits depend on the path alone, a driver that checks what rows see, and slow references."""
 
 import hashlib
 import math
@@ -9,8 +9,8 @@ import numpy as np
 
 from cluster.messages import CatalogueRef, TargetingParams
 from decode_workers.step_batch import NO_PARENT
-from decode_workers.targeting.forest import SearchRows
 from decode_workers.targeting.search import TargetingSearch
+from decode_workers.targeting.search_rows import SearchRows
 from tests.decode_workers.tries import Path, build_trie
 
 END = 0
@@ -114,7 +114,7 @@ class Case:
         return self.best({path: self.path_score(path) for path in self.wanted}, k, diversity)
 
     def beam_search(self, beams: int) -> list[tuple[dict[Path, float], list[tuple[float, Path]]]]:
-        """After each round: all that is finished, and the frontier. Nothing is dropped, nothing stops early."""
+        """After each round: all that is finished, and the frontier. None dropped, no early stop."""
         if not self.wanted:
             return [({}, [])]
         if self.is_ended(()):
