@@ -211,7 +211,7 @@ class MappedFile:
         self.header = self._header()
 
     def _verify(self) -> None:
-        digest = xxhash.xxh3_128(self._view[:_CHECKSUM.start])
+        digest = xxhash.xxh3_128(self._view[: _CHECKSUM.start])
         digest.update(bytes(_CHECKSUM.stop - _CHECKSUM.start))
         digest.update(self._view[_CHECKSUM.stop :])
         if digest.hexdigest() != self.preamble.checksum:

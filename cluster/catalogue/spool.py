@@ -77,7 +77,9 @@ class BlobSpool:
         return self._lengths.count
 
     def extend(self, values: Sequence[bytes | None]) -> None:
-        self._lengths.extend(np.fromiter((-1 if v is None else len(v) for v in values), np.int32, len(values)))
+        self._lengths.extend(
+            np.fromiter((-1 if v is None else len(v) for v in values), np.int32, len(values))
+        )
         self.data.write_bytes(b"".join([value for value in values if value]))
 
     def pad_to(self, count: int) -> None:

@@ -136,9 +136,7 @@ def _json_item(line: int, document: Any) -> Item:
         item_id = str(item_id)
     if item_id is not None and not isinstance(item_id, str):
         raise _FaultError(f"`id` is {_kind(item_id)}; it must be a string or an integer, or absent")
-    attributes = {
-        name: _json_attribute(name, value) for name, value in document.items() if value is not None
-    }
+    attributes = {name: _json_attribute(name, value) for name, value in document.items() if value is not None}
     return Item(line, _checked_id(item_id, line), _checked_text(text), bid, attributes)
 
 
@@ -152,7 +150,9 @@ def _json_attribute(name: str, value: Any) -> AttributeValue:
         if isinstance(value, int) and abs(value) > MAX_EXACT_INTEGER:
             raise _FaultError(f"attribute {shown(name)} is an integer beyond 2^53: send it as a string")
         return _finite(name, value)
-    raise _FaultError(f"attribute {shown(name)} is {_kind(value)}; it must be a string, a number, true or false")
+    raise _FaultError(
+        f"attribute {shown(name)} is {_kind(value)}; it must be a string, a number, true or false"
+    )
 
 
 def _kind(value: Any) -> str:
