@@ -29,7 +29,7 @@ from decode_workers.request_check import RequestLimits
 from decode_workers.roster import Roster
 from decode_workers.rows import StepRows, assemble
 from decode_workers.scheduler import RowGrant, Waiting, plan_run, plan_step
-from decode_workers.search_rows import give_answers, take_search_rows
+from decode_workers.search_batch import give_answers, take_search_rows
 from decode_workers.sequence import Sequence, SequenceState
 from decode_workers.step_batch import StepResult
 from decode_workers.targeting.search import TargetingSearch
@@ -118,7 +118,7 @@ class DecodeEngine:
             elif grants:
                 started_s = time.perf_counter()
                 trees, searches = self._draft(grants), take_search_rows(grants)
-                rows = assemble(grants, trees, searches, self.kv.block_tables, self.kv.block_size_tokens)
+                rows = assemble(grants, trees, self.kv.block_tables, self.kv.block_size_tokens, searches)
                 result = self._run(grants, rows)
                 if result is not None:
                     verdicts = self._verify(grants, trees, rows, result)

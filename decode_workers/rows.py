@@ -8,10 +8,10 @@ import numpy as np
 from cluster.messages import Record
 from decode_workers.draft_tree import NO_DRAFT, DraftTree, node_depths
 from decode_workers.scheduler import RowGrant
-from decode_workers.search_rows import SearchAnswer, SearchGrant, add_searches
+from decode_workers.search_batch import SearchAnswer, SearchGrant, add_searches
 from decode_workers.sequence import Sequence
 from decode_workers.step_batch import NO_PARENT, BoolArray, Int32Array, StepBatch
-from decode_workers.targeting.forest import SearchRows
+from decode_workers.targeting.search_rows import SearchRows
 
 
 class StepRows(Record, frozen=True, kw_only=True, eq=False):
@@ -52,9 +52,9 @@ class _Asked(Record, frozen=True, kw_only=True, eq=False):
 def assemble(
     grants: SequenceOf[RowGrant],
     trees: SequenceOf[DraftTree],
-    searches: SequenceOf[SearchRows],
     block_tables: Int32Array,
     block_size_tokens: int,
+    searches: SequenceOf[SearchRows] = (),
 ) -> StepRows:
     """Rows of each grant: its pending tokens as a chain, then its tree below the last of them, or its search's.
 

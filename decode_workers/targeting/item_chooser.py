@@ -8,7 +8,7 @@ from cluster.catalogue.file import Catalogue, ConditionError
 from cluster.catalogue.file_format import CatalogueFileError
 from cluster.messages import TargetingParams
 from decode_workers.targeting.chosen_items import ChosenItems
-from decode_workers.targeting.wanted import level_widths
+from decode_workers.targeting.slots import level_widths
 
 MAX_WIDTHS_KEPT = 256
 

@@ -22,7 +22,7 @@ from cluster.messages import (
     TargetingResult,
 )
 from decode_workers.targeting.chosen_items import ChosenItems
-from decode_workers.targeting.wanted import level_widths
+from decode_workers.targeting.slots import level_widths
 from tests.decode_workers.support import (
     EOS,
     MAX_CONTEXT_TOKENS,

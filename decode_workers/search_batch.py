@@ -11,7 +11,7 @@ from decode_workers.sampler import BadLogitsError
 from decode_workers.scheduler import RowGrant
 from decode_workers.sequence import Sequence
 from decode_workers.step_batch import NO_PARENT, BoolArray, Int32Array, StepBatch, StepResult
-from decode_workers.targeting.forest import SearchRows
+from decode_workers.targeting.search_rows import SearchRows
 from decode_workers.targeting.search import TargetingSearch
 from decode_workers.verdicts import Verdict
 
