@@ -170,9 +170,15 @@ def _paths(
 ) -> tuple[IntArray, IntArray]:
     """Slots of each row's ancestors and itself, held ones first, and where each row's begin."""
     depths: IntArray = rows.positions - contexts
+    if (rows.parents == NO_PARENT).all():
+        own_starts = np.arange(len(depths) + 1, dtype=np.int32)
+        if rows.held_starts is None or rows.held_slots is None:
+            if not depths.any():
+                return own_starts, rows.slots
+        elif (depths == np.diff(rows.held_starts)).all():
+            path_slots = np.insert(rows.held_slots, rows.held_starts[1:], rows.slots)
+            return rows.held_starts + own_starts, path_slots
     held = _held(rows)
-    if not held and not depths.any() and (rows.parents == NO_PARENT).all():
-        return np.arange(len(depths) + 1, dtype=np.int32), rows.slots
     paths: list[list[int]] = []
     firsts = starts[sequences].tolist()
     for row, (parent, slot, depth, first) in enumerate(

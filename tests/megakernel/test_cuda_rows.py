@@ -86,6 +86,15 @@ def test_held_ancestors_come_before_those_of_the_step():
     ]
 
 
+def test_branches_of_one_row_each_have_their_held_ancestors():
+    rows = rows_of(Group(tokens=[1] * 3, parents=[NO_PARENT] * 3, context=20, table=TABLE))
+    rows = with_held(changed(rows, positions=int32([22, 20, 21])), [9, 8], [], [9])
+    tables = read_rows(rows, LIMITS).tables
+    own = tables.slots.tolist()
+    assert tables.path_starts.tolist() == [0, 3, 4, 6]
+    assert tables.path_slots.tolist() == [9, 8, own[0], own[1], 9, own[2]]
+
+
 def test_a_held_path_may_be_longer_than_a_step_has_rows():
     rows = rows_of(Group(tokens=[1], parents=[NO_PARENT], context=0, table=[0]))
     tables = read_rows(with_held(changed(rows, positions=int32([40])), range(50, 90)), LIMITS).tables

@@ -73,6 +73,22 @@ const char* step(void* engine, int context, int count, bool is_tree) {
     return ask_less(engine, input, logits);
 }
 
+// A row behind rows 0, 1 and 4 of the tree of 5 that the step before it ran, and another behind row 0 alone.
+const char* held_step(void* engine, int context) {
+    std::vector<int32_t> slots(7), table(kBlocks);
+    for (int i = 0; i < kBlocks; i++) table[i] = (i * 5 + 3) % kBlocks;
+    for (int i = 0; i < 7; i++) slots[i] = table[(context + i) / kBlockSize] * kBlockSize + (context + i) % kBlockSize;
+    const int32_t tokens[] = {1, 2}, positions[] = {context + 3, context + 1}, parents[] = {-1, -1}, starts[] = {0, 2};
+    const int32_t held_starts[] = {0, 3, 4}, held[] = {slots[0], slots[1], slots[4], slots[0]};
+    const uint8_t wanted[] = {1, 1};
+    std::vector<float> logits(size_t(2) * kFacts.vocab_size);
+    const headrace::HeadInput head{wanted, nullptr, nullptr, nullptr, logits.data(), nullptr};
+    const headrace::StepInput input{2,       1,      kBlocks,  tokens,       positions,   &slots[5],
+                                    parents, starts, &context, table.data(), held_starts, held,      head};
+    if (const char* problem = headrace_run(engine, &input, nullptr)) return problem;
+    return is_finite(logits) ? nullptr : "a logit behind held rows is not finite";
+}
+
 // Rows of a token that does not exist: refused, and the next step runs.
 const char* refused_step(void* engine) {
     const int32_t token = kFacts.vocab_size, zero = 0, none = -1, starts[] = {0, 1};
@@ -110,6 +126,7 @@ const char* all_steps(void* engine) {
     }
     for (const int count : {7, 5})
         if (const char* problem = step(engine, context, count, true)) return problem;
+    if (const char* problem = held_step(engine, context)) return problem;
     const int32_t from[] = {3, 4, 5}, to[] = {4, 5, 6};
     if (const char* problem = headrace_copy_slots(engine, from, to, 3)) return problem;
     if (const char* problem = refused_step(engine)) return problem;
