@@ -1,7 +1,7 @@
 """An upload's items on disk while they are read: texts, tokens, ids, bids, attributes, and their lines.
 
-In memory are a batch of items and, at the end, a few numbers an item. A *row* is an item's place here: the items
-left out along the way have none.
+In memory are a batch of items and, at the end, a few numbers an item. A *row* is an item's place here: the
+items left out along the way have none.
 """
 
 from collections.abc import Iterator
