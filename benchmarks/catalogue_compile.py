@@ -2,9 +2,10 @@
 
     python benchmarks/catalogue_compile.py [--quick] [--json FILE]
 
-The sample's items as JSON lines, from a file, through the packaged model's tokenizer: parsed, tokenized, sorted
-into a trie, written and synced. Memory is this process's peak above what it had before, tokenizer loaded. The
-CPU's seconds, of all threads, tell a busy machine from a slow compilation. --quick compiles 100,000.
+The sample's items as JSON lines, from a file, through the packaged model's tokenizer: parsed, tokenized,
+sorted into a trie, written and synced. Memory is this process's peak above what it had
+before, tokenizer loaded. The CPU's seconds, of all threads, tell a busy machine from a slow compilation.
+--quick compiles 100,000.
 """
 
 import re
@@ -108,8 +109,9 @@ def main() -> int:
             f"catalogue_{size}_{what}": ms for what, ms in use(Path(folder) / "compiled", target).items()
         }
     header, file_bytes = runs[0][0].header, runs[0][0].preamble.file_bytes
+    path_tokens = header.num_path_tokens / header.num_items
     print(
-        f"{header.num_items} items, {header.num_path_tokens / header.num_items:.1f} tokens each with their ends, "
+        f"{header.num_items} items, {path_tokens:.1f} tokens each with the end, "
         f"{header.num_nodes} nodes, {file_bytes / _MB:.0f} MB"
     )
     for name, value in figures.items():

@@ -12,6 +12,7 @@ import csv
 import math
 import re
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import Any, Literal, NoReturn
 
 import msgspec
@@ -243,6 +244,7 @@ def _checked_id(item_id: str | None, line: int) -> str:
     return item_id
 
 
+@lru_cache(1024)
 def _check_name(name: str) -> None:
     if not name or not name.isprintable() or len(name.encode()) > MAX_ATTRIBUTE_NAME_BYTES:
         raise _FaultError(

@@ -259,5 +259,5 @@ def test_a_batch_is_each_text_by_itself(batch: list[str]) -> None:
 def test_a_batch_is_bounded_and_names_a_bad_text() -> None:
     with pytest.raises(ValueError, match=f"at most {MAX_BATCH_TEXTS}"):
         byte_level().encode_batch([""] * (MAX_BATCH_TEXTS + 1))
-    with pytest.raises(InvalidTextError, match="text 1 of the batch: .*lone surrogate at character 2"):
+    with pytest.raises(InvalidTextError, match=r"text 1 of the batch: .*lone surrogate at character 2"):
         byte_level().encode_batch(["fine", "hi\ud800"])

@@ -1,4 +1,4 @@
-"""Uploads compiled and opened again: items, tries, faults that only tokens or other items show, conditions."""
+"""Uploads compiled and opened again: items, tries, faults that only tokens or others show, conditions."""
 
 import json
 import random
@@ -154,7 +154,7 @@ def test_progress_is_told_and_may_end_it(tmp_path: Path) -> None:
     told: list[tuple[str, int, int | None]] = []
     data = b"".join(sample_jsonl(10_000))
     compiled(tmp_path / "shop", data, progress=lambda *step: told.append(step))
-    assert [phase for phase in dict.fromkeys(phase for phase, _, _ in told)] == ["read", "sort", "write"]
+    assert list(dict.fromkeys(phase for phase, _, _ in told)) == ["read", "sort", "write"]
     for phase in ("sort", "write"):
         steps = [(done, total) for name, done, total in told if name == phase]
         assert steps == sorted(steps)

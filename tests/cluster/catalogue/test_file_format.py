@@ -99,7 +99,7 @@ def test_damage_is_named(whole: Path, copy: Path) -> None:
     data = bytearray(whole.read_bytes())
     data[-1] ^= 1
     copy.write_bytes(data)
-    with pytest.raises(DamagedCatalogueError, match="hashes to [0-9a-f]{32}, its preamble says"):
+    with pytest.raises(DamagedCatalogueError, match=r"hashes to [0-9a-f]{32}, its preamble says"):
         Catalogue.open(copy)
     assert Catalogue.open(copy, verify=False).num_items == 200
 
