@@ -1,7 +1,6 @@
 """Items to one compiled file: read and tokenize -> drop equals -> sort into a trie -> write.
 
-A million items of about eight tokens take some 20 s on two cores and 150 MB; `benchmarks/catalogue_compile.py`
-measures both.
+Memory is bounded by a few numbers an item; `benchmarks/catalogue_compile.py` measures it, and the time.
 """
 
 import tempfile
@@ -179,6 +178,7 @@ def _header(
         num_nodes=built.num_nodes,
         num_path_tokens=int(spool.path_lengths.read()[rows].sum()),
         columns=(),
+        arrays={},
     )
 
 

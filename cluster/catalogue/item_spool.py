@@ -1,7 +1,7 @@
 """An upload's items on disk while they are read: texts, tokens, ids, bids, attributes, and their lines.
 
-In memory are a batch of items and, at the end, a few numbers an item. A *row* is an item's place here: the items
-left out along the way have none.
+In memory are a batch of items and, at the end, a few numbers an item. A *row* is an item's place here: the
+items left out along the way have none.
 """
 
 from collections.abc import Iterator
@@ -171,6 +171,10 @@ class ItemSpool:
         """An attribute is of the type of its first value, in an item without another fault."""
         for name in _names(items):
             spool = self.attributes.get(name)
+            if spool is not None:
+                kinds = {type(item.attributes.get(name)) for item in items} - {type(None)}
+                if kinds <= ({float} if spool.is_number else {str}):
+                    continue
             for index, item in enumerate(items):
                 value = item.attributes.get(name)
                 if value is None or problems[index] is not None:

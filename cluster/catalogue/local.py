@@ -1,4 +1,5 @@
-"""A worker's open catalogues: read in place where the router's file is seen, else from a cache folder, else fetched.
+"""A worker's open catalogues: read in place where the router's file is seen, else from a cache folder, else
+fetched.
 
 The cache folder may be shared by processes of one machine: a file comes in by a rename, whole.
 """
@@ -44,7 +45,7 @@ class LocalCatalogues:
         max_open: int = 8,
         max_cached_bytes: int = 8 * 1024**3,
     ) -> None:
-        """Beyond `max_open`, the catalogue that was asked for longest ago is let go; who still uses it keeps it."""
+        """Beyond `max_open`, the catalogue asked for longest ago is let go; who still uses it keeps it."""
         self._folder = cache_folder
         self._fetch = fetch
         self._max_open = max_open

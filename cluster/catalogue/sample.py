@@ -1,7 +1,7 @@
 """A made-up shop's catalogue of any size, and briefs that ask it for items: for demos and benchmarks.
 
-An item is a product of a brand with modifiers, so items share long beginnings, as real ones do. Brands and, within
-one, products have Zipf's shares: a few are everywhere. Equal arguments give equal items; texts are distinct.
+An item is a product of a brand with modifiers, so items share long beginnings, as real ones do. Brands have
+Zipf's shares of the items: a few are everywhere. Equal arguments give equal items; texts are distinct.
 """
 
 import csv
@@ -15,8 +15,9 @@ import numpy as np
 from cluster.messages import Record
 
 _FIRST_WORDS = (
-    "North", "West", "Green", "Blue", "Red", "Black", "White", "Gold", "Silver", "Star", "Sun", "Moon", "River",
-    "Stone", "Forest", "Mountain", "Ocean", "City", "Royal", "Pure", "True", "Bright", "Wild", "Grand",
+    "North", "West", "Green", "Blue", "Red", "Black", "White", "Gold", "Silver", "Star", "Sun", "Moon",
+    "River", "Stone", "Forest", "Mountain", "Ocean", "City", "Royal", "Pure", "True", "Bright",
+    "Wild", "Grand",
 )  # fmt: skip
 _SECOND_WORDS = (
     "field", "wood", "line", "house", "way", "point", "land", "works", " Peak", " Lane", " & Co", " Studio",

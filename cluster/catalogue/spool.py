@@ -1,4 +1,4 @@
-"""Arrays and byte strings that grow on disk: what a compilation keeps of items while it reads more of them."""
+"""Arrays and byte strings that grow on disk: what a compilation keeps of items while it reads more."""
 
 from collections.abc import Sequence
 from pathlib import Path

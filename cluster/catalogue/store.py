@@ -1,10 +1,11 @@
 """A folder of compiled catalogues, by tenant and name; any number of processes of one machine share it.
 
-    <tenant's hash>/<name>/current.json          what is served, renamed into place: a version is whole or not there
-    <tenant's hash>/<name>/v<version>-<checksum>.catalogue      of this version and the one before
-    <tenant's hash>/.<name>.lock                 while somebody puts or deletes
+    <tenant's hash>/<name>/current.json     what is served, renamed into place: whole, or not there
+    <tenant's hash>/<name>/v<version>-<checksum>.catalogue     of this version and the one before
+    <tenant's hash>/.<name>.lock            while somebody puts or deletes
 
-What a process that died has left is whatever else lies in a name's folder; who takes the lock next removes it.
+What a process that died has left is whatever else lies in a name's folder; who takes the lock next removes
+it.
 """
 
 import hashlib
@@ -90,7 +91,7 @@ class CatalogueStore:
     def __init__(self, folder: Path, fetch_address: str = "") -> None:
         """`fetch_address`: goes into every reference. Removes what dead processes left. Raises OSError."""
         self.folder = folder
-        self._fetch_address = fetch_address
+        self.fetch_address = fetch_address
         folder.mkdir(parents=True, exist_ok=True)
         for names in _folders(folder):
             for catalogue in _folders(names):
@@ -164,7 +165,9 @@ class CatalogueStore:
         return tuple(found)
 
     def delete(self, name: str, tenant: str = "") -> None:
-        """At once; who has it open keeps it. Raises CatalogueNameError, UnknownCatalogueError, ConflictError."""
+        """At once; who has it open keeps it.
+
+        Raises CatalogueNameError, UnknownCatalogueError, ConflictError and OSError."""
         catalogue = self._path(tenant, name)
         with self._locked(catalogue, name):
             if not (catalogue / CURRENT).exists():
@@ -188,8 +191,8 @@ class CatalogueStore:
     def _path(self, tenant: str, name: str) -> Path:
         if not _NAME.fullmatch(name):
             raise CatalogueNameError(
-                f"{name!r} is no catalogue's name: 1 to 64 of a-z, 0-9, dot, dash and underscore, a letter or digit "
-                "first"
+                f"{name!r} is no catalogue's name: 1 to 64 of a-z, 0-9, dot, dash and underscore, "
+                "a letter or digit first"
             )
         return self._tenant_path(tenant) / name
 
@@ -200,7 +203,7 @@ class CatalogueStore:
             checksum=stored.checksum,
             num_bytes=stored.num_bytes,
             path=str((catalogue / stored.file).resolve()),
-            fetch_address=self._fetch_address,
+            fetch_address=self.fetch_address,
         )
         return CatalogueInfo(
             ref=ref,

@@ -1,16 +1,18 @@
 """Items out of an upload, JSON lines or CSV, while its bytes arrive; memory is bounded by one record's.
 
-JSON lines: one object a line, with `text`, and optionally `id`, `bid` and any attributes. CSV (RFC 4180, commas):
-a header row with the same names. What is no `id`, `text` or `bid` is an attribute: a string, a number, or true
-or false, which become text. An item without an id has its line's number as one.
+JSON lines: one object a line, with `text`, and optionally `id`, `bid` and any attributes. CSV (RFC 4180,
+commas): a header row with the same names. What is no `id`, `text` or `bid` is an attribute: a string, a
+number, or true or false, which become text. An item without an id has its line's number as one.
 
-What is wrong with an item goes to a `Faults`, and the item is left out; what leaves no way to go on is raised.
+What is wrong with an item goes to a `Faults`, and the item is left out; what leaves no way to go on is
+raised.
 """
 
 import csv
 import math
 import re
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import Any, Literal, NoReturn
 
 import msgspec
@@ -19,7 +21,6 @@ from cluster.catalogue.faults import Faults, UploadCutError, UploadError, shown
 from cluster.catalogue.upload_lines import (
     MAX_RECORD_BYTES,
     CsvLines,
-    LineTooLongError,
     RecordTooLongError,
     UploadBytes,
     json_lines,
@@ -67,12 +68,10 @@ def parse_upload(
     received = UploadBytes(chunks, content_length)
     items = _json_items(received, faults) if upload_format == "jsonl" else _csv_items(received, faults)
     names: set[str] = set()
-    count = 0
-    for item in items:
+    for count, item in enumerate(items, 1):
         if not item.attributes.keys() <= names:
             names |= item.attributes.keys()
             _check_names(names, item.line)
-        count += 1
         if count > max_items:
             raise UploadError(f"line {item.line}: more than {max_items} items; split the catalogue", faults)
         yield item
@@ -94,17 +93,16 @@ def _json_items(received: UploadBytes, faults: Faults) -> Iterator[Item]:
     decode = msgspec.json.Decoder().decode
     for line, raw, is_terminated in json_lines(received):
         try:
-            if isinstance(raw, LineTooLongError):
-                raise _FaultError(f"a line of more than {MAX_RECORD_BYTES} bytes, the limit")
-            try:
-                document = decode(raw)
-            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-                if not is_terminated and not received.is_known_whole:
-                    _refuse_cut(line, "a JSON object that does not end", faults)
-                raise _FaultError(_json_problem(error)) from None
-            yield _json_item(line, document)
+            if raw is None:
+                faults.add(line, f"a line of more than {MAX_RECORD_BYTES} bytes, the limit")
+                continue
+            yield _json_item(line, decode(raw))
         except _FaultError as fault:
             faults.add(line, str(fault))
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            if not is_terminated and not received.is_known_whole:
+                _refuse_cut(line, "a JSON object that does not end", faults)
+            faults.add(line, _json_problem(error))
 
 
 def _json_problem(error: Exception) -> str:
@@ -194,7 +192,7 @@ def _csv_problem(error: Exception) -> str:
     if isinstance(error, RecordTooLongError):
         return f"a record of more than {MAX_RECORD_BYTES} bytes, the limit: is a quote not closed?"
     if isinstance(error, csv.Error):
-        return f"not valid CSV: {error}; a field with quotes, commas or line ends is quoted, quotes in it doubled"
+        return f"not valid CSV: {error}; quote a field with quotes, commas or line ends, double quotes in it"
     return str(error)
 
 
@@ -246,6 +244,7 @@ def _checked_id(item_id: str | None, line: int) -> str:
     return item_id
 
 
+@lru_cache(1024)
 def _check_name(name: str) -> None:
     if not name or not name.isprintable() or len(name.encode()) > MAX_ATTRIBUTE_NAME_BYTES:
         raise _FaultError(
