@@ -97,7 +97,7 @@ class TargetingSearch:
             return 0
         if self._order is None:
             return self._forest.num_pending
-        return min(self._forest.num_pending, max(1, len(self._forest.free_slots())))
+        return self._order.wanted_rows()
 
     def take(self, max_rows: int) -> SearchRows:
         """The next rows, at least one and at most `max_rows`. Raises OutOfSlotsError."""
@@ -181,7 +181,6 @@ class TargetingSearch:
         self._go_on(forest.children(going_on if edges is None else edges[going_on]))
 
     def _go_on(self, frontier: Frontier) -> None:
-        layout: Layout | None = None
         if self._table is not None:
             layout = plan_parallel(
                 self._wanted,
@@ -191,12 +190,12 @@ class TargetingSearch:
                 beams=self._beams,
                 capacity_slots=self._capacity_slots,
             )
-        if layout is None:
-            self._forest = self._forest_of(self._wanted.next_round(frontier.nodes), frontier)
-            return
-        self._forest = self._forest_of(layout, frontier)
-        self._order = ParallelOrder(self._wanted, self._forest)
-        self.went_parallel = True
+            if layout is not None:
+                self._forest = self._forest_of(layout, frontier)
+                self._order = ParallelOrder(self._wanted, self._forest, self._table)
+                self.went_parallel = True
+                return
+        self._forest = self._forest_of(self._wanted.next_round(frontier.nodes), frontier)
 
     def _finish(self, edges: IndexArray) -> None:
         forest = self._forest

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from cluster.placement.predict import StepTable
 from decode_workers.sampler import BadLogitsError
 from decode_workers.targeting.forest import OutOfSlotsError
+from decode_workers.targeting.ptpv import chunk_rows
 from decode_workers.targeting.search import TargetingSearch
 from decode_workers.targeting.slots import slots_needed
 from tests.decode_workers.targeting_support import END, Case, Driver, Model, params_of
@@ -227,6 +228,32 @@ def test_parallel_takes_one_step_where_rows_are_cheap() -> None:
         "cheap to 4 rows": (3, 17, True),
         "dear": (5, 9, False),
     }
+
+
+@pytest.mark.parametrize("most_rows", [1, 5, 16])
+@pytest.mark.parametrize("extra_slots", [0, 5, 12])
+def test_the_fewest_slots_are_enough_for_a_wide_trie(most_rows: int, extra_slots: int, monkeypatch) -> None:
+    """Nothing is pruned, and parallel runs where it would never be predicted to pay."""
+
+    def always(wanted, frontier, *_args, **_kwargs):
+        return wanted.all_below(frontier.nodes, 10**6)
+
+    monkeypatch.setattr("decode_workers.targeting.search.plan_parallel", always)
+    paths = [(*path, END) for path in itertools.product((1, 2), repeat=6)]
+    for seed in range(5):
+        case = Case(paths, Model(seed), "vocabulary")
+        search, driver = start(case, FLAT, beams=2, extra_slots=extra_slots, k=200)
+        driver.run(lambda: most_rows)
+        assert search.went_parallel
+        assert len(case.found(search)) == len(paths)
+        assert search.num_rows == 2**7 - 1
+
+
+def test_a_chunk_is_as_large_as_pays() -> None:
+    assert chunk_rows(FLAT) == 64
+    assert chunk_rows(CPU_LIKE) == 16
+    assert chunk_rows(StepTable(rows=(1, 2, 4), ms=(1.0, 2.0, 4.0))) == 1
+    assert chunk_rows(StepTable(rows=(1, 8), ms=(0.0, 0.0))) == 1
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
