@@ -136,7 +136,7 @@ class ParallelOrder:
         forest = self._forest
         max_rows = min(max_rows, self._chunk_rows)
         num_free = len(forest.free_slots())
-        pending = np.flatnonzero(forest.is_pending)
+        pending = forest.is_pending.nonzero()[0]
         if len(pending) <= min(max_rows, num_free):
             return pending
         open_rows = self._open_rows()[pending]
@@ -153,7 +153,7 @@ class ParallelOrder:
     def prune(self, finished: FinishedItems) -> None:
         """Drop rows below which nothing can be of the k best."""
         forest = self._forest
-        pending = np.flatnonzero(forest.is_pending)
+        pending = forest.is_pending.nonzero()[0]
         if len(pending):
             open_rows = self._open_rows()[pending]
             ranks = self._wanted.least_rank[forest.layout.nodes[open_rows]]

@@ -159,7 +159,7 @@ class TargetingSearch:
         assert forest is not None
         layout = forest.layout
         # A chain's inner edges lead to rows that ran in this round.
-        edges = None if layout.is_flat else np.flatnonzero(layout.edge_rows == NO_ROW)
+        edges = None if layout.is_flat else (layout.edge_rows == NO_ROW).nonzero()[0]
         nodes = layout.edge_nodes if edges is None else layout.edge_nodes[edges]
         scores = forest.edge_scores if edges is None else forest.edge_scores[edges]
         ranks = self._wanted.least_rank[nodes]
@@ -170,7 +170,7 @@ class TargetingSearch:
         ended = best[: self._beams][has_ended[: self._beams]]
         going_on = best[~has_ended][: self._beams]
         if len(going_on) < self._beams and len(best) < len(nodes):
-            others = np.flatnonzero(~is_ended)
+            others = (~is_ended).nonzero()[0]
             going_on = others[best_first(scores[others], ranks[others], self._beams)]
         if len(ended):
             self._finish(ended if edges is None else edges[ended])
