@@ -12,7 +12,7 @@ def best_first(scores: Float64Array, ranks: RankArray, count: int) -> IndexArray
     places = None
     if len(scores) > 2 * count:
         edge = np.partition(scores, len(scores) - count)[len(scores) - count]
-        places = np.flatnonzero(scores >= edge)
+        places = (scores >= edge).nonzero()[0]
         scores, ranks = scores[places], ranks[places]
     order = np.lexsort((ranks, -scores))[:count]
     return order if places is None else places[order]

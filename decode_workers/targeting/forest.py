@@ -85,7 +85,7 @@ class Forest:
         if self._wanted.is_renormalised and not layout.is_flat:
             counts = starts[1:] - starts[:-1]
             is_asked = counts > 1
-            starts, asked = _starts(counts * is_asked), asked[np.repeat(is_asked, counts)]
+            starts, asked = _starts(counts * is_asked), asked[is_asked.repeat(counts)]
         return SearchRows(
             nodes=as_int32(nodes),
             token_ids=self._wanted.token[nodes],
@@ -173,7 +173,7 @@ class Forest:
     def _score(
         self, rows: Rows, starts: IndexArray, counts: IndexArray, edges: Rows, conditional: Float64Array
     ) -> None:
-        self.edge_logprobs[edges] = np.repeat(self.logprobs[rows], counts) + conditional
+        self.edge_logprobs[edges] = self.logprobs[rows].repeat(counts) + conditional
         if self._noise_seed is not None:
             self.edge_scores[edges] = noise.perturbed(
                 self._noise_seed,
@@ -207,7 +207,7 @@ class Forest:
         conditional = np.zeros(int(starts[-1]))
         if num_asked:
             is_asked = counts > 1
-            conditional[np.repeat(is_asked, counts)] = catalogue_logprobs(
+            conditional[is_asked.repeat(counts)] = catalogue_logprobs(
                 logits, _starts(counts[is_asked])[:-1], counts[is_asked]
             )
         return conditional
@@ -273,7 +273,7 @@ class Forest:
             is_used[self.top.paths] = True
             return is_used[:-1]
         is_needed = np.zeros(layout.num_rows, dtype=np.bool_)
-        rows = np.flatnonzero(self.is_pending)
+        rows = self.is_pending.nonzero()[0]
         while len(rows):
             rows = layout.parents[rows]
             rows = rows[rows != NO_ROW]
@@ -288,13 +288,13 @@ class Forest:
 
 def _starts(counts: IndexArray) -> IndexArray:
     starts = np.zeros(len(counts) + 1, dtype=np.intp)
-    np.cumsum(counts, out=starts[1:])
+    counts.cumsum(out=starts[1:])
     return starts
 
 
 def _ranges(first: IndexArray, counts: IndexArray) -> IndexArray:
     """[first, first + count) of each, one after the other."""
     starts = _starts(counts)
-    places = np.repeat(first - starts[:-1], counts)
+    places = (first - starts[:-1]).repeat(counts)
     places += np.arange(len(places))
     return places

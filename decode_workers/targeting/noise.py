@@ -35,7 +35,7 @@ def perturbed(
     those take part as one more child: so each item's score is Gumbel noise on its own log-probability.
     """
     counts, starts = np.diff(edge_starts), edge_starts[:-1]
-    raw = np.repeat(parent_logprobs, counts) + edge_logprobs + _gumbel(seed, edge_nodes, _OF_NODE)
+    raw = parent_logprobs.repeat(counts) + edge_logprobs + _gumbel(seed, edge_nodes, _OF_NODE)
     largest = np.maximum.reduceat(raw, starts)
     rest = 1.0 - np.add.reduceat(np.exp(edge_logprobs), starts)
     has_rest = rest > 1e-9
@@ -44,8 +44,8 @@ def perturbed(
             np.log(rest[has_rest]) + parent_logprobs[has_rest] + _gumbel(seed, parents[has_rest], _OF_REST)
         )
         largest[has_rest] = np.maximum(largest[has_rest], others)
-    bound = np.repeat(parent_scores, counts)
-    below = raw - np.repeat(largest, counts)
+    bound = parent_scores.repeat(counts)
+    below = raw - largest.repeat(counts)
     with np.errstate(divide="ignore"):
         # log(1 - exp(below)), which is -inf for the largest itself.
         shortfall = bound - raw + np.log(-np.expm1(below))

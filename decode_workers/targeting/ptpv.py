@@ -4,6 +4,8 @@ What it finds is exact: each wanted item below the frontier is scored, or bounde
 worse than the kth best item found, as log-probabilities only fall.
 """
 
+from functools import lru_cache
+
 import numpy as np
 import numpy.typing as npt
 
@@ -15,8 +17,21 @@ from decode_workers.targeting.wanted import NO_ROW, IndexArray, Layout, WantedTr
 
 _LOOSE = 1.25
 """An estimate that is worse than stepwise by more than this is not looked into."""
+_WORTH = 0.95
+"""Parallel must be predicted below this share of stepwise, which may yet prune rows that it counts."""
 _MOST_PRUNED = 4
 """How many times the rows that would pay may remain where most are expected to be pruned."""
+
+
+_NEARLY = 1.1
+"""Rows at this many times the least milliseconds a row are cheap enough: beyond, pruning saves more."""
+
+
+@lru_cache(maxsize=256)
+def chunk_rows(table: StepTable) -> int:
+    """Rows of a chunk: as few as are nearly the cheapest a row, since each chunk may prune the next."""
+    best = min(step_ms(table, rows) / rows for rows in table.rows)
+    return next(rows for rows in table.rows if step_ms(table, rows) / rows <= _NEARLY * best)
 
 
 def plan_parallel(
@@ -30,19 +45,22 @@ def plan_parallel(
 ) -> Layout | None:
     """All rows below the frontier where running them is predicted faster than going on stepwise, or None."""
     heights = wanted.height[frontier.nodes]
-    height, width, chunk = int(heights.max()), len(frontier.nodes), table.max_rows
-    if height < 2 or step_ms(table, chunk) <= 0:
+    height, width = int(heights.max()), len(frontier.nodes)
+    if height < 2:
         return None
+    chunk = chunk_rows(table)
     num_rows = _estimated_rows(wanted, frontier, heights)
     later = min(beams, -(-max(num_rows - width, 1) // (height - 1)))
-    stepwise = step_ms(table, width) + (height - 1) * _chunks_ms(table, later, chunk)
+    stepwise = _chunks_ms(table, width, table.max_rows)
+    stepwise += (height - 1) * _chunks_ms(table, later, table.max_rows)
     if finished.edge_score is None:
         parallel = _chunks_ms(table, num_rows, chunk)
     else:
         parallel = _chunks_ms(table, min(num_rows, max(chunk, width)), chunk)
-    if parallel > _LOOSE * stepwise:
+    chunk_ms = step_ms(table, chunk)
+    if parallel > _LOOSE * stepwise or chunk_ms <= 0:
         return None
-    most_rows = (int(_LOOSE * stepwise / step_ms(table, chunk)) + 1) * chunk
+    most_rows = (int(_LOOSE * stepwise / chunk_ms) + 1) * chunk
     if finished.edge_score is not None:
         most_rows *= _MOST_PRUNED
     layout = wanted.all_below(frontier.nodes, most_rows)
@@ -50,11 +68,11 @@ def plan_parallel(
         return None
     used = frontier.paths[frontier.paths != NO_SLOT]
     free_slots = capacity_slots - len(np.unique(used)) - layout.num_levels
-    chunk = min(table.max_rows, free_slots)
-    if chunk < width:
+    chunk = min(chunk, free_slots)
+    if chunk < 1:
         return None
     parallel, stepwise = predicted_ms(layout, frontier, finished, table=table, beams=beams, chunk=chunk)
-    return layout if parallel < stepwise else None
+    return layout if parallel < _WORTH * stepwise else None
 
 
 def _estimated_rows(wanted: WantedTrie, frontier: Frontier, heights: npt.NDArray[np.uint8]) -> int:
@@ -96,13 +114,18 @@ def _chunks_ms(table: StepTable, rows: int, chunk: int) -> float:
 class ParallelOrder:
     """Which rows of a forest run next, when all of them are to."""
 
-    def __init__(self, wanted: WantedTrie, forest: Forest) -> None:
+    def __init__(self, wanted: WantedTrie, forest: Forest, table: StepTable) -> None:
         self._wanted = wanted
         self._forest = forest
         levels = forest.layout.levels
         self._num_levels = forest.layout.num_levels
         self._level_starts = np.searchsorted(levels, np.arange(self._num_levels + 1))
+        self._chunk_rows = chunk_rows(table)
         self._preorder: IndexArray | None = None
+
+    def wanted_rows(self) -> int:
+        forest = self._forest
+        return min(forest.num_pending, self._chunk_rows, max(1, len(forest.free_slots())))
 
     def choose(self, max_rows: int) -> IndexArray:
         """Best bound first, and of one bound level by level, so that what is run first prunes most.
@@ -111,8 +134,9 @@ class ParallelOrder:
         trees are run to their ends, the deepest one begun first, which holds no more than one path beside.
         """
         forest = self._forest
+        max_rows = min(max_rows, self._chunk_rows)
         num_free = len(forest.free_slots())
-        pending = np.flatnonzero(forest.is_pending)
+        pending = forest.is_pending.nonzero()[0]
         if len(pending) <= min(max_rows, num_free):
             return pending
         open_rows = self._open_rows()[pending]
@@ -129,7 +153,7 @@ class ParallelOrder:
     def prune(self, finished: FinishedItems) -> None:
         """Drop rows below which nothing can be of the k best."""
         forest = self._forest
-        pending = np.flatnonzero(forest.is_pending)
+        pending = forest.is_pending.nonzero()[0]
         if len(pending):
             open_rows = self._open_rows()[pending]
             ranks = self._wanted.least_rank[forest.layout.nodes[open_rows]]

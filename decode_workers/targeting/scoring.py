@@ -20,7 +20,7 @@ def check_finite(values: Float32Array, name: str) -> None:
 def vocabulary_logprobs(logits: Float32Array, log_sums: Float32Array, counts: IndexArray) -> Float64Array:
     """Over all tokens. Never above 0, to which a float32 log-sum-exp may round: scores must not rise."""
     logprobs = logits.astype(np.float64)
-    logprobs -= np.repeat(log_sums, counts)
+    logprobs -= log_sums.repeat(counts)
     return np.minimum(logprobs, 0.0, out=logprobs)
 
 

@@ -97,7 +97,7 @@ class TargetingSearch:
             return 0
         if self._order is None:
             return self._forest.num_pending
-        return min(self._forest.num_pending, max(1, len(self._forest.free_slots())))
+        return self._order.wanted_rows()
 
     def take(self, max_rows: int) -> SearchRows:
         """The next rows, at least one and at most `max_rows`. Raises OutOfSlotsError."""
@@ -159,7 +159,7 @@ class TargetingSearch:
         assert forest is not None
         layout = forest.layout
         # A chain's inner edges lead to rows that ran in this round.
-        edges = None if layout.is_flat else np.flatnonzero(layout.edge_rows == NO_ROW)
+        edges = None if layout.is_flat else (layout.edge_rows == NO_ROW).nonzero()[0]
         nodes = layout.edge_nodes if edges is None else layout.edge_nodes[edges]
         scores = forest.edge_scores if edges is None else forest.edge_scores[edges]
         ranks = self._wanted.least_rank[nodes]
@@ -170,7 +170,7 @@ class TargetingSearch:
         ended = best[: self._beams][has_ended[: self._beams]]
         going_on = best[~has_ended][: self._beams]
         if len(going_on) < self._beams and len(best) < len(nodes):
-            others = np.flatnonzero(~is_ended)
+            others = (~is_ended).nonzero()[0]
             going_on = others[best_first(scores[others], ranks[others], self._beams)]
         if len(ended):
             self._finish(ended if edges is None else edges[ended])
@@ -181,7 +181,6 @@ class TargetingSearch:
         self._go_on(forest.children(going_on if edges is None else edges[going_on]))
 
     def _go_on(self, frontier: Frontier) -> None:
-        layout: Layout | None = None
         if self._table is not None:
             layout = plan_parallel(
                 self._wanted,
@@ -191,12 +190,12 @@ class TargetingSearch:
                 beams=self._beams,
                 capacity_slots=self.capacity_slots,
             )
-        if layout is None:
-            self._forest = self._forest_of(self._wanted.next_round(frontier.nodes), frontier)
-            return
-        self._forest = self._forest_of(layout, frontier)
-        self._order = ParallelOrder(self._wanted, self._forest)
-        self.went_parallel = True
+            if layout is not None:
+                self._forest = self._forest_of(layout, frontier)
+                self._order = ParallelOrder(self._wanted, self._forest, self._table)
+                self.went_parallel = True
+                return
+        self._forest = self._forest_of(self._wanted.next_round(frontier.nodes), frontier)
 
     def _finish(self, edges: IndexArray) -> None:
         forest = self._forest

@@ -71,9 +71,9 @@ class WantedTrie:
         """[items + 1] wanted items before each sorted item."""
         self._wanted_items: IndexArray | None = None
         if mask is not None and not mask.all():
-            self._wanted_items = np.flatnonzero(mask)
+            self._wanted_items = mask.nonzero()[0]
             self._before = np.zeros(len(mask) + 1, dtype=np.intp)
-            np.cumsum(mask, out=self._before[1:])
+            mask.cumsum(out=self._before[1:])
 
     @property
     def num_wanted(self) -> int:
@@ -115,14 +115,14 @@ class WantedTrie:
         starts = self.first_child[nodes]
         counts = self.first_child[nodes + 1] - starts
         edge_starts = np.zeros(len(nodes) + 1, dtype=np.intp)
-        np.cumsum(counts, out=edge_starts[1:])
-        edge_nodes = np.repeat(starts - edge_starts[:-1], counts)
+        counts.cumsum(out=edge_starts[1:])
+        edge_nodes = (starts - edge_starts[:-1]).repeat(counts)
         edge_nodes += np.arange(len(edge_nodes))
         if self._before is None:
             return edge_starts, edge_nodes
         is_wanted = self.count(edge_nodes) > 0
         before = np.zeros(len(edge_nodes) + 1, dtype=np.intp)
-        np.cumsum(is_wanted, out=before[1:])
+        is_wanted.cumsum(out=before[1:])
         return before[edge_starts], edge_nodes[is_wanted]
 
     def one_level(self, nodes: IndexArray) -> Layout:
@@ -158,7 +158,7 @@ class WantedTrie:
             counts = edge_starts[1:] - edge_starts[:-1]
             goes_on = ~self.is_ended(edge_nodes)
             if only_chains:
-                goes_on &= np.repeat(counts == 1, counts)
+                goes_on &= (counts == 1).repeat(counts)
             below = goes_on.nonzero()[0]
             edge_rows = np.empty(len(edge_nodes), dtype=np.intp)
             edge_rows.fill(NO_ROW)
@@ -172,7 +172,7 @@ class WantedTrie:
         sizes = [len(level[0]) for level in levels]
         whole = [np.concatenate(parts) for parts in zip(*levels, strict=True)]
         edge_starts = np.zeros(start + 1, dtype=np.intp)
-        np.cumsum(whole[3], out=edge_starts[1:])
+        whole[3].cumsum(out=edge_starts[1:])
         return Layout(
             nodes=whole[0],
             parents=whole[1],
