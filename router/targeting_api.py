@@ -15,7 +15,7 @@ from cluster.targeting_limits import (
     MAX_CONDITIONS,
     MAX_DIVERSITY,
 )
-from router.openai_answers import Answer, UsageBody, WithFacts
+from router.openai_answers import Answer, ErrorFacts, UsageBody, WithFacts
 from router.openai_api import MAX_MESSAGES, Body, DeadlineMs, Message, Seed, User
 
 DEFAULT_K = 20
@@ -168,6 +168,14 @@ class CatalogueUploadBody(Answer, kw_only=True):
     """Lines left out, of which `faults` shows the first."""
     faults: list[UploadFault]
     timings_ms: dict[str, float]
+
+
+class CatalogueUploadErrorBody(Answer, kw_only=True):
+    """Why an upload was refused: an error as of all endpoints, and the lines at fault."""
+
+    error: ErrorFacts
+    num_faults: int | msgspec.UnsetType = msgspec.UNSET
+    faults: list[UploadFault] | msgspec.UnsetType = msgspec.UNSET
 
 
 class CatalogueDeletedBody(Answer, kw_only=True):
