@@ -106,6 +106,19 @@ class TransferConfig(Section, frozen=True, kw_only=True):
     timeout_s: PositiveSeconds = 30.0
 
 
+class CatalogueConfig(Section, frozen=True, kw_only=True):
+    folder: str | None = None
+    """Where routers keep compiled catalogues. None: in the cluster's own folder, gone with the cluster."""
+    max_items: Annotated[int, Meta(ge=1, le=5_000_000)] = 5_000_000
+    """Of one catalogue."""
+    max_upload_bytes: Positive = 2 * 1024 * 1024 * 1024
+    max_open: Positive = 16
+    """A worker keeps this many catalogues open, those used last."""
+    fetch_host: str | None = None
+    """What workers on other machines call a router by. None: the host it listens on, this machine's own where
+    that is all interfaces."""
+
+
 class HeadraceConfig(Section, frozen=True, kw_only=True):
     model: ModelConfig = ModelConfig()
     router: RouterConfig = RouterConfig()
@@ -113,6 +126,7 @@ class HeadraceConfig(Section, frozen=True, kw_only=True):
     decode: DecodeConfig = DecodeConfig()
     placement: PlacementConfig = PlacementConfig()
     transfer: TransferConfig = TransferConfig()
+    catalogue: CatalogueConfig = CatalogueConfig()
 
 
 def _check_keys(data: dict[str, Any], section: type[Section], path: str) -> None:

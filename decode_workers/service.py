@@ -186,7 +186,13 @@ class DecodeService(pb_grpc.DecodeServicer):
     def _obey(self, stream: _Stream, command: pb.DecodeCommand) -> None:
         match command.WhichOneof("command"):
             case "generate":
-                self._generate(stream, conversions.generate_request_from_proto(command.generate))
+                try:
+                    request = conversions.generate_request_from_proto(command.generate)
+                except conversions.WireError as error:
+                    request_id = RequestId(command.generate.request_id)
+                    stream.put(_failed(request_id, FailureCode.INVALID, str(error), is_retryable=False))
+                else:
+                    self._generate(stream, request)
             case "cancel":
                 request_id = RequestId(command.cancel.request_id)
                 if request_id in stream.request_ids:

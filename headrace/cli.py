@@ -1,4 +1,4 @@
-"""The `headrace` command: up, down, status, chat, compile, doctor, trace, version."""
+"""The `headrace` command: up, down, status, chat, catalogue, target, compile, doctor, trace, version."""
 
 import sys
 from enum import StrEnum
@@ -8,6 +8,7 @@ import typer
 from rich.markup import escape
 
 from headrace import __version__
+from headrace.catalogue_command import catalogue_app, target
 from headrace.compile_command import compile_model
 from headrace.options import (
     ConfigOption,
@@ -28,6 +29,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(trace)
+app.command()(target)
+app.add_typer(catalogue_app, name="catalogue")
 
 
 class Executor(StrEnum):
@@ -109,7 +112,7 @@ def down() -> None:
     out.print("stopped" if had_any else "nothing is up")
 
 
-def _running_cluster() -> ClusterState:
+def running_cluster() -> ClusterState:
     """Ends the command where none is ready."""
     folder = _folder()
     state = folder.state() if folder.is_locked() else None
@@ -127,7 +130,7 @@ def status() -> None:
     from headrace.live import Look, rates, uptime, workers_of, workers_table
     from headrace.probe import NotServingError, fetch_metrics, is_ready
 
-    state = _running_cluster()
+    state = running_cluster()
     out.print(f"[bold]{state.model}[/] at {state.http_url} (gRPC {state.grpc_address}), up {uptime(state)}")
     try:
         out.print(workers_table(workers_of(state)))
@@ -158,7 +161,7 @@ def chat(
     from headrace.chat_terminal import ask, converse
 
     if url is None:
-        state = _running_cluster()
+        state = running_cluster()
         url, model = state.http_url, model or state.model
     elif model is None:
         fail("--url needs --model", EXIT_USAGE)

@@ -25,7 +25,7 @@ _MAX_SOCKET_PARENT_CHARS = 21
 """HAProxy takes socket paths of 97 characters, 76 of them below the folder; Ray 107, 64 of them below."""
 _LOCK_TRIES, _LOCK_RETRY_S = 5, 0.05
 LOG, ERROR, LOCK = "supervisor.log", "error.txt", "lock"
-_ENTRIES = ("state.json", LOG, ERROR, "redis", "ray", "haproxy", "measuring", LOCK)
+_ENTRIES = ("state.json", LOG, ERROR, "redis", "ray", "haproxy", "catalogues", "measuring", LOCK)
 """All that a cluster ever puts into its folder. Nothing else is removed: the folder's path is the user's."""
 
 
@@ -104,6 +104,11 @@ class RunFolder:
     def measuring_lock(self) -> Path:
         """Held by the worker that measures its step table."""
         return self.path / "measuring"
+
+    @property
+    def catalogues(self) -> Path:
+        """Where uploads are kept unless the configuration names another folder."""
+        return self.path / "catalogues"
 
     @property
     def sockets(self) -> Path:

@@ -13,7 +13,7 @@ from typing import cast
 
 from cluster.config import RouterConfig
 from cluster.ids import SessionId
-from cluster.messages import Record, SamplingParams
+from cluster.messages import Record, SamplingParams, TargetingParams
 from cluster.metrics import RouterMetrics
 from cluster.model_card import ModelCard
 from cluster.placement.choose import HopPolicy
@@ -62,6 +62,8 @@ class Ask(Record, frozen=True, kw_only=True):
     tenant: str
     session_id: SessionId | None
     prefill_hop: HopPolicy | None
+    targeting: TargetingParams | None = None
+    """Set: items of a catalogue are asked for, not text; one prompt, one choice."""
 
     @property
     def num_sequences(self) -> int:

@@ -15,6 +15,7 @@ from cluster.messages import (
     Reserved,
     SequenceFailed,
     SequenceFinished,
+    TargetingResult,
     TokensEmitted,
     Usage,
 )
@@ -116,6 +117,7 @@ class Attempt:
             deadline_unix_ns=ask.deadline_unix_ns,
             handoff_id=self._hop.handoff_id,
             emitted_token_ids=tuple(self._progress.emitted_token_ids),
+            targeting=ask.targeting,
         )
 
     def _digest(self, events: list[_Event]) -> tuple[list[SequenceEvent], SequenceFailed | None]:
@@ -124,6 +126,8 @@ class Attempt:
         for event in events:
             match event:
                 case TokensEmitted():
+                    if self._ask.targeting is not None:
+                        return batch, self._broke("sent text where items were asked for")
                     if event.first_index != len(self._progress.emitted_token_ids):
                         return batch, self._out_of_order(event)
                     batch.append(self._emitted(event))
@@ -131,10 +135,18 @@ class Attempt:
                     self._is_ended_by_worker = True
                     if event.reason is FinishReason.CANCELLED:
                         return batch, self._failure(FailureCode.UNAVAILABLE, "cancelled the request")
+                    if self._lacks_items(event):
+                        return batch, self._broke("ended a targeting request without its items")
                     self._timeline.merge(event.stamps_ns)
                     usage = event.usage
                     batch.append(
-                        self._ended(event.reason, event.text, usage.cached_tokens, usage.completion_tokens)
+                        self._ended(
+                            event.reason,
+                            event.text,
+                            usage.cached_tokens,
+                            usage.completion_tokens,
+                            event.targeting,
+                        )
                     )
                     break
                 case Reserved():
@@ -164,7 +176,15 @@ class Attempt:
     def _out_of_order(self, event: TokensEmitted) -> SequenceFailed:
         """No gap and no duplicate ever reaches the client."""
         due = len(self._progress.emitted_token_ids)
-        failure = self._failure(FailureCode.INTERNAL, f"sent token {event.first_index} where {due} was due")
+        return self._broke(f"sent token {event.first_index} where {due} was due")
+
+    def _lacks_items(self, event: SequenceFinished) -> bool:
+        is_due = self._ask.targeting is not None and event.reason is not FinishReason.DEADLINE
+        return is_due and event.targeting is None
+
+    def _broke(self, what: str) -> SequenceFailed:
+        """The worker does not keep to the contract: another may."""
+        failure = self._failure(FailureCode.INTERNAL, what)
         _log.error(failure.message)
         return failure
 
@@ -172,7 +192,14 @@ class Attempt:
         message = f"{self._connection.address.worker_id} {what}"
         return SequenceFailed(request_id=self._request_id, code=code, message=message, is_retryable=True)
 
-    def _ended(self, reason: FinishReason, text: str, cached: int, completion: int) -> SequenceEnded:
+    def _ended(
+        self,
+        reason: FinishReason,
+        text: str,
+        cached: int,
+        completion: int,
+        targeting: TargetingResult | None = None,
+    ) -> SequenceEnded:
         self._timeline.stamp(Stage.FINISHED)
         num_prompt = len(self._ask.prompt_token_ids)
         usage = Usage(
@@ -181,7 +208,12 @@ class Attempt:
             cached_tokens=min(num_prompt, max(cached, self._hop.cached_tokens)),
         )
         return SequenceEnded(
-            choice=self._ask.choice, reason=reason, text=text, usage=usage, placement=self._placement
+            choice=self._ask.choice,
+            reason=reason,
+            text=text,
+            usage=usage,
+            placement=self._placement,
+            targeting=targeting,
         )
 
     def _count_load(self) -> None:

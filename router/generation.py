@@ -72,6 +72,7 @@ class Generation:
                         session_id=ask.session_id,
                         deadline_unix_ns=ask.deadline_unix_ns,
                         prefill_hop=ask.prefill_hop,
+                        targeting=ask.targeting,
                     )
                 )
         return sequences

@@ -15,20 +15,18 @@ from cluster.timeline import Stage, Timeline
 from cluster.wire import headrace_pb2 as pb
 from cluster.wire.conversions import token_to_proto, usage_to_proto
 from cluster.wire.headrace_pb2_grpc import InferenceServicer
-from router.admission import Ask, Limits, check_model, check_token_ids, session_of
+from router.admission import Ask, Limits, check_model, check_token_ids
 from router.asks import SamplingAsk, build_ask
-from router.chat_template import ChatMessage
 from router.errors import RequestError, internal, invalid
 from router.generation import Generation
+from router.grpc_calls import abort, chat_messages, metadata_of, session_metadata
 from router.http import caller_of
 from router.openai_api import (
-    MAX_MESSAGES,
     Body,
     DeadlineMs,
     MaxTokens,
     MinP,
     NumLogprobs,
-    Role,
     Stop,
     Temperature,
     TopK,
@@ -61,13 +59,7 @@ class InferenceFields(Body, frozen=True, kw_only=True):
     user: User | None = None
 
 
-class InferenceMessage(Body, frozen=True, kw_only=True):
-    role: Role
-    content: str
-
-
 _fields = BodyDecoder(InferenceFields)
-_message = BodyDecoder(InferenceMessage)
 
 
 def sampling_fields(request: pb.InferenceRequest) -> SamplingAsk:
@@ -115,7 +107,7 @@ class InferenceService(InferenceServicer):
         request_id = new_request_id()
         outcome = "cancelled"
         try:
-            ask = await self._ask(request, _metadata(context), timeline)
+            ask = await self._ask(request, metadata_of(context), timeline)
             async with contextlib.aclosing(self._generation.run(request_id, ask, timeline)) as batches:
                 async for batch in batches:
                     for event in batch:
@@ -124,17 +116,17 @@ class InferenceService(InferenceServicer):
                         yield _response(request_id, event)
         except RequestError as error:
             outcome = "rejected" if error.status < 500 else "failed"
-            await _abort(context, error)
+            await abort(context, error)
         except Exception:  # noqa: BLE001 - a defect of ours is told in the same shape as any error
             outcome = "failed"
             _log.exception("%s failed", request_id)
-            await _abort(context, internal())
+            await abort(context, internal())
         finally:
             self._metrics.requests.labels(ROUTE, outcome).inc()
 
     async def _ask(self, request: pb.InferenceRequest, metadata: dict[str, str], timeline: Timeline) -> Ask:
         check_model(request.model, self._limits)
-        caller = caller_of({**metadata, **_session(request)})
+        caller = caller_of({**metadata, **session_metadata(request.session_id)})
         wanted = sampling_fields(request)
         timeline.stamp(Stage.VALIDATED)
         param, prompt = await self._prompt(request)
@@ -154,30 +146,11 @@ class InferenceService(InferenceServicer):
                 check_token_ids(token_ids, self._limits, "token_ids")
                 return "token_ids", token_ids
             case "chat":
-                return "chat", await self._encoder.chat(_messages(request.chat))
+                return "chat", await self._encoder.chat(chat_messages(request.chat))
             case _:
                 raise invalid(
                     "prompt", "one of `prompt`, `chat` and `token_ids` is required", code="missing_field"
                 )
-
-
-def _messages(chat: pb.ChatMessages) -> list[ChatMessage]:
-    if not 1 <= len(chat.messages) <= MAX_MESSAGES:
-        raise invalid("chat", f"`chat` must hold 1 to {MAX_MESSAGES} messages", code="invalid_value")
-    checked = [_message.convert({"role": m.role, "content": m.content}) for m in chat.messages]
-    return [
-        ChatMessage(role="system" if m.role == "developer" else m.role, content=m.content) for m in checked
-    ]
-
-
-def _session(request: pb.InferenceRequest) -> dict[str, str]:
-    """The request's own field wins over the metadata's."""
-    session_id = session_of(request.session_id or None, "session_id")
-    return {} if session_id is None else {"x-session-id": session_id}
-
-
-def _metadata(context: Context) -> dict[str, str]:
-    return {str(key): value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
 
 
 def _response(request_id: RequestId, event: SequenceEvent) -> pb.InferenceResponse:
@@ -195,17 +168,3 @@ def _response(request_id: RequestId, event: SequenceEvent) -> pb.InferenceRespon
         finish_reason=event.reason.value,
         usage=usage_to_proto(event.usage),
     )
-
-
-async def _abort(context: Context, error: RequestError) -> None:
-    """Raises: nothing runs behind it."""
-    trailers = [
-        ("headrace-error-code", error.code),
-        ("headrace-error-param", error.param),
-        (
-            "retry-after-ms",
-            None if error.retry_after_s is None else str(math.ceil(error.retry_after_s * 1e3)),
-        ),
-    ]
-    given = tuple((key, value) for key, value in trailers if value is not None)
-    await context.abort(error.grpc_status, error.message, given)

@@ -25,6 +25,8 @@ from router.openai_answers import (
     ReadyBody,
 )
 from router.openai_api import MAX_DEADLINE_MS, MAX_PROMPTS, ChatCompletionRequest, CompletionRequest
+from router.openapi_targeting import TARGETING_SCHEMAS, targeting_paths
+from router.targeting_api import TargetingRequest
 
 Json = dict[str, Any]
 
@@ -40,15 +42,17 @@ SCHEMAS = (
     ModelBody,
     ModelListBody,
     ReadyBody,
+    *TARGETING_SCHEMAS,
 )
 
 ERRORS = {
     "400": "The request is wrong; `param` names the field, the message what it may be",
-    "404": "No such model or route",
+    "404": "No such model, catalogue or route",
     "405": "No such method here",
     "408": "The body did not arrive in time",
+    "409": "An upload of the catalogue is under way; or it was compiled for another model",
     "413": "The body is too large",
-    "415": "The body is not application/json",
+    "415": "The body is of another type than those here",
     "429": "Too much is being served",
     "503": "No worker can serve the request now",
 }
@@ -58,7 +62,7 @@ PRINTABLE = "^[!-~]+$"
 
 def openapi_document(card: ModelCard, limits: Limits) -> bytes:
     _, schemas = msgspec.json.schema_components(SCHEMAS, ref_template=REF)
-    for request in (CompletionRequest, ChatCompletionRequest):
+    for request in (CompletionRequest, ChatCompletionRequest, TargetingRequest):
         _describe_model(schemas[request.__name__]["properties"], limits)
     document = {
         "openapi": "3.1.0",
@@ -79,6 +83,7 @@ def openapi_document(card: ModelCard, limits: Limits) -> bytes:
                 ChatCompletionBody,
                 ChatCompletionChunk,
             ),
+            **targeting_paths(_json_content, _response, _errors, _request_headers()),
             "/v1/models": _get_path("List models", "listModels", ModelListBody),
             "/v1/models/{id}": _model_path(card),
             "/health": _get_path("Whether the process lives", "health", HealthBody),

@@ -109,10 +109,12 @@ def _struct_in(kind: inspect.Type | None) -> inspect.StructType | None:
 
 
 def _item_in(kind: inspect.Type | None) -> inspect.Type | None:
-    """The element type of the array inside unions and annotations."""
+    """The element type of the array or object inside unions and annotations."""
     match kind:
         case inspect.ListType():
             return kind.item_type
+        case inspect.DictType():
+            return kind.value_type
         case inspect.Metadata():
             return _item_in(kind.type)
         case inspect.UnionType():

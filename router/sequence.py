@@ -1,7 +1,15 @@
 """The records of one sequence on its way through the router."""
 
 from cluster.ids import ChainHash, RequestId, SessionId
-from cluster.messages import EmittedToken, FinishReason, Record, SamplingParams, Usage
+from cluster.messages import (
+    EmittedToken,
+    FinishReason,
+    Record,
+    SamplingParams,
+    TargetingParams,
+    TargetingResult,
+    Usage,
+)
 from cluster.placement.choose import HopPolicy, Placement
 from cluster.placement.store import IndexHits
 
@@ -28,6 +36,7 @@ class SequenceAsk(Record, frozen=True, kw_only=True):
     deadline_unix_ns: int
     prefill_hop: HopPolicy | None = None
     """None: as configured."""
+    targeting: TargetingParams | None = None
 
 
 class TextEmitted(Record, frozen=True):
@@ -50,6 +59,8 @@ class SequenceEnded(Record, frozen=True, kw_only=True):
     """`cached_tokens` counts what the prefill worker had cached too."""
     placement: Placement
     """Of the attempt that finished."""
+    targeting: TargetingResult | None = None
+    """Of a targeting request; None where its deadline passed with nothing found."""
 
 
 SequenceEvent = TextEmitted | SequenceEnded

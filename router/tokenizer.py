@@ -42,10 +42,10 @@ class PromptEncoder:
             (len(self.tokenizer.token_bytes(token_id)) for token_id in range(num_tokens)), default=1
         )
 
-    async def text(self, prompt: str) -> list[int]:
+    async def text(self, prompt: str, *, param: str = "prompt") -> list[int]:
         """A completion's prompt is all the caller's own: control tokens written out in it count as such."""
-        self._check_length("prompt", len(prompt))
-        return await self._run("prompt", len(prompt), lambda: self._encode([prompt], add_bos=self._add_bos))
+        self._check_length(param, len(prompt))
+        return await self._run(param, len(prompt), lambda: self._encode([prompt], add_bos=self._add_bos))
 
     async def chat(self, messages: Sequence[ChatMessage]) -> list[int]:
         template = self._template

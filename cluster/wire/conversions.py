@@ -26,10 +26,13 @@ from cluster.messages import (
     WorkerAddress,
 )
 from cluster.wire import headrace_pb2 as pb
-
-
-class WireError(ValueError):
-    """A message that follows the protobuf schema but not the contract."""
+from cluster.wire.errors import WireError as WireError
+from cluster.wire.targeting_conversions import (
+    targeting_params_from_proto,
+    targeting_params_to_proto,
+    targeting_result_from_proto,
+    targeting_result_to_proto,
+)
 
 
 def sampling_to_proto(params: SamplingParams) -> pb.Sampling:
@@ -90,6 +93,7 @@ def generate_request_to_proto(request: GenerateRequest) -> pb.GenerateRequest:
         deadline_unix_ns=request.deadline_unix_ns,
         handoff_id=request.handoff_id or "",
         emitted_token_ids=request.emitted_token_ids,
+        targeting=None if request.targeting is None else targeting_params_to_proto(request.targeting),
     )
 
 
@@ -103,6 +107,7 @@ def generate_request_from_proto(message: pb.GenerateRequest) -> GenerateRequest:
         deadline_unix_ns=message.deadline_unix_ns if message.HasField("deadline_unix_ns") else None,
         handoff_id=HandoffId(message.handoff_id) if message.handoff_id else None,
         emitted_token_ids=tuple(message.emitted_token_ids),
+        targeting=targeting_params_from_proto(message.targeting) if message.HasField("targeting") else None,
     )
 
 
@@ -213,6 +218,7 @@ def _finished_to_proto(event: SequenceFinished) -> pb.SequenceFinished:
         stamps_ns=event.stamps_ns,
         text=event.text,
         stop_match=event.stop_match,
+        targeting=None if event.targeting is None else targeting_result_to_proto(event.targeting),
     )
 
 
@@ -228,6 +234,7 @@ def _finished_from_proto(request_id: RequestId, message: pb.SequenceFinished) ->
         stamps_ns=dict(message.stamps_ns),
         text=message.text,
         stop_match=message.stop_match if message.HasField("stop_match") else None,
+        targeting=targeting_result_from_proto(message.targeting) if message.HasField("targeting") else None,
     )
 
 

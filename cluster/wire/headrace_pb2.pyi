@@ -78,6 +78,68 @@ class InferenceResponse(_message.Message):
     usage: Usage
     def __init__(self, request_id: _Optional[str] = ..., first_index: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., text: _Optional[str] = ..., finish_reason: _Optional[str] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ...) -> None: ...
 
+class TargetingRequest(_message.Message):
+    __slots__ = ("model", "context", "chat", "catalogue", "k", "beams", "scoring", "filter", "diversity", "seed", "deadline_ms", "session_id")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    CHAT_FIELD_NUMBER: _ClassVar[int]
+    CATALOGUE_FIELD_NUMBER: _ClassVar[int]
+    K_FIELD_NUMBER: _ClassVar[int]
+    BEAMS_FIELD_NUMBER: _ClassVar[int]
+    SCORING_FIELD_NUMBER: _ClassVar[int]
+    FILTER_FIELD_NUMBER: _ClassVar[int]
+    DIVERSITY_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    context: str
+    chat: ChatMessages
+    catalogue: str
+    k: int
+    beams: int
+    scoring: str
+    filter: _containers.RepeatedCompositeFieldContainer[TargetingCondition]
+    diversity: float
+    seed: int
+    deadline_ms: int
+    session_id: str
+    def __init__(self, model: _Optional[str] = ..., context: _Optional[str] = ..., chat: _Optional[_Union[ChatMessages, _Mapping]] = ..., catalogue: _Optional[str] = ..., k: _Optional[int] = ..., beams: _Optional[int] = ..., scoring: _Optional[str] = ..., filter: _Optional[_Iterable[_Union[TargetingCondition, _Mapping]]] = ..., diversity: _Optional[float] = ..., seed: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., session_id: _Optional[str] = ...) -> None: ...
+
+class TargetingResponse(_message.Message):
+    __slots__ = ("request_id", "catalogue", "catalogue_version", "finish_reason", "result", "usage", "warning")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    CATALOGUE_FIELD_NUMBER: _ClassVar[int]
+    CATALOGUE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
+    WARNING_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    catalogue: str
+    catalogue_version: int
+    finish_reason: str
+    result: TargetingResult
+    usage: Usage
+    warning: str
+    def __init__(self, request_id: _Optional[str] = ..., catalogue: _Optional[str] = ..., catalogue_version: _Optional[int] = ..., finish_reason: _Optional[str] = ..., result: _Optional[_Union[TargetingResult, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., warning: _Optional[str] = ...) -> None: ...
+
+class FetchCatalogueRequest(_message.Message):
+    __slots__ = ("name", "version", "checksum")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    version: int
+    checksum: str
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., checksum: _Optional[str] = ...) -> None: ...
+
+class CatalogueChunk(_message.Message):
+    __slots__ = ("data",)
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+
 class Sampling(_message.Message):
     __slots__ = ("max_tokens", "seed", "temperature", "top_p", "top_k", "min_p", "stop", "stop_token_ids", "ignore_eos", "num_logprobs")
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -169,7 +231,7 @@ class Hello(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., model: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., router_id: _Optional[str] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "sampling", "tenant", "session_id", "deadline_unix_ns", "handoff_id", "emitted_token_ids")
+    __slots__ = ("request_id", "prompt_token_ids", "sampling", "tenant", "session_id", "deadline_unix_ns", "handoff_id", "emitted_token_ids", "targeting")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -178,6 +240,7 @@ class GenerateRequest(_message.Message):
     DEADLINE_UNIX_NS_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_ID_FIELD_NUMBER: _ClassVar[int]
     EMITTED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    TARGETING_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: Sampling
@@ -186,7 +249,90 @@ class GenerateRequest(_message.Message):
     deadline_unix_ns: int
     handoff_id: str
     emitted_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., tenant: _Optional[str] = ..., session_id: _Optional[str] = ..., deadline_unix_ns: _Optional[int] = ..., handoff_id: _Optional[str] = ..., emitted_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    targeting: TargetingParams
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., tenant: _Optional[str] = ..., session_id: _Optional[str] = ..., deadline_unix_ns: _Optional[int] = ..., handoff_id: _Optional[str] = ..., emitted_token_ids: _Optional[_Iterable[int]] = ..., targeting: _Optional[_Union[TargetingParams, _Mapping]] = ...) -> None: ...
+
+class CatalogueRef(_message.Message):
+    __slots__ = ("name", "version", "checksum", "num_bytes", "path", "fetch_address")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    FETCH_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    version: int
+    checksum: str
+    num_bytes: int
+    path: str
+    fetch_address: str
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., checksum: _Optional[str] = ..., num_bytes: _Optional[int] = ..., path: _Optional[str] = ..., fetch_address: _Optional[str] = ...) -> None: ...
+
+class TextValues(_message.Message):
+    __slots__ = ("values",)
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    values: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, values: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class TargetingCondition(_message.Message):
+    __slots__ = ("attribute", "any_of", "at_least", "at_most")
+    ATTRIBUTE_FIELD_NUMBER: _ClassVar[int]
+    ANY_OF_FIELD_NUMBER: _ClassVar[int]
+    AT_LEAST_FIELD_NUMBER: _ClassVar[int]
+    AT_MOST_FIELD_NUMBER: _ClassVar[int]
+    attribute: str
+    any_of: TextValues
+    at_least: float
+    at_most: float
+    def __init__(self, attribute: _Optional[str] = ..., any_of: _Optional[_Union[TextValues, _Mapping]] = ..., at_least: _Optional[float] = ..., at_most: _Optional[float] = ...) -> None: ...
+
+class TargetingParams(_message.Message):
+    __slots__ = ("catalogue", "k", "beams", "scoring", "where", "diversity", "noise_seed")
+    CATALOGUE_FIELD_NUMBER: _ClassVar[int]
+    K_FIELD_NUMBER: _ClassVar[int]
+    BEAMS_FIELD_NUMBER: _ClassVar[int]
+    SCORING_FIELD_NUMBER: _ClassVar[int]
+    WHERE_FIELD_NUMBER: _ClassVar[int]
+    DIVERSITY_FIELD_NUMBER: _ClassVar[int]
+    NOISE_SEED_FIELD_NUMBER: _ClassVar[int]
+    catalogue: CatalogueRef
+    k: int
+    beams: int
+    scoring: str
+    where: _containers.RepeatedCompositeFieldContainer[TargetingCondition]
+    diversity: float
+    noise_seed: int
+    def __init__(self, catalogue: _Optional[_Union[CatalogueRef, _Mapping]] = ..., k: _Optional[int] = ..., beams: _Optional[int] = ..., scoring: _Optional[str] = ..., where: _Optional[_Iterable[_Union[TargetingCondition, _Mapping]]] = ..., diversity: _Optional[float] = ..., noise_seed: _Optional[int] = ...) -> None: ...
+
+class ScoredItem(_message.Message):
+    __slots__ = ("rank", "item_id", "text", "logprob", "bid")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    ITEM_ID_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    BID_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    item_id: str
+    text: str
+    logprob: float
+    bid: float
+    def __init__(self, rank: _Optional[int] = ..., item_id: _Optional[str] = ..., text: _Optional[str] = ..., logprob: _Optional[float] = ..., bid: _Optional[float] = ...) -> None: ...
+
+class TargetingResult(_message.Message):
+    __slots__ = ("items", "is_complete", "decoding", "num_steps", "num_rows", "num_verified_items")
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    IS_COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    DECODING_FIELD_NUMBER: _ClassVar[int]
+    NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
+    NUM_VERIFIED_ITEMS_FIELD_NUMBER: _ClassVar[int]
+    items: _containers.RepeatedCompositeFieldContainer[ScoredItem]
+    is_complete: bool
+    decoding: str
+    num_steps: int
+    num_rows: int
+    num_verified_items: int
+    def __init__(self, items: _Optional[_Iterable[_Union[ScoredItem, _Mapping]]] = ..., is_complete: _Optional[bool] = ..., decoding: _Optional[str] = ..., num_steps: _Optional[int] = ..., num_rows: _Optional[int] = ..., num_verified_items: _Optional[int] = ...) -> None: ...
 
 class CancelRequest(_message.Message):
     __slots__ = ("request_id",)
@@ -251,7 +397,7 @@ class TokensEmitted(_message.Message):
     def __init__(self, first_index: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ...) -> None: ...
 
 class SequenceFinished(_message.Message):
-    __slots__ = ("reason", "usage", "stamps_ns", "text", "stop_match")
+    __slots__ = ("reason", "usage", "stamps_ns", "text", "stop_match", "targeting")
     class StampsNsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -264,12 +410,14 @@ class SequenceFinished(_message.Message):
     STAMPS_NS_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     STOP_MATCH_FIELD_NUMBER: _ClassVar[int]
+    TARGETING_FIELD_NUMBER: _ClassVar[int]
     reason: str
     usage: Usage
     stamps_ns: _containers.ScalarMap[str, int]
     text: str
     stop_match: str
-    def __init__(self, reason: _Optional[str] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., stamps_ns: _Optional[_Mapping[str, int]] = ..., text: _Optional[str] = ..., stop_match: _Optional[str] = ...) -> None: ...
+    targeting: TargetingResult
+    def __init__(self, reason: _Optional[str] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., stamps_ns: _Optional[_Mapping[str, int]] = ..., text: _Optional[str] = ..., stop_match: _Optional[str] = ..., targeting: _Optional[_Union[TargetingResult, _Mapping]] = ...) -> None: ...
 
 class SequenceFailed(_message.Message):
     __slots__ = ("code", "message", "is_retryable")

@@ -102,6 +102,155 @@ class Inference:
             _registered_method=True)
 
 
+class TargetingStub:
+    """The items of a catalogue that are likeliest after a context.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Select = channel.unary_unary(
+                '/headrace.v1.Targeting/Select',
+                request_serializer=cluster_dot_wire_dot_headrace__pb2.TargetingRequest.SerializeToString,
+                response_deserializer=cluster_dot_wire_dot_headrace__pb2.TargetingResponse.FromString,
+                _registered_method=True)
+
+
+class TargetingServicer:
+    """The items of a catalogue that are likeliest after a context.
+    """
+
+    def Select(self, request, context):
+        """Errors as Inference.Generate has them; NOT_FOUND an unknown catalogue too.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_TargetingServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Select': grpc.unary_unary_rpc_method_handler(
+                    servicer.Select,
+                    request_deserializer=cluster_dot_wire_dot_headrace__pb2.TargetingRequest.FromString,
+                    response_serializer=cluster_dot_wire_dot_headrace__pb2.TargetingResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'headrace.v1.Targeting', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('headrace.v1.Targeting', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Targeting:
+    """The items of a catalogue that are likeliest after a context.
+    """
+
+    @staticmethod
+    def Select(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/headrace.v1.Targeting/Select',
+            cluster_dot_wire_dot_headrace__pb2.TargetingRequest.SerializeToString,
+            cluster_dot_wire_dot_headrace__pb2.TargetingResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class CataloguesStub:
+    """Missing associated documentation comment in .proto file."""
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Fetch = channel.unary_stream(
+                '/headrace.v1.Catalogues/Fetch',
+                request_serializer=cluster_dot_wire_dot_headrace__pb2.FetchCatalogueRequest.SerializeToString,
+                response_deserializer=cluster_dot_wire_dot_headrace__pb2.CatalogueChunk.FromString,
+                _registered_method=True)
+
+
+class CataloguesServicer:
+    """Missing associated documentation comment in .proto file."""
+
+    def Fetch(self, request, context):
+        """The compiled file of a catalogue, for a worker on another machine.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_CataloguesServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Fetch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Fetch,
+                    request_deserializer=cluster_dot_wire_dot_headrace__pb2.FetchCatalogueRequest.FromString,
+                    response_serializer=cluster_dot_wire_dot_headrace__pb2.CatalogueChunk.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'headrace.v1.Catalogues', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('headrace.v1.Catalogues', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Catalogues:
+    """Missing associated documentation comment in .proto file."""
+
+    @staticmethod
+    def Fetch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/headrace.v1.Catalogues/Fetch',
+            cluster_dot_wire_dot_headrace__pb2.FetchCatalogueRequest.SerializeToString,
+            cluster_dot_wire_dot_headrace__pb2.CatalogueChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
 class DecodeStub:
     """Missing associated documentation comment in .proto file."""
 
