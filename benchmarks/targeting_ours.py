@@ -5,10 +5,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-
 from benchmarks.decode_ours import OurModel
-from cluster.block_hash import chain_salt
 from cluster.catalogue.compile import CompileTarget, compile_upload
 from cluster.catalogue.file import Catalogue
 from cluster.config import DecodeConfig
@@ -76,7 +73,9 @@ def compiled(chunks: Iterable[bytes], served: ServedModel, tokenizer: Tokenizer)
             name="sample",
             version=1,
             target=CompileTarget(
-                tokenizer=tokenizer, end_token=served.card.eos_token_ids[0], fingerprint=served.card.fingerprint
+                tokenizer=tokenizer,
+                end_token=served.card.eos_token_ids[0],
+                fingerprint=served.card.fingerprint,
             ),
         )
         return Catalogue.open(path)

@@ -11,8 +11,8 @@ from decode_workers.sampler import BadLogitsError
 from decode_workers.scheduler import RowGrant
 from decode_workers.sequence import Sequence
 from decode_workers.step_batch import NO_PARENT, BoolArray, Int32Array, StepBatch, StepResult
-from decode_workers.targeting.search_rows import SearchRows
 from decode_workers.targeting.search import TargetingSearch
+from decode_workers.targeting.search_rows import SearchRows
 from decode_workers.verdicts import Verdict
 
 
@@ -163,7 +163,8 @@ def _own_rows(grant: SearchGrant, block_tables: Int32Array, block_size_tokens: i
 
     def slots(local: Int32Array) -> Int32Array:
         places = local + committed
-        return table[places // size] * size + places % size
+        found: Int32Array = table[places // size] * size + places % size
+        return found
 
     return StepBatch(
         token_ids=rows.token_ids,
@@ -187,7 +188,8 @@ def _flags(batch: StepBatch) -> BoolArray:
 def _num_held(batch: StepBatch) -> Int32Array:
     if batch.held_starts is None:
         return np.zeros(batch.num_rows, dtype=np.int32)
-    return np.diff(batch.held_starts)
+    counts: Int32Array = np.diff(batch.held_starts)
+    return counts
 
 
 def _starts(counts: Int32Array | BoolArray) -> Int32Array:

@@ -236,9 +236,11 @@ class DecodeService(pb_grpc.DecodeServicer):
     async def _choose(self, request: GenerateRequest, params: TargetingParams) -> None:
         """Open the catalogue, which may have to be fetched first, then submit the request."""
         request_id = request.request_id
+        if self._chooser is None:
+            message = "this worker serves no catalogues"
+            self.deliver([_failed(request_id, FailureCode.INVALID, message, is_retryable=False)])
+            return
         try:
-            if self._chooser is None:
-                raise NoItemsError("this worker serves no catalogues", is_retryable=False)
             items = await asyncio.to_thread(self._chooser.choose, params)
         except NoItemsError as error:
             code = FailureCode.UNAVAILABLE if error.is_retryable else FailureCode.INVALID

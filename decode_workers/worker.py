@@ -14,6 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from cluster.block_pool import BlockChanges
+from cluster.catalogue.local import LocalCatalogues
 from cluster.config import DecodeConfig
 from cluster.ids import ChainHash, Epoch
 from cluster.kv_layout import KvLayout
@@ -29,6 +30,7 @@ from decode_workers.engine_thread import EngineThread
 from decode_workers.executor import StepExecutor
 from decode_workers.inbox import Inbox
 from decode_workers.service import DecodeService
+from decode_workers.targeting.item_chooser import ItemChooser
 
 MAX_CONCURRENT_CALLS = 512
 HEALTH_INTERVAL_S = 0.5
@@ -61,8 +63,10 @@ class DecodeWorker:
         host: str = "127.0.0.1",
         port: int = 0,
         drafter: Drafter | None = None,
+        catalogues: LocalCatalogues | None = None,
     ) -> None:
-        """`epoch`: this incarnation's, as its lease has it; hand-offs for another one are rejected.
+        """`epoch`: this incarnation's, as its lease has it; hand-offs for another one are rejected. Without
+        `catalogues` targeting requests are refused.
 
         The worker owns the executor from here on, and closes it. `port` 0: any free one.
         """
@@ -83,7 +87,11 @@ class DecodeWorker:
             drafter=drafter,
         )
         self._service = DecodeService(
-            self._engine.roster, self._inbox, card, max_commands_waiting=2 * config.max_queued_requests
+            self._engine.roster,
+            self._inbox,
+            card,
+            max_commands_waiting=2 * config.max_queued_requests,
+            chooser=None if catalogues is None else ItemChooser(catalogues),
         )
         self._thread = EngineThread(
             self._engine, self._inbox, self._deliver, self._crash, config.stall_timeout_s

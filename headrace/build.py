@@ -8,6 +8,8 @@ from pathlib import Path
 
 import msgspec
 
+from cluster.catalogue.fetch import fetch_catalogue
+from cluster.catalogue.local import LocalCatalogues
 from cluster.config import HeadraceConfig
 from cluster.ids import Epoch
 from cluster.kv_layout import KvLayout
@@ -61,9 +63,12 @@ def decode_worker(
     host: str,
     artifact: str | None,
     epoch: Callable[[], Epoch],
+    fetched_catalogues: Path,
 ) -> DecodeWorker:
-    """Loads the weights: seconds. Raises ModelChangedError, ExecutionError where the GPU does not do, or what
-    opening model or artifact raises."""
+    """Loads the weights: seconds. `fetched_catalogues` is a folder, made when one is fetched.
+
+    Raises ModelChangedError, ExecutionError where the GPU does not do, or what opening model or artifact raises.
+    """
     return DecodeWorker(
         _executor(config, served, artifact),
         Tokenizer.of(served),
@@ -71,6 +76,7 @@ def decode_worker(
         config.decode,
         epoch=epoch,
         host=host,
+        catalogues=LocalCatalogues(fetched_catalogues, fetch_catalogue, max_open=config.catalogue.max_open),
     )
 
 

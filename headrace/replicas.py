@@ -164,7 +164,13 @@ class DecodeReplica:
 
         self._epoch = Epoch(0)
         self._worker = await asyncio.to_thread(
-            decode_worker, config, served, host, artifact, lambda: self._epoch
+            decode_worker,
+            config,
+            served,
+            host,
+            artifact,
+            lambda: self._epoch,
+            _RUN_FOLDER.fetched_catalogues,
         )
         async with alone(_MEASURING_LOCK):
             grpc_address = await self._worker.start()

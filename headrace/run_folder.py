@@ -25,7 +25,7 @@ _MAX_SOCKET_PARENT_CHARS = 21
 """HAProxy takes socket paths of 97 characters, 76 of them below the folder; Ray 107, 64 of them below."""
 _LOCK_TRIES, _LOCK_RETRY_S = 5, 0.05
 LOG, ERROR, LOCK = "supervisor.log", "error.txt", "lock"
-_ENTRIES = ("state.json", LOG, ERROR, "redis", "ray", "haproxy", "catalogues", "measuring", LOCK)
+_ENTRIES = ("state.json", LOG, ERROR, "redis", "ray", "haproxy", "catalogues", "fetched", "measuring", LOCK)
 """All that a cluster ever puts into its folder. Nothing else is removed: the folder's path is the user's."""
 
 
@@ -109,6 +109,11 @@ class RunFolder:
     def catalogues(self) -> Path:
         """Where uploads are kept unless the configuration names another folder."""
         return self.path / "catalogues"
+
+    @property
+    def fetched_catalogues(self) -> Path:
+        """What workers of this machine keep of other machines' catalogues."""
+        return self.path / "fetched"
 
     @property
     def sockets(self) -> Path:

@@ -2,10 +2,10 @@
 
 from functools import lru_cache
 
-from cluster.catalogue.store import FetchError, LocalCatalogues
-
+from cluster.catalogue.fetch import FetchError
 from cluster.catalogue.file import Catalogue, ConditionError
 from cluster.catalogue.file_format import CatalogueFileError
+from cluster.catalogue.local import LocalCatalogues
 from cluster.messages import TargetingParams
 from decode_workers.targeting.chosen_items import ChosenItems
 from decode_workers.targeting.slots import level_widths

@@ -1,4 +1,4 @@
-"""Targeting through the decode engine: beside other requests, in few rows a step, with filters, until a deadline."""
+"""Targeting through the decode engine: beside other requests, in few rows, with filters, until a deadline."""
 
 import json
 import math
