@@ -118,7 +118,7 @@ class ItemSpool:
         dtype = np.uint16 if self.vocab_size <= _FEW_IDS_TOKENS else np.int32
         self.tokens = ArraySpool(folder, "tokens", dtype)
         self.path_lengths = ArraySpool(folder, "path_lengths", np.int32)
-        self.lines = ArraySpool(folder, "lines", np.int32)
+        self.lines = ArraySpool(folder, "lines", np.int64)
         self.bids = ArraySpool(folder, "bids", np.float64)
         self.id_hashes = ArraySpool(folder, "id_hashes", np.uint64)
         self.texts = BlobSpool(folder, "texts")

@@ -232,3 +232,9 @@ def test_rereading_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     found, faults = parsed(data, "csv", content_length=len(data))
     assert len(found) == 99 * 20
     assert faults.count == 20
+
+
+def test_an_endless_upload_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upload_lines, "MAX_UPLOAD_BYTES", 100)
+    with pytest.raises(UploadError, match="more than 100 bytes"):
+        parsed(b"\n" * 101, "jsonl")
