@@ -4,7 +4,9 @@ What it finds is exact: each wanted item below the frontier is scored, or bounde
 worse than the kth best item found, as log-probabilities only fall.
 """
 
+import math
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +17,7 @@ from decode_workers.targeting.forest import Forest
 from decode_workers.targeting.search_rows import NO_SLOT, Frontier
 from decode_workers.targeting.wanted import NO_ROW, IndexArray, Layout, WantedTrie
 
-_LOOSE = 1.25
+_LOOSE = 1.05
 """An estimate that is worse than stepwise by more than this is not looked into."""
 _WORTH = 0.95
 """Parallel must be predicted below this share of stepwise, which may yet prune rows that it counts."""
@@ -50,9 +52,11 @@ def plan_parallel(
         return None
     chunk = chunk_rows(table)
     num_rows = _estimated_rows(wanted, frontier, heights)
-    later = min(beams, -(-max(num_rows - width, 1) // (height - 1)))
+    reaching = np.bincount(heights)[:0:-1].cumsum()[::-1]
+    """[levels] nodes of the frontier that have rows there. The rest are taken to be spread likewise."""
+    widths = np.minimum(reaching * (num_rows / int(reaching.sum())), beams)
     stepwise = _chunks_ms(table, width, table.max_rows)
-    stepwise += (height - 1) * _chunks_ms(table, later, table.max_rows)
+    stepwise += sum(_chunks_ms(table, math.ceil(below), table.max_rows) for below in widths[1:].tolist())
     if finished.edge_score is None:
         parallel = _chunks_ms(table, num_rows, chunk)
     else:
@@ -71,7 +75,15 @@ def plan_parallel(
     chunk = min(chunk, free_slots)
     if chunk < 1:
         return None
-    parallel, stepwise = predicted_ms(layout, frontier, finished, table=table, beams=beams, chunk=chunk)
+    parallel, stepwise = predicted_ms(
+        layout,
+        frontier,
+        finished,
+        table=table,
+        beams=beams,
+        chunk=chunk,
+        is_renormalised=wanted.is_renormalised,
+    )
     return layout if parallel < _WORTH * stepwise else None
 
 
@@ -87,7 +99,14 @@ def _estimated_rows(wanted: WantedTrie, frontier: Frontier, heights: npt.NDArray
 
 
 def predicted_ms(
-    layout: Layout, frontier: Frontier, finished: FinishedItems, *, table: StepTable, beams: int, chunk: int
+    layout: Layout,
+    frontier: Frontier,
+    finished: FinishedItems,
+    *,
+    table: StepTable,
+    beams: int,
+    chunk: int,
+    is_renormalised: bool,
 ) -> tuple[float, float]:
     """Of running `layout` in chunks of `chunk` rows, and of going on stepwise.
 
@@ -101,9 +120,26 @@ def predicted_ms(
         survivors = frontier.scores[layout.owners] - layout.levels * max(fall, 0.0) >= finished.edge_score
         # The first chunk is full before anything of it is known.
         expected_rows = min(layout.num_rows, max(chunk, int(np.count_nonzero(survivors))))
-    widths = np.minimum(np.bincount(layout.levels[survivors]), beams)
-    stepwise = sum(_chunks_ms(table, int(width), table.max_rows) for width in widths)
+    rounds = _rounds(layout) if is_renormalised else layout.levels
+    num_rows = np.bincount(rounds[survivors])
+    is_end = survivors
+    if is_renormalised:
+        is_end = survivors & (layout.edge_starts[1:] - layout.edge_starts[:-1] > 1)
+    num_ends = np.bincount(rounds[is_end], minlength=len(num_rows))
+    widths = num_rows * np.minimum(1.0, beams / np.maximum(num_ends, 1))
+    stepwise = sum(_chunks_ms(table, math.ceil(width), table.max_rows) for width in widths.tolist())
     return _chunks_ms(table, expected_rows, chunk), stepwise
+
+
+def _rounds(layout: Layout) -> IndexArray:
+    """[rows] the stepwise round that runs each, where chains of only children run in one."""
+    is_branch = layout.edge_starts[1:] - layout.edge_starts[:-1] > 1
+    rounds = np.zeros(layout.num_rows, dtype=np.intp)
+    starts = layout.levels.searchsorted(np.arange(1, layout.num_levels + 1))
+    for start, end in pairwise(starts):
+        parents = layout.parents[start:end]
+        rounds[start:end] = rounds[parents] + is_branch[parents]
+    return rounds
 
 
 def _chunks_ms(table: StepTable, rows: int, chunk: int) -> float:

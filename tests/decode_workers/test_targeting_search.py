@@ -205,10 +205,12 @@ def test_under_catalogue_scoring_a_chain_to_one_item_never_runs() -> None:
 
 def test_under_catalogue_scoring_a_chain_to_several_runs_at_once() -> None:
     case = Case([(1, 4, 4, 4, 5, END), (1, 4, 4, 4, 6, END), (2, END)], Model(0), "catalogue")
-    search, driver = start(case, None, beams=3, k=3)
-    driver.run(lambda: 64)
-    # The root, then the chain: 1, 4, 4, and the 4 whose children are told apart.
-    assert (search.num_steps, search.num_rows) == (2, 5)
+    for table in (None, FLAT):
+        search, driver = start(case, table, beams=3, extra_slots=64, k=3)
+        driver.run(lambda: 64)
+        # The root, then the chain: 1, 4, 4, and the 4 whose children are told apart.
+        assert (search.num_steps, search.num_rows) == (2, 5)
+        assert not search.went_parallel, "one round is left either way"
 
 
 def test_parallel_takes_one_step_where_rows_are_cheap() -> None:
