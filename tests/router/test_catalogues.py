@@ -4,12 +4,16 @@ import asyncio
 import json
 import tracemalloc
 
+import msgspec
 import pytest
 
-from cluster.catalogue.store import CatalogueNameError, CatalogueStore
+from cluster.catalogue.file_lock import try_locked
+from cluster.catalogue.store import CatalogueNameError, CatalogueStore, _lock_path
+from cluster.config import CatalogueConfig
 from router.catalogues import check_name
 from router.errors import RequestError
 from router.upload import BUFFER_BYTES, spool_body
+from router.uploads import Uploads
 from tests.router.catalogue_support import CSV, ITEMS, JSON_LINES, items_of, jsonl, many, put, store
 from tests.router.conftest import MODEL, eventually
 
@@ -164,6 +168,8 @@ async def test_a_second_upload_of_the_name_is_a_conflict(cluster, served):
     await eventually(lambda: cluster.router._uploads.progress("", "ads") is not None)
     shown = (await cluster.http.get("/v1/catalogues/ads")).json()
     assert (shown["state"], shown["version"], shown["progress"]["phase"]) == ("compiling", 1, "receive")
+    new = (await cluster.http.get("/v1/catalogues")).json()["data"]
+    assert [(one["name"], one["state"]) for one in new] == [("ads", "compiling")]
     second = await put(cluster)
     assert (second.status_code, second.json()["error"]["code"]) == (409, "upload_under_way")
     assert (await cluster.http.delete("/v1/catalogues/ads")).status_code == 409
@@ -174,12 +180,18 @@ async def test_a_second_upload_of_the_name_is_a_conflict(cluster, served):
     assert await items_of(cluster) == (2, 2)
 
 
-async def test_another_routers_upload_is_a_conflict_too(cluster):
-    from cluster.catalogue.file_lock import try_locked
-    from cluster.catalogue.store import _lock_path
+async def test_uploads_at_once_and_catalogues_are_bounded(make_cluster, served, monkeypatch):
+    cluster = await make_cluster(catalogue={"max_catalogues": 1})
+    store(cluster, served)
+    full = await put(cluster, "more")
+    assert (full.status_code, full.json()["error"]["code"]) == (400, "too_many_catalogues")
+    monkeypatch.setattr("router.uploads.MAX_UPLOADS", 0)
+    busy = await put(cluster)
+    assert (busy.status_code, busy.headers["retry-after"]) == (429, "10")
 
-    store = CatalogueStore(cluster.catalogue_folder)
-    catalogue = store._path("", "ads")
+
+async def test_another_routers_upload_is_a_conflict_too(cluster):
+    catalogue = CatalogueStore(cluster.catalogue_folder)._path("", "ads")
     catalogue.parent.mkdir()
     with try_locked(_lock_path(catalogue)):
         assert (await put(cluster)).status_code == 409
@@ -216,7 +228,7 @@ async def test_a_client_that_leaves_while_it_compiles_ends_that(cluster, serve, 
         progress = cluster.router._uploads.progress("", "ads")
         return progress and progress.phase
 
-    await eventually(lambda: phase() not in (None, "receive"), timeout_s=20)
+    await eventually(lambda: phase() in ("read", "sort", "write"), timeout_s=20)
     shown = (await cluster.http.get("/v1/catalogues/ads")).json()
     assert (shown["state"], shown["version"]) == ("compiling", 1)
     assert shown["progress"]["done"] > 0
@@ -267,9 +279,6 @@ async def test_memory_does_not_grow_with_the_body(tmp_path):
 
 
 async def test_what_a_killed_router_left_is_cleared_by_the_next(make_cluster, served):
-    from cluster.config import CatalogueConfig
-    from router.uploads import Uploads
-
     cluster = await make_cluster()
     folder = cluster.catalogue_folder / ".uploads"
     folder.mkdir()
@@ -279,8 +288,6 @@ async def test_what_a_killed_router_left_is_cleared_by_the_next(make_cluster, se
 
 
 async def test_a_catalogue_of_another_model_is_refused(make_cluster, served):
-    import msgspec
-
     cluster = await make_cluster()
     card = msgspec.structs.replace(served.card, fingerprint="another")
     store(cluster, msgspec.structs.replace(served, card=card))
