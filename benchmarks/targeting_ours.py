@@ -1,9 +1,10 @@
-"""Targeting through the decode engine as `benchmarks/targeting.py` drives it: one question at a time, here."""
+"""Targeting through the decode engine as `benchmarks/targeting.py` drives it: one question at a time."""
 
 import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 from benchmarks.decode_ours import OurModel
 from cluster.catalogue.compile import CompileTarget, compile_upload
@@ -23,13 +24,11 @@ from cluster.messages import (
 from cluster.model_card import ServedModel
 from cluster.placement.predict import StepTable
 from cluster.text import Tokenizer
-from cluster.transfer.receiver import HandoffSink
 from decode_workers.engine import DecodeEngine
 from decode_workers.inbox import Inbox
 from decode_workers.megakernel_executor import MegaKernelExecutor
 from decode_workers.step_batch import StepBatch, StepResult
-from decode_workers.targeting.chosen_items import ChosenItems
-from decode_workers.targeting.slots import level_widths
+from decode_workers.targeting.chosen_items import ChosenItems, choose_items
 
 POOL_TOKENS = 8192
 BLOCK_TOKENS = 16
@@ -55,10 +54,10 @@ class TimedExecutor:
 
 
 class NoHandoffs:
-    def expect(self, handoff_id: HandoffId, first_token: int, num_tokens: int, sink: HandoffSink) -> None:
+    def expect(self, *_: object) -> None:
         raise AssertionError("no request here waits for a hand-off")
 
-    def cancel(self, handoff_id: HandoffId) -> HandoffCancelState:
+    def cancel(self, _: HandoffId) -> HandoffCancelState:
         return HandoffCancelState.NOT_FOUND
 
 
@@ -99,19 +98,17 @@ class OurTargeting:
         self.costs: tuple[StepCost, ...] = self.engine.measure()
         self.table = self.engine._step_table
         self._num_asked = 0
-
-    def choose(self, catalogue: Catalogue) -> ChosenItems:
-        return ChosenItems(catalogue=catalogue, passing=None, level_widths=level_widths(catalogue.trie))
+        self._items: dict[tuple[str, str], ChosenItems] = {}
 
     def ask(
         self,
         prompt: list[int],
-        items: ChosenItems,
+        catalogue: Catalogue,
         *,
         table: StepTable | None,
         k: int = 20,
         beams: int = 20,
-        scoring: str = "vocabulary",
+        scoring: Literal["vocabulary", "catalogue"] = "vocabulary",
         tenant: str = "",
     ) -> TargetingResult:
         """`table`: what the search predicts by; None: token by token."""
@@ -119,14 +116,18 @@ class OurTargeting:
         self.executor.run_s, self.executor.rows = 0.0, []
         self.engine.roster.predict_by(table)
         ref = CatalogueRef(name="sample", version=1, checksum="", num_bytes=0, path="")
+        params = TargetingParams(catalogue=ref, k=k, beams=beams, scoring=scoring)
+        key = (catalogue.checksum, scoring)
+        if key not in self._items:
+            self._items[key] = choose_items(catalogue, params)
         request = GenerateRequest(
             request_id=RequestId(str(self._num_asked)),
             prompt_token_ids=tuple(prompt),
             sampling=SamplingParams(max_tokens=1, seed=0, temperature=0.0),
             tenant=tenant,
-            targeting=TargetingParams(catalogue=ref, k=k, beams=beams, scoring=scoring),  # type: ignore[arg-type]
+            targeting=params,
         )
-        self.engine.roster.submit(request, items)
+        self.engine.roster.submit(request, self._items[key])
         while True:
             for event in self.engine.step():
                 if isinstance(event, SequenceFinished):

@@ -15,6 +15,7 @@ from decode_workers.request_check import RequestLimits, completion_limit, find_f
 from decode_workers.sequence import Sequence
 from decode_workers.targeting.chosen_items import ChosenItems
 from decode_workers.targeting.search import TargetingSearch
+from decode_workers.targeting.slots import slots_needed
 
 MAX_TENANTS_REMEMBERED = 1024
 SPARE_SLOTS = 128
@@ -88,19 +89,15 @@ class Intake:
                 f"{items.catalogue.header.vocab_size} tokens, this model has {self._limits.vocab_size}"
             )
         beams = request.targeting.beams
-        fewest, room = items.slots_needed(beams), self._limits.kv_pool_tokens - num_prompt
+        fewest = slots_needed(items.level_widths, beams, 0)
+        room = self._limits.kv_pool_tokens - num_prompt
         if fewest > room:
             raise InvalidRequestError(
-                f"prompt of {num_prompt} tokens and {beams} beams need {num_prompt + fewest} KV slots: the pool "
-                f"has {self._limits.kv_pool_tokens}"
+                f"prompt of {num_prompt} tokens and {beams} beams need {num_prompt + fewest} KV slots: the "
+                f"pool has {self._limits.kv_pool_tokens}"
             )
-        return TargetingSearch(
-            items.catalogue.trie,
-            request.targeting,
-            None if items.passing is None else items.passing.mask,
-            self.step_table,
-            min(fewest + SPARE_SLOTS, room, MAX_SEARCH_SLOTS),
-        )
+        num_slots = min(fewest + SPARE_SLOTS, room, MAX_SEARCH_SLOTS)
+        return TargetingSearch(items.wanted, request.targeting, self.step_table, num_slots)
 
     def _new_salt(self, tenant: str) -> ChainHash:
         return chain_salt(self._layout_fingerprint, tenant)

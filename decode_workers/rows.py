@@ -56,9 +56,9 @@ def assemble(
     block_size_tokens: int,
     searches: SequenceOf[SearchRows] = (),
 ) -> StepRows:
-    """Rows of each grant: its pending tokens as a chain, then its tree below the last of them, or its search's.
+    """Rows of each grant: its pending tokens as a chain, then its tree below the last; or its search's.
 
-    `searches`: in order, what the grants for which `asks_catalogue` holds run or ask for. These come last.
+    `searches`: in order, what the grants for which `asks_catalogue` holds run or ask for. These are the last.
     """
     plain = [grant for grant in grants if not grant.num_searched]
     batch: StepBatch | None = None

@@ -39,8 +39,8 @@ def plan_step(running: SequenceOf[Sequence], max_rows: int, *, can_draft: bool) 
     """Grants for the next step, those of searches last; `running` is in order of arrival.
 
     Every sequence gets one row, those served longest ago first where there are more than rows. What is
-    left goes to pending chains, oldest first, then to searches, in shares as equal as they want, then in equal
-    shares to draft trees.
+    left goes to pending chains, oldest first, then to searches, in shares as equal as they want, then in
+    equal shares to draft trees.
     """
     chosen = running
     if len(running) > max_rows:

@@ -48,7 +48,7 @@ class SearchAnswer(Record, frozen=True, kw_only=True, eq=False):
 
 
 def take_search_rows(grants: SequenceOf[RowGrant]) -> list[SearchRows]:
-    """Of the grants that ask for a catalogue's tokens, in order: what they run, or ask of their prompt's end."""
+    """Of the grants that ask for a catalogue's tokens: what they run, or ask of their prompt's end."""
     return [
         search_of(grant.sequence).take(grant.num_searched)
         if grant.num_searched
@@ -80,7 +80,7 @@ def add_searches(
     block_tables: Int32Array,
     block_size_tokens: int,
 ) -> tuple[StepBatch, tuple[SearchAnswer, ...]]:
-    """The step of `plain` (None: no other rows) and of searches: roots first, then those with rows of their own."""
+    """The step of `plain` (None: no other rows) and of searches: roots first, then those with own rows."""
     own = [grant for grant in grants if grant.root_row is None]
     batches = [_own_rows(grant, block_tables, block_size_tokens) for grant in own]
     batch = joined(batches if plain is None else [plain, *batches])

@@ -67,7 +67,8 @@ def decode_worker(
 ) -> DecodeWorker:
     """Loads the weights: seconds. `fetched_catalogues` is a folder, made when one is fetched.
 
-    Raises ModelChangedError, ExecutionError where the GPU does not do, or what opening model or artifact raises.
+    Raises ModelChangedError, ExecutionError where the GPU does not do, or what opening model or artifact
+    raises.
     """
     return DecodeWorker(
         _executor(config, served, artifact),

@@ -1,20 +1,19 @@
 """What a targeting request chooses from: an opened catalogue and the items of it that pass the filter."""
 
-from cluster.catalogue.file import Catalogue, Passing
-from cluster.messages import Record, ScoredItem, TargetingResult
+from cluster.catalogue.file import Catalogue
+from cluster.messages import Record, ScoredItem, TargetingParams, TargetingResult
 from decode_workers.targeting.search import TargetingSearch
+from decode_workers.targeting.slots import level_widths
+from decode_workers.targeting.wanted import WantedTrie
 
 
 class ChosenItems(Record, frozen=True, kw_only=True, eq=False):
+    """Searches may share one: of a catalogue, a filter and a scoring."""
+
     catalogue: Catalogue
-    passing: Passing | None
-    """What the filter leaves; None: all."""
+    wanted: WantedTrie
     level_widths: tuple[int, ...]
     """Inner nodes of the trie's levels below the root."""
-
-    def slots_needed(self, beams: int) -> int:
-        """KV slots with which a search never waits for one: see `targeting.wanted.slots_needed`."""
-        return sum(min(beams, width) for width in self.level_widths)
 
     def result(self, search: TargetingSearch) -> TargetingResult:
         """What was found by now."""
@@ -39,3 +38,18 @@ class ChosenItems(Record, frozen=True, kw_only=True, eq=False):
             num_rows=search.num_rows,
             num_verified_items=search.num_verified_items,
         )
+
+
+def choose_items(
+    catalogue: Catalogue, params: TargetingParams, widths: tuple[int, ...] | None = None
+) -> ChosenItems:
+    """Looks at every item where there is a filter, at every node where `widths` are not known.
+
+    Raises ConditionError.
+    """
+    mask = catalogue.passing(params.where).mask if params.where else None
+    return ChosenItems(
+        catalogue=catalogue,
+        wanted=WantedTrie(catalogue.trie, mask, is_renormalised=params.scoring == "catalogue"),
+        level_widths=level_widths(catalogue.trie) if widths is None else widths,
+    )

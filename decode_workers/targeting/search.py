@@ -19,10 +19,10 @@ item's path, since a node may owe its score to paths outside the catalogue.
 import numpy as np
 from msgspec import Struct
 
-from cluster.catalogue.trie import ROOT, Trie
+from cluster.catalogue.trie import ROOT
 from cluster.messages import TargetingParams
 from cluster.placement.predict import StepTable
-from decode_workers.step_batch import BoolArray, Float32Array
+from decode_workers.step_batch import Float32Array
 from decode_workers.targeting import noise
 from decode_workers.targeting.finished import FinishedItems, best_first
 from decode_workers.targeting.forest import Forest
@@ -44,21 +44,21 @@ class Found(Struct, frozen=True, kw_only=True, eq=False):
 class TargetingSearch:
     def __init__(
         self,
-        trie: Trie,
+        wanted: WantedTrie,
         params: TargetingParams,
-        mask: BoolArray | None,
         step_table: StepTable | None,
         capacity_slots: int,
     ) -> None:
-        """`mask`: which sorted items are wanted; None: all. Without a step table no round goes parallel.
+        """`wanted` may be shared with other searches. Without a step table no round goes parallel.
 
-        `capacity_slots` is at least `slots_needed(trie, params.beams, 0)`, or rows may find none free.
+        `capacity_slots` is at least `slots_needed(widths, params.beams, 0)`, or rows may find none free.
         """
         if params.k < 1 or params.beams < 1:
             raise ValueError(f"k is {params.k} and beams {params.beams}: both must be at least 1")
         if not params.diversity >= 0:
             raise ValueError(f"diversity is {params.diversity}, must be at least 0")
-        self._wanted = WantedTrie(trie, mask, is_renormalised=params.scoring == "catalogue")
+        assert wanted.is_renormalised == (params.scoring == "catalogue"), "made for another scoring"
+        self._wanted = wanted
         self._beams = params.beams
         self._noise_seed = params.noise_seed
         self._table = step_table

@@ -13,10 +13,11 @@ def level_widths(trie: Trie) -> tuple[int, ...]:
     return tuple(widths)
 
 
-def slots_needed(trie: Trie, beams: int, max_rows: int) -> int:
-    """Slots with which no search of `beams` ever waits for one, in steps of at most `max_rows` rows.
+def slots_needed(widths: tuple[int, ...], beams: int, max_rows: int) -> int:
+    """Slots with which no search of `beams` ever waits for one, in steps of at most `max_rows` rows; `widths`
+    are `level_widths`.
 
     Stepwise, each level has at most `beams` nodes whose KV is still wanted, the rows that run included. The
-    rest lets a parallel chunk be as large as a step; `slots_needed(trie, beams, 0)` are enough to end.
+    rest lets a parallel chunk be as large as a step; `slots_needed(widths, beams, 0)` are enough to end.
     """
-    return sum(min(beams, width) for width in level_widths(trie)) + max_rows
+    return sum(min(beams, width) for width in widths) + max_rows

@@ -21,8 +21,7 @@ from cluster.messages import (
     TargetingParams,
     TargetingResult,
 )
-from decode_workers.targeting.chosen_items import ChosenItems
-from decode_workers.targeting.slots import level_widths
+from decode_workers.targeting.chosen_items import choose_items
 from tests.decode_workers.support import (
     EOS,
     MAX_CONTEXT_TOKENS,
@@ -67,12 +66,9 @@ def compiled(path: Path, texts: tuple[str, ...]) -> Catalogue:
     return Catalogue.open(path)
 
 
-def chosen(catalogue: Catalogue, where: tuple[Condition, ...] = ()) -> ChosenItems:
-    return ChosenItems(
-        catalogue=catalogue,
-        passing=catalogue.passing(where) if where else None,
-        level_widths=level_widths(catalogue.trie),
-    )
+def ask(rig: EngineRig, catalogue: Catalogue, request: GenerateRequest) -> None:
+    assert request.targeting is not None
+    rig.engine.roster.submit(request, choose_items(catalogue, request.targeting))
 
 
 def targeting(request_id: str = "t", prompt: list[int] = PROMPT, **changes: object) -> GenerateRequest:
@@ -119,7 +115,7 @@ def texts_of(result: TargetingResult) -> list[str]:
 @pytest.mark.parametrize("max_rows", [1, 3, 64])
 def test_the_best_items_come_with_their_scores(catalogue: Catalogue, scoring: str, max_rows: int) -> None:
     rig = EngineRig(HashExecutor(num_blocks=128), DecodeConfig(max_rows_per_step=max_rows))
-    rig.engine.roster.submit(targeting(scoring=scoring), chosen(catalogue))
+    ask(rig, catalogue, targeting(scoring=scoring))
     rig.run()
     result = result_of(rig)
     assert texts_of(result) == best(PROMPT, ITEMS, 5, scoring)
@@ -141,7 +137,7 @@ def test_company_changes_neither_items_nor_tokens(catalogue: Catalogue) -> None:
         rig.submit(request_of(name, prompts[name], sampling))
     contexts = {f"t{place}": PROMPT[place:] for place in range(3)}
     for name, prompt in contexts.items():
-        rig.engine.roster.submit(targeting(name, prompt, beams=64), chosen(catalogue))
+        ask(rig, catalogue, targeting(name, prompt, beams=64))
     rig.run()
     for name, sampling in others.items():
         assert rig.tokens(name) == expected_tokens(prompts[name], sampling)
@@ -153,7 +149,7 @@ def test_company_changes_neither_items_nor_tokens(catalogue: Catalogue) -> None:
 def test_a_filter_leaves_only_what_passes(catalogue: Catalogue) -> None:
     rig = EngineRig(HashExecutor(num_blocks=128))
     where = (Condition(attribute="kind", any_of=("odd",)), Condition(attribute="bid", at_most=6.0))
-    rig.engine.roster.submit(targeting(where=where, k=64), chosen(catalogue, where))
+    ask(rig, catalogue, targeting(where=where, k=64))
     rig.run()
     passing = tuple(text for place, text in enumerate(ITEMS) if place % 2 == 1 and place / 4 <= 6)
     assert texts_of(result_of(rig)) == best(PROMPT, passing, 64)
@@ -162,7 +158,7 @@ def test_a_filter_leaves_only_what_passes(catalogue: Catalogue) -> None:
 def test_nothing_that_passes_is_an_empty_answer_at_once(catalogue: Catalogue) -> None:
     rig = EngineRig()
     where = (Condition(attribute="kind", any_of=("neither",)),)
-    rig.engine.roster.submit(targeting(where=where), chosen(catalogue, where))
+    ask(rig, catalogue, targeting(where=where))
     rig.run()
     result = result_of(rig)
     assert (result.items, result.decoding, result.num_rows) == ((), "none", 0)
@@ -172,7 +168,7 @@ def test_nothing_that_passes_is_an_empty_answer_at_once(catalogue: Catalogue) ->
 def test_what_was_found_by_the_deadline_comes_back(catalogue: Catalogue) -> None:
     rig = EngineRig(HashExecutor(num_blocks=128), DecodeConfig(max_rows_per_step=2))
     deadline = rig.clock.now_ns + 1_000_000
-    rig.engine.roster.submit(targeting(k=20, deadline_unix_ns=deadline), chosen(catalogue))
+    ask(rig, catalogue, targeting(k=20, deadline_unix_ns=deadline))
     while not rig.executor.batches or len(rig.executor.batches) < 12:
         rig.step()
     rig.clock.now_ns = deadline
@@ -197,7 +193,7 @@ def test_where_rows_cost_little_all_that_remains_is_verified_at_once(catalogue: 
     stepwise, parallel = EngineRig(HashExecutor(num_blocks=128)), EngineRig(_FlatExecutor(num_blocks=128))
     parallel.engine.measure()
     for rig in (stepwise, parallel):
-        rig.engine.roster.submit(targeting(beams=8), chosen(catalogue))
+        ask(rig, catalogue, targeting(beams=8))
         rig.run()
     assert result_of(parallel).decoding == "parallel"
     assert result_of(stepwise).decoding == "stepwise"
@@ -210,7 +206,7 @@ def test_where_rows_cost_little_all_that_remains_is_verified_at_once(catalogue: 
 def test_the_context_is_cached_as_any_prompt(catalogue: Catalogue) -> None:
     rig = EngineRig(HashExecutor(num_blocks=128))
     for name in ("first", "second"):
-        rig.engine.roster.submit(targeting(name), chosen(catalogue))
+        ask(rig, catalogue, targeting(name))
         rig.run()
     assert rig.finished("second").usage.cached_tokens == len(PROMPT) - 1
     assert result_of(rig, "first").items == result_of(rig, "second").items
@@ -225,7 +221,7 @@ def test_logits_that_are_no_distribution_fail_that_search_alone(catalogue: Catal
 
     rig.executor.spoil = spoil
     rig.submit(request_of("r", [1, 2, 3], greedy(8, ignore_eos=True)))
-    rig.engine.roster.submit(targeting(scoring="catalogue"), chosen(catalogue))
+    ask(rig, catalogue, targeting(scoring="catalogue"))
     rig.run()
     assert rig.failed("t").code is FailureCode.INTERNAL
     assert rig.tokens("r") == expected_tokens([1, 2, 3], greedy(8, ignore_eos=True))
@@ -243,7 +239,7 @@ def test_what_can_never_fit_is_refused(
     catalogue: Catalogue, prompt: list[int], num_blocks: int, says: str
 ) -> None:
     rig = EngineRig(HashExecutor(num_blocks=num_blocks))
-    rig.engine.roster.submit(targeting(prompt=prompt), chosen(catalogue))
+    ask(rig, catalogue, targeting(prompt=prompt))
     rig.run()
     assert rig.failed("t").code is FailureCode.INVALID
     assert says in rig.failed("t").message

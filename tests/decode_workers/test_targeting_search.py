@@ -8,12 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.catalogue.trie import Trie
+from cluster.messages import TargetingParams
 from cluster.placement.predict import StepTable
 from decode_workers.sampler import BadLogitsError
+from decode_workers.step_batch import BoolArray
 from decode_workers.targeting.forest import OutOfSlotsError
 from decode_workers.targeting.ptpv import chunk_rows
 from decode_workers.targeting.search import TargetingSearch
-from decode_workers.targeting.slots import slots_needed
+from decode_workers.targeting.slots import level_widths, slots_needed
+from decode_workers.targeting.wanted import WantedTrie
 from tests.decode_workers.targeting_support import END, Case, Driver, Model, params_of
 from tests.decode_workers.tries import Path
 
@@ -21,6 +25,13 @@ FLAT = StepTable(rows=(1, 64), ms=(1.0, 1.0))
 """64 rows cost what one does: whatever is left is verified at once."""
 CPU_LIKE = StepTable(rows=(1, 2, 4, 8, 16, 32, 64), ms=(2.4, 2.4, 2.4, 3.2, 5.8, 11.4, 22.0))
 SEEDS = st.integers(0, 2**63)
+
+
+def search_over(
+    trie: Trie, params: TargetingParams, mask: BoolArray | None, table: StepTable | None, num_slots: int
+) -> TargetingSearch:
+    wanted = WantedTrie(trie, mask, is_renormalised=params.scoring == "catalogue")
+    return TargetingSearch(wanted, params, table, num_slots)
 
 
 def random_case(dice: random.Random, *, max_items: int = 100, may_tie: bool = True) -> Case:
@@ -57,9 +68,9 @@ def some_rows(dice: random.Random, most: int | None = None):
 
 
 def start(case: Case, table: StepTable | None, *, beams: int, extra_slots: int = 0, **fields):
-    capacity = slots_needed(case.trie, beams, extra_slots)
+    capacity = slots_needed(level_widths(case.trie), beams, extra_slots)
     params = params_of(beams=beams, scoring=case.scoring, **fields)
-    search = TargetingSearch(case.trie, params, case.mask, table, capacity)
+    search = search_over(case.trie, params, case.mask, table, capacity)
     return search, Driver(case, search, capacity)
 
 
@@ -278,10 +289,10 @@ def test_what_cannot_be_searched_is_refused() -> None:
         ({"k": 1, "diversity": -1.0}, "diversity is -1.0"),
     ):
         with pytest.raises(ValueError, match=message):
-            TargetingSearch(case.trie, params_of(scoring="vocabulary", **fields), None, None, 8)
+            search_over(case.trie, params_of(scoring="vocabulary", **fields), None, None, 8)
     with pytest.raises(ValueError, match="2 items"):
-        TargetingSearch(case.trie, params_of(k=1), np.ones(3, dtype=np.bool_), None, 8)
-    search = TargetingSearch(case.trie, params_of(k=1, beams=2), None, None, 1)
+        search_over(case.trie, params_of(k=1), np.ones(3, dtype=np.bool_), None, 8)
+    search = search_over(case.trie, params_of(k=1, beams=2), None, None, 1)
     search.give(search.root_ask(), np.zeros(2, dtype=np.float32), np.ones(1, dtype=np.float32))
     with pytest.raises(OutOfSlotsError, match="2 rows need slots, 1 of 1"):
         search.take(2)
