@@ -8,15 +8,27 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import grpc
 import grpc.aio
 
+from cluster.catalogue.file import Catalogue
 from cluster.ids import Epoch, WorkerId
-from cluster.messages import PROTOCOL_VERSION, Role, WorkerAddress, WorkerRecord, WorkerStatus
+from cluster.messages import (
+    PROTOCOL_VERSION,
+    Role,
+    ScoredItem,
+    TargetingParams,
+    TargetingResult,
+    WorkerAddress,
+    WorkerRecord,
+    WorkerStatus,
+)
 from cluster.text import IncrementalDetokenizer, Tokenizer
 from cluster.wire import headrace_pb2 as pb
 from cluster.wire import headrace_pb2_grpc as pb_grpc
+from cluster.wire.targeting_conversions import targeting_params_from_proto, targeting_result_to_proto
 
 LAYOUT = "layout-1"
 BLOCK_SIZE = 4
@@ -42,6 +54,8 @@ class Behaviour:
     ignores_hops: bool = False
     cached_tokens: int = 0
     handoffs_to_fail: int = 0
+    forgets_items: bool = False
+    """Break the contract: end a targeting request without a result."""
 
 
 @dataclass
@@ -58,6 +72,30 @@ def completion_ids(tokenizer: Tokenizer, prompt: tuple[int, ...], seed: int, cou
     words = tokenizer.encode(WORDS, allow_special=False)
     start = (sum(prompt) + seed) % len(words)
     return [words[(start + index) % len(words)] for index in range(count)]
+
+
+def scripted_items(params: TargetingParams) -> TargetingResult:
+    """What a scripted worker answers: the catalogue's first items that pass, in its own order."""
+    catalogue = Catalogue.open(Path(params.catalogue.path))
+    passing = catalogue.mask(params.where).nonzero()[0][: params.k].tolist()
+    items = tuple(
+        ScoredItem(
+            rank=rank,
+            item_id=catalogue.item_id(index),
+            text=catalogue.text(index),
+            logprob=-0.5 * rank,
+            bid=catalogue.bid(index),
+        )
+        for rank, index in enumerate(passing, 1)
+    )
+    return TargetingResult(
+        items=items,
+        is_complete=True,
+        decoding="stepwise" if items else "none",
+        num_steps=3,
+        num_rows=7,
+        num_verified_items=len(items),
+    )
 
 
 class _Handoffs:
@@ -238,7 +276,33 @@ class _DecodeStream:
             return
         if request.handoff_id and not behaviour.ignores_hops:
             await self._await_handoff(request)
-        await self._emit(request)
+        if request.HasField("targeting"):
+            await self._select(request)
+        else:
+            await self._emit(request)
+
+    async def _select(self, request: pb.GenerateRequest) -> None:
+        behaviour = self._worker.behaviour
+        if behaviour.step_delay_s:
+            await asyncio.sleep(behaviour.step_delay_s)
+        if behaviour.hang_at == 0:
+            await asyncio.sleep(3600)
+        if behaviour.die_at == 0:
+            behaviour.die_at = None
+            self._broken.set()
+            await asyncio.sleep(3600)
+        usage = pb.Usage(
+            prompt_tokens=len(request.prompt_token_ids), cached_tokens=behaviour.cached_tokens
+        )
+        params = targeting_params_from_proto(request.targeting)
+        result = None if behaviour.forgets_items else scripted_items(params)
+        finished = pb.SequenceFinished(
+            reason="stop",
+            usage=usage,
+            stamps_ns={"first_step_started": 1, "finished": 2_000_001},
+            targeting=result and targeting_result_to_proto(result),
+        )
+        await self._send(request.request_id, finished=finished)
 
     async def _await_handoff(self, request: pb.GenerateRequest) -> None:
         behaviour = self._worker.behaviour
