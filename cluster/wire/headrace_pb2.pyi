@@ -125,16 +125,14 @@ class TargetingResponse(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., catalogue: _Optional[str] = ..., catalogue_version: _Optional[int] = ..., finish_reason: _Optional[str] = ..., result: _Optional[_Union[TargetingResult, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., warning: _Optional[str] = ...) -> None: ...
 
 class FetchCatalogueRequest(_message.Message):
-    __slots__ = ("tenant", "name", "version", "checksum")
-    TENANT_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("name", "version", "checksum")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
-    tenant: str
     name: str
     version: int
     checksum: str
-    def __init__(self, tenant: _Optional[str] = ..., name: _Optional[str] = ..., version: _Optional[int] = ..., checksum: _Optional[str] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., checksum: _Optional[str] = ...) -> None: ...
 
 class CatalogueChunk(_message.Message):
     __slots__ = ("data",)
