@@ -49,3 +49,9 @@ class Trie(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     @property
     def count_items(self) -> int:
         return len(self.upload_rank)
+
+    def child(self, node: int, token: int) -> int | None:
+        """The child of `node` that `token` leads to."""
+        begin, end = int(self.first_child[node]), int(self.first_child[node + 1])
+        found = begin + int(np.searchsorted(self.token[begin:end], token))
+        return found if found < end and self.token[found] == token else None
