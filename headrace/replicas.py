@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from cluster.block_pool import BlockChanges
@@ -20,7 +21,8 @@ from headrace.run_folder import RunFolder, default_run_folder
 from router.app import Router
 
 _WORKER_STORE_TIMEOUT_S = 1.0
-_MEASURING_LOCK = RunFolder(default_run_folder()).measuring_lock
+_RUN_FOLDER = RunFolder(default_run_folder())
+_MEASURING_LOCK = _RUN_FOLDER.measuring_lock
 
 
 class UnhealthyError(RuntimeError):
@@ -54,7 +56,15 @@ class RouterReplica:
         self._directory_store = _store(config, served, redis_url, _WORKER_STORE_TIMEOUT_S)
         self._directory = WorkerDirectory(self._directory_store)
         costs = PlacementCosts(kv_bytes_per_token=kv_bytes_per_token)
-        self._router = Router(served, config, self._store, self._directory, costs=costs)
+        folder = config.catalogue.folder
+        self._router = Router(
+            served,
+            config,
+            self._store,
+            self._directory,
+            catalogue_folder=_RUN_FOLDER.catalogues if folder is None else Path(folder),
+            costs=costs,
+        )
         await self._directory.start()
         await self._router.start()
 

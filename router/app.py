@@ -1,5 +1,7 @@
 """The router: HTTP and gRPC in, tokens out. Plain objects; Serve, or any ASGI server, mounts `asgi`."""
 
+from pathlib import Path
+
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
@@ -12,6 +14,9 @@ from cluster.placement.predict import PlacementCosts
 from cluster.placement.store import PlacementStore
 from router.admission import InflightLimit, limits_of
 from router.answers import ChatApi, CompletionsApi
+from router.catalogue_endpoints import CatalogueEndpoints
+from router.catalogues import Catalogues, reachable_host
+from router.catalogues_service import CataloguesService
 from router.channels import Channels
 from router.completion_endpoint import CompletionEndpoint
 from router.decode_connection import hello
@@ -24,7 +29,11 @@ from router.info_endpoints import InfoEndpoints, defect, http_error
 from router.openapi import openapi_document
 from router.placing import Placer
 from router.prefill_client import PrefillClient
+from router.targeting import Targeting
+from router.targeting_endpoint import TargetingEndpoint
+from router.targeting_service import TargetingService
 from router.tokenizer import PromptEncoder
+from router.uploads import Uploads
 
 DEFAULT_COSTS = PlacementCosts(kv_bytes_per_token=64 * 1024)
 """What a small model's KV weighs; the hop's fixed costs outweigh an error in it."""
@@ -40,9 +49,11 @@ class Router:
         store: PlacementStore,
         directory: Directory,
         *,
+        catalogue_folder: Path,
         costs: PlacementCosts = DEFAULT_COSTS,
     ) -> None:
         """`store` and `directory` (a started WorkerDirectory) stay the caller's, to stop after the router.
+        `catalogue_folder` is made where it is not there; routers of one machine share it.
 
         Raises UnsupportedTokenizerError, UnsupportedTemplateError.
         """
@@ -75,17 +86,35 @@ class Router:
         chat = CompletionEndpoint(
             ChatApi(encoder), generation, limits, self.metrics, max_body_bytes=max_body_bytes
         )
+        self._catalogues = Catalogues(catalogue_folder, served, config.catalogue, self._fetch_address)
+        self._uploads = Uploads(self._catalogues, config.catalogue)
+        targeting = Targeting(encoder, self._catalogues, generation, limits)
+        targeting_endpoint = TargetingEndpoint(targeting, limits, self.metrics, max_body_bytes=max_body_bytes)
+        catalogue_endpoints = CatalogueEndpoints(self._catalogues, self._uploads, self.metrics)
         self.asgi = Starlette(
             routes=[
                 Route("/v1/completions", completions, methods=["POST"], name="completions"),
                 Route("/v1/chat/completions", chat, methods=["POST"], name="chat"),
+                Route("/v1/targeting", targeting_endpoint, methods=["POST"], name="targeting"),
+                *catalogue_endpoints.routes(),
                 *info.routes(),
             ],
             exception_handlers={HTTPException: http_error, Exception: defect},
         )
         self.asgi.router.redirect_slashes = False
         service = InferenceService(encoder, generation, limits, self.metrics)
-        self._grpc = InferenceServer(service, config.router, lambda: info.readiness().status == "ready")
+        self._grpc = InferenceServer(
+            service,
+            TargetingService(targeting, limits, self.metrics),
+            CataloguesService(self._catalogues),
+            config.router,
+            lambda: info.readiness().status == "ready",
+        )
+        self._fetch_host = config.catalogue.fetch_host or reachable_host(config.router.host)
+
+    def _fetch_address(self) -> str:
+        """Where workers on other machines get catalogues from."""
+        return f"{self._fetch_host}:{self.grpc_port}"
 
     @property
     def grpc_port(self) -> int:

@@ -1,6 +1,5 @@
 """/v1/catalogues: list, upload, show, delete. A catalogue belongs to the API key that sent it."""
 
-import asyncio
 from collections.abc import Mapping
 from typing import Literal
 from urllib.parse import parse_qsl
@@ -11,7 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from cluster.metrics import RouterMetrics
 from router.admission import tenant_of
-from router.catalogues import CatalogueFacts, Catalogues, check_name
+from router.catalogues import CatalogueFacts, Catalogues, check_name, upload_under_way
 from router.compile_messages import Compiled
 from router.errors import RequestError, invalid
 from router.http import ClientGoneError, error_headers, headers_of, request_id_of, respond
@@ -52,17 +51,17 @@ class CatalogueEndpoints:
         ]
 
     async def list_all(self, tenant: str) -> CatalogueListBody:
-        found = await asyncio.to_thread(self._catalogues.all_of, tenant)
+        found = await self._catalogues.all_of(tenant)
         under_way = self._uploads.under_way(tenant)
         bodies = {facts.ref.name: _body(facts, under_way.get(facts.ref.name)) for facts in found}
         for name, progress in under_way.items():
             bodies.setdefault(name, _first_version(name, progress))
         return CatalogueListBody(object="list", data=[bodies[name] for name in sorted(bodies)])
 
-    def show(self, tenant: str, name: str) -> CatalogueBody:
+    async def show(self, tenant: str, name: str) -> CatalogueBody:
         progress = self._uploads.progress(tenant, name)
         try:
-            return _body(self._catalogues.find(tenant, name), progress)
+            return _body(await self._catalogues.find(tenant, name), progress)
         except RequestError as error:
             if error.status != 404 or progress is None:
                 raise
@@ -79,7 +78,9 @@ class CatalogueEndpoints:
         return _upload_body(name, compiled)
 
     async def delete(self, tenant: str, name: str) -> CatalogueDeletedBody:
-        await asyncio.to_thread(self._catalogues.delete, tenant, name)
+        if self._uploads.progress(tenant, name) is not None:
+            raise upload_under_way(name)
+        await self._catalogues.delete(tenant, name)
         return CatalogueDeletedBody(name=name, object="catalogue", deleted=True)
 
     def count(self, outcome: str) -> None:
@@ -119,7 +120,7 @@ class _Asgi:
             case "DELETE":
                 return await endpoints.delete(tenant, name)
             case _:
-                return endpoints.show(tenant, name)
+                return await endpoints.show(tenant, name)
 
 
 def _format_of(headers: Mapping[str, str]) -> Literal["jsonl", "csv"]:

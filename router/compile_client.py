@@ -15,7 +15,7 @@ MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 STOP_TIMEOUT_S = 10.0
 
 _log = logging.getLogger(__name__)
-_decoder = msgspec.json.Decoder(CompileMessage)
+_decoder: msgspec.json.Decoder[CompileMessage] = msgspec.json.Decoder(CompileMessage)
 
 
 class CompileCrashError(RuntimeError):

@@ -1,4 +1,4 @@
-"""What a router and the process that compiles an upload for it say to each other: JSON, one message a line."""
+"""What a router and the process that compiles an upload for it say to each other: JSON, a message a line."""
 
 from typing import Literal
 
@@ -15,8 +15,7 @@ class CompileJob(msgspec.Struct, frozen=True, kw_only=True):
     """Of the store."""
     tenant: str
     name: str
-    tokenizer: str
-    """A file with the serialised tokenizer."""
+    tokenizer_json: str
     end_token: int
     fingerprint: str
 

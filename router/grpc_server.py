@@ -1,4 +1,4 @@
-"""The router's own gRPC server: Inference, health, reflection."""
+"""The router's own gRPC server: Inference, Targeting, Catalogues, health, reflection."""
 
 import asyncio
 import contextlib
@@ -12,13 +12,23 @@ from grpc_reflection.v1alpha import reflection
 
 from cluster.config import RouterConfig
 from cluster.wire import headrace_pb2 as pb
-from cluster.wire.headrace_pb2_grpc import add_InferenceServicer_to_server
+from cluster.wire.headrace_pb2_grpc import (
+    add_CataloguesServicer_to_server,
+    add_InferenceServicer_to_server,
+    add_TargetingServicer_to_server,
+)
+from router.catalogues_service import CataloguesService
 from router.inference_service import InferenceService
+from router.targeting_service import TargetingService
 
 HEALTH_INTERVAL_S = 0.5
 STOP_GRACE_S = 1.0
-SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+SERVICES = tuple(
+    pb.DESCRIPTOR.services_by_name[name].full_name for name in ("Inference", "Targeting", "Catalogues")
+)
 _add_inference = cast(Callable[[InferenceService, grpc.aio.Server], None], add_InferenceServicer_to_server)
+_add_targeting = cast(Callable[[TargetingService, grpc.aio.Server], None], add_TargetingServicer_to_server)
+_add_catalogues = cast(Callable[[CataloguesService, grpc.aio.Server], None], add_CataloguesServicer_to_server)
 
 
 class RouterStartError(RuntimeError):
@@ -28,8 +38,17 @@ class RouterStartError(RuntimeError):
 class InferenceServer:
     """Belongs to one event loop. Several processes of a host share the port."""
 
-    def __init__(self, service: InferenceService, config: RouterConfig, is_ready: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        service: InferenceService,
+        targeting: TargetingService,
+        catalogues: CataloguesService,
+        config: RouterConfig,
+        is_ready: Callable[[], bool],
+    ) -> None:
         self._service = service
+        self._targeting = targeting
+        self._catalogues = catalogues
         self._config = config
         self._is_ready = is_ready
         self._server: grpc.aio.Server | None = None
@@ -46,9 +65,11 @@ class InferenceServer:
             )
         )
         _add_inference(self._service, self._server)
+        _add_targeting(self._targeting, self._server)
+        _add_catalogues(self._catalogues, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
-            (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+            (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
         )
         host, port = self._config.host, self._config.grpc_port
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -78,7 +99,7 @@ class InferenceServer:
     async def _publish_health(self) -> None:
         statuses = health_pb2.HealthCheckResponse
         status = statuses.SERVING if self._is_ready() else statuses.NOT_SERVING
-        for name in ("", SERVICE):
+        for name in ("", *SERVICES):
             await self._health.set(name, status)
 
     async def _keep_publishing(self) -> None:

@@ -50,7 +50,7 @@ ERRORS = {
     "404": "No such model, catalogue or route",
     "405": "No such method here",
     "408": "The body did not arrive in time",
-    "409": "Another upload of it is under way",
+    "409": "An upload of the catalogue is under way; or it was compiled for another model",
     "413": "The body is too large",
     "415": "The body is of another type than those here",
     "429": "Too much is being served",

@@ -46,7 +46,7 @@ def targeting_paths(content: Content, response: Response, errors: Errors, header
         "requestBody": {"required": True, "content": content(TargetingRequest)},
         "responses": {
             "200": response("The items, the likeliest first", content(TargetingBody)),
-            **errors("400", "404", "408", "413", "415", "429", "503"),
+            **errors("400", "404", "408", "409", "413", "415", "429", "503"),
         },
     }
     many = {
@@ -90,12 +90,12 @@ def targeting_paths(content: Content, response: Response, errors: Errors, header
         },
         "put": {
             "summary": "Upload a catalogue's items, JSON lines or CSV, and compile them",
-            "description": "Answered when the new version serves. Each item has a `text`, and may have an `id`, a "
-            "`bid` and attributes to filter by.",
+            "description": "Answered when the new version serves. Each item has a `text`, and may have an "
+            "`id`, a `bid` and attributes to filter by.",
             "operationId": "putCatalogue",
             "security": security,
             "parameters": [name, skip_bad],
-            "requestBody": {"required": True, "content": {kind: lines for kind in UPLOAD_TYPES}},
+            "requestBody": {"required": True, "content": dict.fromkeys(UPLOAD_TYPES, lines)},
             "responses": {
                 "200": response("The new version", content(CatalogueUploadBody)),
                 "400": response("Nothing was changed; `faults` says why", content(CatalogueUploadErrorBody)),

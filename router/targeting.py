@@ -79,8 +79,9 @@ class Targeting:
         """Raises RequestError."""
         k, beams = _k_and_beams(fields)
         param = _input_param(fields)
-        catalogue = self._catalogues.find(caller.tenant, fields.catalogue)
-        check_attributes(fields.where, catalogue)
+        catalogue = await self._catalogues.find(caller.tenant, fields.catalogue)
+        self._catalogues.check_model(catalogue)
+        _check_attributes(fields.where, catalogue)
         prompt = await self._prompt(fields)
         _check_length(len(prompt), param, catalogue, self._limits)
         deadline_ms = same_or_only(
@@ -183,16 +184,22 @@ def _as_text(value: str | bool | int | float) -> str:
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
-def check_attributes(where: Sequence[Condition], catalogue: CatalogueFacts) -> None:
+def _check_attributes(where: Sequence[Condition], catalogue: CatalogueFacts) -> None:
     for condition in where:
         name = condition.attribute
         if name not in catalogue.attributes:
             known = ", ".join(f"`{known}`" for known in catalogue.attributes[:20]) or "none"
             raise invalid(
                 f"filter.{name}",
-                f"items of `{catalogue.ref.name}` have no attribute `{name}`; they have: {known}",
+                f"`filter`: items of `{catalogue.ref.name}` have no attribute `{name}`; they have: {known}",
                 code="unknown_attribute",
             )
+        is_range = condition.at_least is not None or condition.at_most is not None
+        if is_range and catalogue.kinds[name] == "text":
+            message = (
+                f"`filter`: `{name}` is text in `{catalogue.ref.name}`; it has no `min` or `max`, give values"
+            )
+            raise invalid(f"filter.{name}", message, code="invalid_value")
 
 
 def _warning(result: TargetingResult, asked: TargetingParams, reason: FinishReason) -> str | None:

@@ -20,8 +20,9 @@ from router.openai_api import MAX_MESSAGES, Body, DeadlineMs, Message, Seed, Use
 
 DEFAULT_K = 20
 DEFAULT_BEAMS = 20
-MAX_NAME_CHARS = 128
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+MAX_NAME_CHARS = 64
+NAME_PATTERN = "^[a-z0-9][a-z0-9._-]{0,63}$"
+"""As the store has it."""
 
 CatalogueName = Annotated[str, Meta(min_length=1, max_length=MAX_NAME_CHARS)]
 K = Annotated[int, Meta(ge=1, le=MAX_BEAMS, description=f"Items wanted; default {DEFAULT_K}")]

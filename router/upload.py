@@ -27,7 +27,7 @@ async def spool_body(
     told_bytes = _content_length(headers)
     if told_bytes is not None and told_bytes > max_bytes:
         raise body_too_large(max_bytes)
-    file = await asyncio.to_thread(path.open, "xb")
+    file = await asyncio.to_thread(path.open, "wb")
     try:
         num_bytes = await _copy(receive, file, max_bytes, idle_timeout_s)
     finally:

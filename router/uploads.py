@@ -1,18 +1,19 @@
 """Uploads under way: one a catalogue, each from the client's bytes to a version that serves."""
 
-import asyncio
 import contextlib
 import logging
 import secrets
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 from starlette.types import Receive
 
+from cluster.catalogue.file_lock import try_locked
 from cluster.config import CatalogueConfig
-from router.catalogues import Catalogues
+from router.catalogues import Catalogues, upload_under_way
 from router.compile_client import CompileCrashError, compile_in_process
 from router.compile_messages import Busy, Compiled, CompileJob, NoSpace, Progressed, Refused
 from router.errors import RequestError, internal, unavailable
@@ -21,7 +22,8 @@ from router.targeting_api import UploadProgress
 from router.upload import IDLE_TIMEOUT_S, spool_body
 
 RECEIVING = "receive"
-SPOOL_FOLDER = "uploads"
+SPOOL_FOLDER = ".uploads"
+"""Beside the tenants' folders."""
 _log = logging.getLogger(__name__)
 
 Key = tuple[str, str]
@@ -44,12 +46,17 @@ class UploadRefusedError(RequestError):
 class Uploads:
     """Belongs to one event loop. Clears at its start what one that was killed left."""
 
-    def __init__(self, catalogues: Catalogues, config: CatalogueConfig, *, idle_timeout_s: float = IDLE_TIMEOUT_S) -> None:
+    def __init__(
+        self, catalogues: Catalogues, config: CatalogueConfig, *, idle_timeout_s: float = IDLE_TIMEOUT_S
+    ) -> None:
         self._catalogues = catalogues
         self._config = config
         self._idle_timeout_s = idle_timeout_s
         self._folder = catalogues.folder / SPOOL_FOLDER
         self._progress: dict[Key, UploadProgress] = {}
+        for left in self._folder.glob("*.upload"):
+            with try_locked(left):
+                pass
 
     def progress(self, tenant: str, name: str) -> UploadProgress | None:
         """None where no upload of it is under way in this router."""
@@ -66,10 +73,10 @@ class Uploads:
         headers: Mapping[str, str],
         receive: Receive,
         *,
-        upload_format: str,
+        upload_format: Literal["jsonl", "csv"],
         skip_bad: bool,
     ) -> Compiled:
-        """Raises RequestError, UploadRefusedError with it; ClientGoneError. Nothing is left of one that fails."""
+        """Nothing is left of one that fails. Raises RequestError (UploadRefusedError), ClientGoneError."""
         with self._only_one((tenant, name)) as key, self._spool_path() as path:
             started_s = time.perf_counter()
             await spool_body(
@@ -103,7 +110,7 @@ class Uploads:
             case Refused():
                 raise UploadRefusedError(message)
             case Busy():
-                raise _conflict(job.name)
+                raise upload_under_way(job.name)
             case NoSpace():
                 raise unavailable(message.message, code="no_space", retry_after_s=60.0)
             case Progressed():
@@ -112,7 +119,7 @@ class Uploads:
     @contextlib.contextmanager
     def _only_one(self, key: Key) -> Iterator[Key]:
         if key in self._progress:
-            raise _conflict(key[1])
+            raise upload_under_way(key[1])
         self._progress[key] = UploadProgress(phase=RECEIVING, done=0, total=0)
         try:
             yield key
@@ -121,17 +128,13 @@ class Uploads:
 
     @contextlib.contextmanager
     def _spool_path(self) -> Iterator[Path]:
+        """Locked while it is wanted, and gone then: what is not locked was left by somebody killed."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = self._folder / f"{secrets.token_hex(8)}.upload"
-        try:
+        with try_locked(path) as is_ours:
+            if not is_ours:  # a router that starts is looking at it this very moment
+                raise unavailable("the catalogue folder is being cleared; try again")
             yield path
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _conflict(name: str) -> RequestError:
-    message = f"an upload of `{name}` is under way; send yours when it has ended"
-    return RequestError(409, message, param="name", code="upload_under_way")
 
 
 def _first_line(message: str) -> str:

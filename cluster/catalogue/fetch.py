@@ -22,7 +22,7 @@ FETCH_TIMEOUT_S = 600.0
 
 
 class FetchError(Exception):
-    """The catalogue could not be had; the message says why. A worker fails the request, another may have it."""
+    """The catalogue could not be had; the message says why. Another worker may have it."""
 
 
 def fetch_catalogue(ref: CatalogueRef, target: Path, *, timeout_s: float = FETCH_TIMEOUT_S) -> None:
@@ -43,7 +43,9 @@ def fetch_catalogue(ref: CatalogueRef, target: Path, *, timeout_s: float = FETCH
         _check(ref, part)
         os.replace(part, target)
     except OSError as error:
-        raise FetchError(f"catalogue `{ref.name}` cannot be kept in {target.parent}: {error.strerror}") from None
+        raise FetchError(
+            f"catalogue `{ref.name}` cannot be kept in {target.parent}: {error.strerror}"
+        ) from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -77,10 +79,8 @@ def _chunks(ref: CatalogueRef, timeout_s: float) -> Iterator[bytes]:
             for chunk in call:
                 yield chunk.data
         except grpc.RpcError as error:
-            assert isinstance(error, grpc.Call)
-            raise FetchError(
-                f"catalogue `{ref.name}` from {ref.fetch_address}: {error.code().name}: {error.details()}"
-            ) from None
+            message = f"catalogue `{ref.name}` from {ref.fetch_address}: {call.code().name}: {call.details()}"
+            raise FetchError(message) from error
         finally:
             call.cancel()
 
@@ -91,4 +91,6 @@ def _check(ref: CatalogueRef, path: Path) -> None:
     except CatalogueFileError as error:
         raise FetchError(f"catalogue `{ref.name}` came damaged: {error}") from None
     if checksum != ref.checksum:
-        raise FetchError(f"catalogue `{ref.name}`: the file has checksum {checksum}, {ref.checksum} was asked for")
+        raise FetchError(
+            f"catalogue `{ref.name}`: the file has checksum {checksum}, {ref.checksum} was asked for"
+        )

@@ -3,9 +3,10 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import httpx
 import msgspec
@@ -13,7 +14,7 @@ import pytest
 import tokenizers
 import uvicorn
 
-from cluster.config import HeadraceConfig, PlacementConfig, RouterConfig
+from cluster.config import CatalogueConfig, HeadraceConfig, PlacementConfig, RouterConfig
 from cluster.ids import SessionId
 from cluster.messages import SessionRecord, WorkerRecord
 from cluster.model_card import ModelCard, ServedModel
@@ -121,6 +122,7 @@ class Cluster:
     store: MemoryStore
     decodes: list[ScriptedDecode] = field(default_factory=list)
     prefills: list[ScriptedPrefill] = field(default_factory=list)
+    catalogue_folder: Path | None = None
     http: httpx.AsyncClient | None = None
 
     @property
@@ -135,7 +137,9 @@ MakeCluster = Callable[..., Awaitable[Cluster]]
 
 
 @pytest.fixture
-async def make_cluster(served: ServedModel, tokenizer: Tokenizer) -> AsyncIterator[MakeCluster]:
+async def make_cluster(
+    served: ServedModel, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[MakeCluster]:
     """`await make_cluster(decodes=2, prefills=1, max_inflight_requests=...)`."""
 
     def refusal(hello) -> str | None:
@@ -149,6 +153,7 @@ async def make_cluster(served: ServedModel, tokenizer: Tokenizer) -> AsyncIterat
             prefills: int = 0,
             model: ServedModel = served,
             lookup_timeout_s: float = 1.0,
+            catalogue: Mapping[str, object] | None = None,
             **router: object,
         ) -> Cluster:
             directory, store = StaticDirectory(), MemoryStore()
@@ -163,9 +168,16 @@ async def make_cluster(served: ServedModel, tokenizer: Tokenizer) -> AsyncIterat
                     **{"host": "127.0.0.1", "grpc_port": 0, "recovery_timeout_s": 1.0} | router
                 ),
                 placement=PlacementConfig(lookup_timeout_s=lookup_timeout_s),
+                catalogue=CatalogueConfig(**catalogue or {}),
             )
+            folder = tmp_path_factory.mktemp("catalogues")
             cluster = Cluster(
-                Router(model, config, store, directory), directory, store, decode_workers, prefill_workers
+                Router(model, config, store, directory, catalogue_folder=folder),
+                directory,
+                store,
+                decode_workers,
+                prefill_workers,
+                folder,
             )
             await cluster.router.start()
             stack.push_async_callback(cluster.router.stop)

@@ -291,9 +291,7 @@ class _DecodeStream:
             behaviour.die_at = None
             self._broken.set()
             await asyncio.sleep(3600)
-        usage = pb.Usage(
-            prompt_tokens=len(request.prompt_token_ids), cached_tokens=behaviour.cached_tokens
-        )
+        usage = pb.Usage(prompt_tokens=len(request.prompt_token_ids), cached_tokens=behaviour.cached_tokens)
         params = targeting_params_from_proto(request.targeting)
         result = None if behaviour.forgets_items else scripted_items(params)
         finished = pb.SequenceFinished(
