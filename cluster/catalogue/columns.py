@@ -52,7 +52,8 @@ class TextColumn:
         is_asked = np.zeros(len(self._code_of) + 1, np.bool_)
         is_asked[[self._code_of[text] for text in condition.any_of if text in self._code_of]] = True
         is_asked[ABSENT] = False
-        return is_asked[self._codes]
+        met: BoolArray = is_asked[self._codes]
+        return met
 
 
 Column = NumberColumn | TextColumn

@@ -1,11 +1,11 @@
 """Items to one compiled file: read and tokenize -> drop equals -> sort into a trie -> write.
 
-A million items of about eight tokens take some 20 s on two cores and 150 MB; `benchmarks/catalogue_compile.py`
-measures both.
+Memory is bounded by a few numbers an item; `benchmarks/catalogue_compile.py` measures it, and the time.
 """
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -78,7 +78,11 @@ def compile_upload(
     items = parse_upload(chunks, upload_format, faults, content_length=content_length)
     with tempfile.TemporaryDirectory(prefix=".work-", dir=path.parent) as folder:
         spool = ItemSpool(
-            Path(folder), target.tokenizer, target.end_token, faults, are_attributes_typed=upload_format == "jsonl"
+            Path(folder),
+            target.tokenizer,
+            target.end_token,
+            faults,
+            are_attributes_typed=upload_format == "jsonl",
         )
         try:
             rows, built = _sorted(spool, items, faults, skip_bad, progress or _silent)
@@ -100,10 +104,7 @@ def _sorted(
     spool: ItemSpool, items: Iterable[Item], faults: Faults, skip_bad: bool, progress: Progress
 ) -> tuple[AnyArray, BuiltTrie]:
     """Which rows are kept, and their trie."""
-    for batch in _batches(items):
-        spool.extend(batch)
-        progress("read", spool.count, None)
-    spool.finish()
+    _read(spool, items, progress)
     keep = np.ones(spool.count, np.bool_)
     spool.drop_equal_ids(keep)
     lengths = spool.path_lengths.read()
@@ -136,6 +137,22 @@ def _sorted(
     raise UploadError("the upload has no items", faults)
 
 
+def _read(spool: ItemSpool, items: Iterable[Item], progress: Progress) -> None:
+    """A batch is tokenized while the next one is read."""
+    with ThreadPoolExecutor(1, "catalogue-tokens") as executor:
+        pending: tuple[list[Item], Future[list[list[int]]]] | None = None
+        for batch in _batches(items):
+            encoding = executor.submit(spool.encode, batch)
+            if pending is not None:
+                spool.extend(pending[0], pending[1].result())
+                progress("read", spool.count, None)
+            pending = (batch, encoding)
+        if pending is not None:
+            spool.extend(pending[0], pending[1].result())
+            progress("read", spool.count, None)
+    spool.finish()
+
+
 def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
     batch, chars = list[Item](), 0
     for item in items:
@@ -161,6 +178,7 @@ def _header(
         num_nodes=built.num_nodes,
         num_path_tokens=int(spool.path_lengths.read()[rows].sum()),
         columns=(),
+        arrays={},
     )
 
 
@@ -178,7 +196,9 @@ def _written(
     sections["root_child"] = in_memory(_root_child(built, spool.vocab_size))
     in_order = rows[built.upload_rank]
     sections[BID] = in_memory(spool.bids.read()[in_order])
-    sections |= _strings("texts", spool.kept(spool.texts, rows)) | _strings("ids", spool.kept(spool.ids, rows))
+    sections |= _strings("texts", spool.kept(spool.texts, rows)) | _strings(
+        "ids", spool.kept(spool.ids, rows)
+    )
     columns = []
     for index, attribute in enumerate(spool.attributes.values()):
         column, values, distinct = attribute.compiled(spool.lines)

@@ -32,7 +32,9 @@ class Faults:
 
     def listed(self) -> tuple[Fault, ...]:
         """By line."""
-        return tuple(Fault(line=-line, message=message) for line, _, message in sorted(self._heap, reverse=True))
+        return tuple(
+            Fault(line=-line, message=message) for line, _, message in sorted(self._heap, reverse=True)
+        )
 
 
 class UploadError(ValueError):

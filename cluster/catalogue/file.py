@@ -61,7 +61,10 @@ class Catalogue:
         num_nodes, num_items = header.num_nodes, header.num_items
         sizes = {field: num_nodes + (field == "first_child") for field in NODE_FIELDS}
         self.trie = Trie(
-            **{field: file.array(f"trie.{field}", dtype, sizes[field]) for field, dtype in NODE_FIELDS.items()},
+            **{
+                field: file.array(f"trie.{field}", dtype, sizes[field])
+                for field, dtype in NODE_FIELDS.items()
+            },
             upload_rank=file.array("upload_rank", np.int32, num_items),
         )
         self.root_child: Int32Array = file.array("root_child", np.int32, header.vocab_size)

@@ -1,8 +1,8 @@
 """A compiled catalogue as one file: what is where, written and checked.
 
 64 bytes of preamble (`_PREAMBLE`), a JSON header, then arrays, each on a boundary of 64 bytes, all
-little-endian. The checksum is xxh3-128 of the whole file, with zeros where it stands itself: no byte can change
-unnoticed. Equal items, tokenizer, name and version give an equal file.
+little-endian. The checksum is xxh3-128 of the whole file, with zeros where it stands itself: no byte can
+change unnoticed. Equal items, tokenizer, name and version give an equal file.
 """
 
 import mmap
@@ -77,7 +77,7 @@ class CatalogueHeader(Record, frozen=True, kw_only=True):
     num_path_tokens: int
     """Of all items, their ends included."""
     columns: tuple[ColumnHeader, ...]
-    arrays: dict[str, ArrayPlace] = {}
+    arrays: dict[str, ArrayPlace]
 
 
 class Preamble(Record, frozen=True, kw_only=True):
@@ -187,7 +187,8 @@ def _checked_preamble(path: Path, start: bytes, file_bytes: int) -> Preamble:
     _, version, header_bytes, announced, checksum = _PREAMBLE.unpack(start)
     if version != FORMAT_VERSION:
         raise NotACatalogueError(
-            f"{path} has version {version} of the format, this program reads {FORMAT_VERSION}: compile it again"
+            f"{path} has version {version} of the format, this program reads {FORMAT_VERSION}: "
+            "compile it again"
         )
     if announced != file_bytes:
         raise DamagedCatalogueError(f"{path} has {file_bytes} bytes, its preamble says {announced}")
@@ -211,7 +212,7 @@ class MappedFile:
         self.header = self._header()
 
     def _verify(self) -> None:
-        digest = xxhash.xxh3_128(self._view[:_CHECKSUM.start])
+        digest = xxhash.xxh3_128(self._view[: _CHECKSUM.start])
         digest.update(bytes(_CHECKSUM.stop - _CHECKSUM.start))
         digest.update(self._view[_CHECKSUM.stop :])
         if digest.hexdigest() != self.preamble.checksum:

@@ -1,7 +1,7 @@
 """An upload's items on disk while they are read: texts, tokens, ids, bids, attributes, and their lines.
 
-In memory are a batch of items and, at the end, a few numbers an item. A *row* is an item's place here: the items
-left out along the way have none.
+In memory are a batch of items and, at the end, a few numbers an item. A *row* is an item's place here: the
+items left out along the way have none.
 """
 
 from collections.abc import Iterator
@@ -33,21 +33,12 @@ class AttributeSpool:
         self.values = BlobSpool(folder, f"attribute.{index}")
         self.is_number: bool | None = None
         """Of JSON, by the first value; None: CSV's, that the values decide."""
-        self._pending: list[bytes | None] = []
 
-    @property
-    def count(self) -> int:
-        return self.values.count + len(self._pending)
-
-    def append(self, row: int, value: AttributeValue) -> None:
-        if self.count < row:
-            self.flush()
+    def extend(self, row: int, values: list[AttributeValue | None]) -> None:
+        """Of the rows from `row` on."""
+        if self.values.count < row:
             self.values.pad_to(row)
-        self._pending.append(value.encode() if isinstance(value, str) else repr(value).encode())
-
-    def flush(self) -> None:
-        self.values.extend(self._pending)
-        self._pending.clear()
+        self.values.extend([_encoded(value) for value in values])
 
     def compiled(self, lines: ArraySpool) -> tuple[ColumnHeader, AnyArray, list[bytes]]:
         """Of every row, a number or the code of one of the values returned last. Raises UploadError."""
@@ -80,7 +71,9 @@ class AttributeSpool:
             yield batch
 
     def _are_numbers(self) -> bool:
-        return all(value is None or _is_plain_number(value.decode()) for batch in self._batches() for value in batch)
+        return all(
+            value is None or _is_plain_number(value.decode()) for batch in self._batches() for value in batch
+        )
 
 
 def _is_plain_number(text: str) -> bool:
@@ -92,11 +85,28 @@ def _is_plain_number(text: str) -> bool:
     return not has_leading_zero and abs(float(text)) <= MAX_EXACT_INTEGER
 
 
+def _encoded(value: AttributeValue | None) -> bytes | None:
+    if value is None:
+        return None
+    return value.encode() if isinstance(value, str) else repr(value).encode()
+
+
+def _names(items: list[Item]) -> dict[str, None]:
+    """All their attributes', in the order of their first items."""
+    return dict.fromkeys(chain.from_iterable(item.attributes for item in items))
+
+
 class ItemSpool:
     """Owns files in `folder` until `close`."""
 
     def __init__(
-        self, folder: Path, tokenizer: Tokenizer, end_token: int, faults: Faults, *, are_attributes_typed: bool
+        self,
+        folder: Path,
+        tokenizer: Tokenizer,
+        end_token: int,
+        faults: Faults,
+        *,
+        are_attributes_typed: bool,
     ) -> None:
         """`are_attributes_typed`: numbers come as numbers, and text that looks like one is text."""
         self.folder = folder
@@ -120,11 +130,18 @@ class ItemSpool:
     def count(self) -> int:
         return self.lines.count
 
-    def extend(self, items: list[Item]) -> None:
+    def encode(self, items: list[Item]) -> list[list[int]]:
+        """Their texts' tokens: apart from `extend`, since it may run beside the reading of the next items."""
+        return self._tokenizer.encode_batch([item.text for item in items])
+
+    def extend(self, items: list[Item], tokens: list[list[int]]) -> None:
         """Faults of what is left out go to the Faults."""
+        problems = [self._problem(ids) for ids in tokens]
+        if self._are_attributes_typed:
+            self._check_types(items, problems)
         paths, kept = list[list[int]](), list[Item]()
-        for item, ids in zip(items, self._tokenizer.encode_batch([item.text for item in items]), strict=True):
-            if problem := self._problem(item, ids):
+        for item, ids, problem in zip(items, tokens, problems, strict=True):
+            if problem is not None:
                 self._faults.add(item.line, problem)
                 continue
             ids.append(self.end_token)
@@ -141,23 +158,30 @@ class ItemSpool:
         self.id_hashes.extend(np.array([xxhash.xxh3_64_intdigest(raw) for raw in ids_bytes], np.uint64))
         self.texts.extend([item.text.encode() for item in kept])
 
-    def _problem(self, item: Item, ids: list[int]) -> str | None:
+    def _problem(self, ids: list[int]) -> str | None:
         if not ids:
             return "`text` has no tokens"
         if len(ids) > MAX_ITEM_TOKENS:
             return f"`text` has {len(ids)} tokens; at most {MAX_ITEM_TOKENS}"
         if self.end_token in ids:
             return "`text` has the model's end of text in it"
-        if self._are_attributes_typed:
-            for name, value in item.attributes.items():
-                spool = self.attributes.get(name)
-                is_number = not isinstance(value, str)
-                if spool is not None and spool.is_number is not is_number:
-                    here, there = ("a number", "text") if is_number else ("text", "a number")
-                    return f"attribute {shown(name)} is {here} here and {there} in a line before"
-                if spool is None:
-                    self._add_attribute(name).is_number = is_number
         return None
+
+    def _check_types(self, items: list[Item], problems: list[str | None]) -> None:
+        """An attribute is of the type of its first value, in an item without another fault."""
+        for name in _names(items):
+            spool = self.attributes.get(name)
+            for index, item in enumerate(items):
+                value = item.attributes.get(name)
+                if value is None or problems[index] is not None:
+                    continue
+                is_number = not isinstance(value, str)
+                if spool is None:
+                    spool = self._add_attribute(name)
+                    spool.is_number = is_number
+                elif spool.is_number is not is_number:
+                    here, there = ("a number", "text") if is_number else ("text", "a number")
+                    problems[index] = f"attribute {shown(name)} is {here} here and {there} in a line before"
 
     def _add_attribute(self, name: str) -> AttributeSpool:
         spool = AttributeSpool(self.folder, len(self.attributes), name)
@@ -165,11 +189,9 @@ class ItemSpool:
         return spool
 
     def _add_attributes(self, items: list[Item]) -> None:
-        for row, item in enumerate(items, self.count):
-            for name, value in item.attributes.items():
-                (self.attributes.get(name) or self._add_attribute(name)).append(row, value)
-        for spool in self.attributes.values():
-            spool.flush()
+        for name in _names(items):
+            spool = self.attributes.get(name) or self._add_attribute(name)
+            spool.extend(self.count, [item.attributes.get(name) for item in items])
 
     def finish(self) -> None:
         """All items are in."""
@@ -233,5 +255,3 @@ class ItemSpool:
             attribute.values.close()
         for blobs in self._kept:
             blobs.close()
-
-

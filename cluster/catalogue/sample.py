@@ -1,7 +1,7 @@
 """A made-up shop's catalogue of any size, and briefs that ask it for items: for demos and benchmarks.
 
-An item is a product of a brand with modifiers, so items share long beginnings, as real ones do. Brands and, within
-one, products have Zipf's shares: a few are everywhere. Equal arguments give equal items; texts are distinct.
+An item is a product of a brand with modifiers, so items share long beginnings, as real ones do. Brands have
+Zipf's shares of the items: a few are everywhere. Equal arguments give equal items; texts are distinct.
 """
 
 import csv
@@ -14,8 +14,15 @@ import numpy as np
 
 from cluster.messages import Record
 
-_SYLLABLES = ("nor", "vel", "kai", "lum", "tra", "mon", "ser", "pol", "dra", "fen", "hal", "ori")
-_ENDINGS = ("dia", "wood", "tech", "lane", "ix", "ora", "worth", "peak")
+_FIRST_WORDS = (
+    "North", "West", "Green", "Blue", "Red", "Black", "White", "Gold", "Silver", "Star", "Sun", "Moon",
+    "River", "Stone", "Forest", "Mountain", "Ocean", "City", "Royal", "Pure", "True", "Bright",
+    "Wild", "Grand",
+)  # fmt: skip
+_SECOND_WORDS = (
+    "field", "wood", "line", "house", "way", "point", "land", "works", " Peak", " Lane", " & Co", " Studio",
+    " Home", " Lab", " Road", " Park",
+)  # fmt: skip
 _PRODUCTS = (
     ("shoes", "running shoes"), ("shoes", "hiking boots"), ("shoes", "sneakers"), ("shoes", "sandals"),
     ("clothes", "rain jacket"), ("clothes", "wool sweater"), ("clothes", "jeans"), ("clothes", "socks"),
@@ -27,9 +34,41 @@ _PRODUCTS = (
     ("home", "office chair"), ("home", "bath towel"), ("home", "wool blanket"), ("beauty", "face cream"),
     ("beauty", "shampoo"), ("toys", "wooden train"), ("toys", "board game"),
 )  # fmt: skip
-_FOR_WHOM = ("", " for women", " for men", " for kids", " for beginners", " for travel", " for work", " for gifts")
-_COLOURS = ("", " black", " white", " red", " blue", " green", " grey", " brown", " pink", " yellow", " silver")
-_QUALITIES = ("", ", sale", ", new", ", large", ", small", ", light", ", organic", ", recycled", ", premium", ", set of 2")
+_FOR_WHOM = (
+    "",
+    " for women",
+    " for men",
+    " for kids",
+    " for beginners",
+    " for travel",
+    " for work",
+    " for gifts",
+)
+_COLOURS = (
+    "",
+    " black",
+    " white",
+    " red",
+    " blue",
+    " green",
+    " grey",
+    " brown",
+    " pink",
+    " yellow",
+    " silver",
+)
+_QUALITIES = (
+    "",
+    ", sale",
+    ", new",
+    ", large",
+    ", small",
+    ", light",
+    ", organic",
+    ", used",
+    ", premium",
+    ", classic",
+)
 _CONTEXTS = (
     "A reader of an article about {topic} is shown an ad.",
     "Searched for: {topic}.",
@@ -139,11 +178,11 @@ def _brand_shares(num_items: int) -> list[int]:
 
 
 def _brand_names(count: int, rng: np.random.Generator) -> list[str]:
-    names = [
-        (first + second).capitalize() + ending for first in _SYLLABLES for second in _SYLLABLES for ending in _ENDINGS
-    ]
+    names = [first + second for first in _FIRST_WORDS for second in _SECOND_WORDS]
     rng.shuffle(names)
-    return [names[i % len(names)] + (f" {i // len(names) + 1}" if i >= len(names) else "") for i in range(count)]
+    return [
+        names[i % len(names)] + (f" {i // len(names) + 1}" if i >= len(names) else "") for i in range(count)
+    ]
 
 
 def _coprime(modulus: int, wish: int) -> int:

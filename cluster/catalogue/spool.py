@@ -1,4 +1,4 @@
-"""Arrays and byte strings that grow on disk: what a compilation keeps of items while it reads more of them."""
+"""Arrays and byte strings that grow on disk: what a compilation keeps of items while it reads more."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,7 +77,9 @@ class BlobSpool:
         return self._lengths.count
 
     def extend(self, values: Sequence[bytes | None]) -> None:
-        self._lengths.extend(np.fromiter((-1 if v is None else len(v) for v in values), np.int32, len(values)))
+        self._lengths.extend(
+            np.fromiter((-1 if v is None else len(v) for v in values), np.int32, len(values))
+        )
         self.data.write_bytes(b"".join([value for value in values if value]))
 
     def pad_to(self, count: int) -> None:

@@ -1,14 +1,14 @@
 """Builds a trie level by level, all items at once.
 
-A level's nodes are the distinct (parent, token) pairs of the items that have not ended, so sorting those pairs
-sorts the items within their parents' ranges, numbers the nodes as `Trie` has them, and finds equal paths. What
-needs children (`num_inner`, `height`) comes after, from the last level up. Memory is that of one level: the
-nodes of others are on disk.
+A level's nodes are the distinct (parent, token) pairs of the items that have not ended, so sorting those
+pairs sorts the items within their parents' ranges, numbers the nodes as `Trie` has them, and finds equal
+paths. What needs children (`num_inner`, `height`) comes after, from the last level up. Memory is that of one
+level: the nodes of others are on disk.
 """
 
 import tempfile
 from collections.abc import Callable, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import msgspec
@@ -164,7 +164,7 @@ def _append(nodes: dict[str, ArraySpool], **values: npt.ArrayLike) -> None:
 def _build_up(level_starts: list[int], nodes: dict[str, ArraySpool]) -> None:
     child_inner = np.zeros(0, np.int32)
     child_height = np.zeros(0, np.uint8)
-    for start, end in reversed(list(zip(level_starts[:-1], level_starts[1:], strict=True))):
+    for start, end in reversed(list(pairwise(level_starts))):
         first_child = nodes["first_child"].read(start, end - start + 1)
         is_inner = first_child[1:] > first_child[:-1]
         num_inner = np.zeros(end - start, np.int32)

@@ -1,10 +1,11 @@
 """Items out of an upload, JSON lines or CSV, while its bytes arrive; memory is bounded by one record's.
 
-JSON lines: one object a line, with `text`, and optionally `id`, `bid` and any attributes. CSV (RFC 4180, commas):
-a header row with the same names. What is no `id`, `text` or `bid` is an attribute: a string, a number, or true
-or false, which become text. An item without an id has its line's number as one.
+JSON lines: one object a line, with `text`, and optionally `id`, `bid` and any attributes. CSV (RFC 4180,
+commas): a header row with the same names. What is no `id`, `text` or `bid` is an attribute: a string, a
+number, or true or false, which become text. An item without an id has its line's number as one.
 
-What is wrong with an item goes to a `Faults`, and the item is left out; what leaves no way to go on is raised.
+What is wrong with an item goes to a `Faults`, and the item is left out; what leaves no way to go on is
+raised.
 """
 
 import csv
@@ -19,7 +20,6 @@ from cluster.catalogue.faults import Faults, UploadCutError, UploadError, shown
 from cluster.catalogue.upload_lines import (
     MAX_RECORD_BYTES,
     CsvLines,
-    LineTooLongError,
     RecordTooLongError,
     UploadBytes,
     json_lines,
@@ -67,12 +67,10 @@ def parse_upload(
     received = UploadBytes(chunks, content_length)
     items = _json_items(received, faults) if upload_format == "jsonl" else _csv_items(received, faults)
     names: set[str] = set()
-    count = 0
-    for item in items:
+    for count, item in enumerate(items, 1):
         if not item.attributes.keys() <= names:
             names |= item.attributes.keys()
             _check_names(names, item.line)
-        count += 1
         if count > max_items:
             raise UploadError(f"line {item.line}: more than {max_items} items; split the catalogue", faults)
         yield item
@@ -94,17 +92,16 @@ def _json_items(received: UploadBytes, faults: Faults) -> Iterator[Item]:
     decode = msgspec.json.Decoder().decode
     for line, raw, is_terminated in json_lines(received):
         try:
-            if isinstance(raw, LineTooLongError):
-                raise _FaultError(f"a line of more than {MAX_RECORD_BYTES} bytes, the limit")
-            try:
-                document = decode(raw)
-            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-                if not is_terminated and not received.is_known_whole:
-                    _refuse_cut(line, "a JSON object that does not end", faults)
-                raise _FaultError(_json_problem(error)) from None
-            yield _json_item(line, document)
+            if raw is None:
+                faults.add(line, f"a line of more than {MAX_RECORD_BYTES} bytes, the limit")
+                continue
+            yield _json_item(line, decode(raw))
         except _FaultError as fault:
             faults.add(line, str(fault))
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            if not is_terminated and not received.is_known_whole:
+                _refuse_cut(line, "a JSON object that does not end", faults)
+            faults.add(line, _json_problem(error))
 
 
 def _json_problem(error: Exception) -> str:
@@ -136,9 +133,7 @@ def _json_item(line: int, document: Any) -> Item:
         item_id = str(item_id)
     if item_id is not None and not isinstance(item_id, str):
         raise _FaultError(f"`id` is {_kind(item_id)}; it must be a string or an integer, or absent")
-    attributes = {
-        name: _json_attribute(name, value) for name, value in document.items() if value is not None
-    }
+    attributes = {name: _json_attribute(name, value) for name, value in document.items() if value is not None}
     return Item(line, _checked_id(item_id, line), _checked_text(text), bid, attributes)
 
 
@@ -152,7 +147,9 @@ def _json_attribute(name: str, value: Any) -> AttributeValue:
         if isinstance(value, int) and abs(value) > MAX_EXACT_INTEGER:
             raise _FaultError(f"attribute {shown(name)} is an integer beyond 2^53: send it as a string")
         return _finite(name, value)
-    raise _FaultError(f"attribute {shown(name)} is {_kind(value)}; it must be a string, a number, true or false")
+    raise _FaultError(
+        f"attribute {shown(name)} is {_kind(value)}; it must be a string, a number, true or false"
+    )
 
 
 def _kind(value: Any) -> str:
@@ -194,7 +191,7 @@ def _csv_problem(error: Exception) -> str:
     if isinstance(error, RecordTooLongError):
         return f"a record of more than {MAX_RECORD_BYTES} bytes, the limit: is a quote not closed?"
     if isinstance(error, csv.Error):
-        return f"not valid CSV: {error}; a field with quotes, commas or line ends is quoted, quotes in it doubled"
+        return f"not valid CSV: {error}; quote a field with quotes, commas or line ends, double quotes in it"
     return str(error)
 
 

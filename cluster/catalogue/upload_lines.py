@@ -11,10 +11,6 @@ MAX_REREAD_BYTES = 16 * 1024 * 1024
 _BOM = b"\xef\xbb\xbf"
 
 
-class LineTooLongError(ValueError):
-    """A line of more than MAX_RECORD_BYTES; it is skipped, and memory holds no more of it than that."""
-
-
 class RecordTooLongError(ValueError):
     """A CSV record of more than MAX_RECORD_BYTES."""
 
@@ -83,12 +79,10 @@ def _without_bom(chunks: Iterable[bytes]) -> Iterator[bytes]:
         yield head
 
 
-def json_lines(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes | LineTooLongError, bool]]:
-    """(line, bytes, whether an end of line follows) of every line that is not blank."""
+def json_lines(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes | None, bool]]:
+    """(line, bytes or None where it was too long, whether it ends) of every line that is not blank."""
     for number, line in enumerate(raw_lines(chunks), 1):
-        if line.raw is None:
-            yield number, LineTooLongError(), line.is_terminated
-        elif not line.raw.isspace():
+        if line.raw is None or not line.raw.isspace():
             yield number, line.raw, line.is_terminated
 
 
