@@ -32,7 +32,7 @@ def _url(url: str | None) -> str:
 @catalogue_app.command("put")
 def put(
     file: Annotated[Path, typer.Argument(help="JSON lines or CSV.", exists=True, dir_okay=False)],
-    name: Annotated[str | None, typer.Option(help="Default: the file's name without its end.")] = None,
+    name: Annotated[str | None, typer.Option(help="Default: taken from the file's.")] = None,
     skip_bad: Annotated[bool, typer.Option(help="Leave wrong lines out instead of refusing all.")] = False,
     url: UrlOption = None,
 ) -> None:
@@ -43,7 +43,7 @@ def put(
     target = _url(url)
     try:
         with CatalogueClient(target) as client, StatusBar(err, "sending") as bar:
-            done = client.put(file, name or file.stem, skip_bad=skip_bad, on_progress=bar.show)
+            done = client.put(file, name or _name_of(file), skip_bad=skip_bad, on_progress=bar.show)
     except CatalogueError as error:
         _print_faults(error.faults, error.num_faults)
         fail(str(error))
@@ -140,6 +140,11 @@ def target(
             _print_items(client.target(body, session))
     except CatalogueError as error:
         fail(str(error))
+
+
+def _name_of(file: Path) -> str:
+    """The file's own, of the characters that a catalogue's name may have."""
+    return re.sub(r"[^a-z0-9._-]", "-", file.stem.lower()).lstrip("._-")[:64] or "catalogue"
 
 
 def _filter(conditions: list[str]) -> dict[str, Any]:
