@@ -16,6 +16,8 @@ from cluster.config import RouterConfig
 from router.admission import limits_of
 from router.openai_api import ChatCompletionRequest, CompletionRequest
 from router.openapi import openapi_document
+from router.targeting_api import TargetingRequest
+from tests.router.catalogue_support import ITEMS, JSON_LINES, jsonl, store
 from tests.router.conftest import MODEL
 
 SLOW = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture]
@@ -60,7 +62,7 @@ async def test_the_document_is_served_and_names_every_route(cluster, document):
 
 
 def test_every_field_that_is_accepted_is_documented(document):
-    for struct in (CompletionRequest, ChatCompletionRequest):
+    for struct in (CompletionRequest, ChatCompletionRequest, TargetingRequest):
         schema = document["components"]["schemas"][struct.__name__]
         assert set(schema["properties"]) == {field.name for field in msgspec.structs.fields(struct)}
         assert schema["additionalProperties"] is False
@@ -106,6 +108,7 @@ def bodies(struct):
         "prompt": "hello",
         "messages": [{"role": "user", "content": "hello"}],
         "max_tokens": 2,
+        "catalogue": "ads",
     }
     start = {name: value for name, value in valid.items() if name in names}
     changes = st.dictionaries(st.sampled_from(names), json_values, max_size=4)
@@ -114,9 +117,14 @@ def bodies(struct):
 
 @pytest.mark.parametrize(
     ("path", "struct"),
-    [("/v1/completions", CompletionRequest), ("/v1/chat/completions", ChatCompletionRequest)],
+    [
+        ("/v1/completions", CompletionRequest),
+        ("/v1/chat/completions", ChatCompletionRequest),
+        ("/v1/targeting", TargetingRequest),
+    ],
 )
-async def test_no_body_makes_a_5xx(cluster, path, struct):
+async def test_no_body_makes_a_5xx(cluster, served, path, struct):
+    store(cluster, served)
     loop = asyncio.get_running_loop()
     statuses = []
 
@@ -135,7 +143,7 @@ async def test_no_body_makes_a_5xx(cluster, path, struct):
     assert 400 in statuses
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/targeting"])
 async def test_no_bytes_make_a_5xx(cluster, path):
     loop = asyncio.get_running_loop()
 
@@ -149,8 +157,32 @@ async def test_no_bytes_make_a_5xx(cluster, path):
     await asyncio.to_thread(post)
 
 
-async def test_schemathesis_finds_nothing(cluster, serve):
+async def test_targetings_answers_are_as_documented(cluster, served, document):
+    asked = {"model": MODEL, "catalogue": "ads", "context": "x"}
+    calls = [
+        ("PUT", "/v1/catalogues/ads", {"content": jsonl(ITEMS)}, "CatalogueUploadBody"),
+        ("PUT", "/v1/catalogues/ads", {"content": b"{}\n"}, "CatalogueUploadErrorBody"),
+        ("GET", "/v1/catalogues/ads", {}, "CatalogueBody"),
+        ("GET", "/v1/catalogues", {}, "CatalogueListBody"),
+        ("POST", "/v1/targeting", {"json": asked}, "TargetingBody"),
+        ("POST", "/v1/targeting", {"json": asked | {"filter": {"kind": "x"}}}, "TargetingBody"),
+        ("DELETE", "/v1/catalogues/ads", {}, "CatalogueDeletedBody"),
+        ("GET", "/v1/catalogues/ads", {}, "ErrorBody"),
+    ]
+    for method, path, options, name in calls:
+        headers = {"x-headrace-timeline": "1"} | (JSON_LINES if method == "PUT" else {})
+        response = await cluster.http.request(method, path, headers=headers, **options)
+        validator(document, name).validate(response.json())
+        assert str(response.status_code) in document_responses(document, method, path)
+
+
+def document_responses(document, method, path):
+    return document["paths"][path.replace("/ads", "/{name}")][method.lower()]["responses"]
+
+
+async def test_schemathesis_finds_nothing(cluster, serve, served):
     """Requests generated from the document, sent over HTTP, answers held to the document."""
+    store(cluster, served)
     url = await serve(cluster)
     document = (await cluster.http.get("/openapi.json")).json()
     problems: list[str] = []
