@@ -112,6 +112,8 @@ class CatalogueConfig(Section, frozen=True, kw_only=True):
     max_items: Annotated[int, Meta(ge=1, le=5_000_000)] = 5_000_000
     """Of one catalogue."""
     max_upload_bytes: Positive = 2 * 1024 * 1024 * 1024
+    max_catalogues: Positive = 1000
+    """Of all API keys together."""
     max_open: Positive = 16
     """A worker keeps this many catalogues open, those used last."""
     fetch_host: str | None = None

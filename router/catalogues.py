@@ -105,6 +105,21 @@ class Catalogues:
         except ConflictError:
             raise upload_under_way(name) from None
 
+    async def check_room(self, tenant: str, name: str) -> None:
+        """Raises RequestError for a new name where there are as many as may be."""
+        limit = self._config.max_catalogues
+
+        def is_full() -> bool:
+            try:
+                self._store.get(name, tenant)
+            except UnknownCatalogueError:
+                return sum(1 for _ in self.folder.glob("[!.]*/[!.]*/")) >= limit
+            return False
+
+        if await asyncio.to_thread(is_full):
+            message = f"{limit} catalogues are here already; delete one, or raise `catalogue.max_catalogues`"
+            raise invalid("catalogue", message, code="too_many_catalogues")
+
     def file_of(self, name: str, version: int, checksum: str) -> Path | None:
         """Any tenant's: who knows the checksum was told it by a router."""
         if _NAME.fullmatch(name) is None or not checksum:

@@ -99,7 +99,7 @@ def targeting_paths(content: Content, response: Response, errors: Errors, header
             "responses": {
                 "200": response("The new version", content(CatalogueUploadBody)),
                 "400": response("Nothing was changed; `faults` says why", content(CatalogueUploadErrorBody)),
-                **errors("408", "409", "413", "415", "503"),
+                **errors("408", "409", "413", "415", "429", "503"),
             },
         },
         "delete": {

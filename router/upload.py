@@ -2,7 +2,7 @@
 
 import asyncio
 import errno
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,8 +17,22 @@ IDLE_TIMEOUT_S = 30.0
 """Without a byte for this long, the client is taken for lost."""
 
 
+OnBytes = Callable[[int, int | None], None]
+"""Bytes that have come, and how many were announced."""
+
+
+def _silent(num_bytes: int, told_bytes: int | None) -> None:
+    pass
+
+
 async def spool_body(
-    headers: Mapping[str, str], receive: Receive, path: Path, max_bytes: int, *, idle_timeout_s: float
+    headers: Mapping[str, str],
+    receive: Receive,
+    path: Path,
+    max_bytes: int,
+    *,
+    idle_timeout_s: float,
+    on_bytes: OnBytes = _silent,
 ) -> int:
     """Write the body to `path`; returns its bytes.
 
@@ -29,7 +43,9 @@ async def spool_body(
         raise body_too_large(max_bytes)
     file = await asyncio.to_thread(path.open, "wb")
     try:
-        num_bytes = await _copy(receive, file, max_bytes, idle_timeout_s)
+        num_bytes = await _copy(
+            receive, file, max_bytes, idle_timeout_s, lambda count: on_bytes(count, told_bytes)
+        )
     finally:
         await asyncio.to_thread(file.close)
     if told_bytes is not None and num_bytes != told_bytes:
@@ -48,7 +64,13 @@ def _content_length(headers: Mapping[str, str]) -> int | None:
     return int(text[:20])
 
 
-async def _copy(receive: Receive, file: BinaryIO, max_bytes: int, idle_timeout_s: float) -> int:
+async def _copy(
+    receive: Receive,
+    file: BinaryIO,
+    max_bytes: int,
+    idle_timeout_s: float,
+    on_bytes: Callable[[int], None],
+) -> int:
     buffer = bytearray()
     num_bytes, has_more = 0, True
     while has_more:
@@ -69,6 +91,7 @@ async def _copy(receive: Receive, file: BinaryIO, max_bytes: int, idle_timeout_s
         if len(buffer) >= BUFFER_BYTES or not has_more:
             await _write(file, bytes(buffer))
             buffer.clear()
+            on_bytes(num_bytes)
     return num_bytes
 
 

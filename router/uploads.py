@@ -1,5 +1,6 @@
 """Uploads under way: one a catalogue, each from the client's bytes to a version that serves."""
 
+import asyncio
 import contextlib
 import logging
 import secrets
@@ -16,12 +17,17 @@ from cluster.config import CatalogueConfig
 from router.catalogues import Catalogues, upload_under_way
 from router.compile_client import CompileCrashError, compile_in_process
 from router.compile_messages import Busy, Compiled, CompileJob, NoSpace, Progressed, Refused
-from router.errors import RequestError, internal, unavailable
+from router.errors import RequestError, internal, overloaded, unavailable
 from router.http import ClientWatch
 from router.targeting_api import UploadProgress
 from router.upload import IDLE_TIMEOUT_S, spool_body
 
 RECEIVING = "receive"
+WAITING = "wait"
+MAX_UPLOADS = 16
+"""Under way in this router; one more is refused at once."""
+MAX_COMPILING = 2
+"""Of them; the others wait."""
 SPOOL_FOLDER = ".uploads"
 """Beside the tenants' folders."""
 _log = logging.getLogger(__name__)
@@ -53,6 +59,7 @@ class Uploads:
         self._config = config
         self._idle_timeout_s = idle_timeout_s
         self._folder = catalogues.folder / SPOOL_FOLDER
+        self._compiling = asyncio.Semaphore(MAX_COMPILING)
         self._progress: dict[Key, UploadProgress] = {}
         for left in self._folder.glob("*.upload"):
             with try_locked(left):
@@ -78,9 +85,15 @@ class Uploads:
     ) -> Compiled:
         """Nothing is left of one that fails. Raises RequestError (UploadRefusedError), ClientGoneError."""
         with self._only_one((tenant, name)) as key, self._spool_path() as path:
+            await self._catalogues.check_room(tenant, name)
             started_s = time.perf_counter()
             await spool_body(
-                headers, receive, path, self._config.max_upload_bytes, idle_timeout_s=self._idle_timeout_s
+                headers,
+                receive,
+                path,
+                self._config.max_upload_bytes,
+                idle_timeout_s=self._idle_timeout_s,
+                on_bytes=lambda done, total: self._show(key, RECEIVING, done, total),
             )
             received_ms = (time.perf_counter() - started_s) * 1e3
             job = self._catalogues.compile_job(
@@ -95,12 +108,12 @@ class Uploads:
 
     async def _compile(self, key: Key, job: CompileJob) -> Compiled:
         def show(progressed: Progressed) -> None:
-            self._progress[key] = UploadProgress(
-                phase=progressed.phase, done=progressed.done, total=progressed.total or 0
-            )
+            self._show(key, progressed.phase, progressed.done, progressed.total)
 
+        self._show(key, WAITING, 0, None)
         try:
-            message = await compile_in_process(job, show)
+            async with self._compiling:
+                message = await compile_in_process(job, show)
         except CompileCrashError:
             _log.exception("an upload of %r failed", job.name)
             raise internal() from None
@@ -116,11 +129,16 @@ class Uploads:
             case Progressed():
                 raise AssertionError("progress is not a last word")
 
+    def _show(self, key: Key, phase: str, done: int, total: int | None) -> None:
+        self._progress[key] = UploadProgress(phase=phase, done=done, total=total or 0)
+
     @contextlib.contextmanager
     def _only_one(self, key: Key) -> Iterator[Key]:
         if key in self._progress:
             raise upload_under_way(key[1])
-        self._progress[key] = UploadProgress(phase=RECEIVING, done=0, total=0)
+        if len(self._progress) >= MAX_UPLOADS:
+            raise overloaded(f"{MAX_UPLOADS} uploads are under way, the limit", retry_after_s=10.0)
+        self._show(key, RECEIVING, 0, None)
         try:
             yield key
         finally:

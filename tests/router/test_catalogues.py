@@ -164,6 +164,8 @@ async def test_a_second_upload_of_the_name_is_a_conflict(cluster, served):
     await eventually(lambda: cluster.router._uploads.progress("", "ads") is not None)
     shown = (await cluster.http.get("/v1/catalogues/ads")).json()
     assert (shown["state"], shown["version"], shown["progress"]["phase"]) == ("compiling", 1, "receive")
+    new = (await cluster.http.get("/v1/catalogues")).json()["data"]
+    assert [(one["name"], one["state"]) for one in new] == [("ads", "compiling")]
     second = await put(cluster)
     assert (second.status_code, second.json()["error"]["code"]) == (409, "upload_under_way")
     assert (await cluster.http.delete("/v1/catalogues/ads")).status_code == 409
@@ -172,6 +174,16 @@ async def test_a_second_upload_of_the_name_is_a_conflict(cluster, served):
     go_on.set()
     assert (await first).status_code == 200
     assert await items_of(cluster) == (2, 2)
+
+
+async def test_uploads_at_once_and_catalogues_are_bounded(make_cluster, served, monkeypatch):
+    cluster = await make_cluster(catalogue={"max_catalogues": 1})
+    store(cluster, served)
+    full = await put(cluster, "more")
+    assert (full.status_code, full.json()["error"]["code"]) == (400, "too_many_catalogues")
+    monkeypatch.setattr("router.uploads.MAX_UPLOADS", 0)
+    busy = await put(cluster)
+    assert (busy.status_code, busy.headers["retry-after"]) == (429, "10")
 
 
 async def test_another_routers_upload_is_a_conflict_too(cluster):
@@ -216,7 +228,7 @@ async def test_a_client_that_leaves_while_it_compiles_ends_that(cluster, serve, 
         progress = cluster.router._uploads.progress("", "ads")
         return progress and progress.phase
 
-    await eventually(lambda: phase() not in (None, "receive"), timeout_s=20)
+    await eventually(lambda: phase() in ("read", "sort", "write"), timeout_s=20)
     shown = (await cluster.http.get("/v1/catalogues/ads")).json()
     assert (shown["state"], shown["version"]) == ("compiling", 1)
     assert shown["progress"]["done"] > 0
