@@ -47,7 +47,7 @@ class TextColumn:
         if condition.at_least is not None or condition.at_most is not None:
             raise ValueError("it is text: ask with `any_of`, not `at_least` or `at_most`")
         if condition.any_of is None:
-            return self._codes != ABSENT
+            return np.not_equal(self._codes, ABSENT)
         # One lookup a code, whatever the items: `isin` would sort them.
         is_asked = np.zeros(len(self._code_of) + 1, np.bool_)
         is_asked[[self._code_of[text] for text in condition.any_of if text in self._code_of]] = True

@@ -118,7 +118,7 @@ class ItemSpool:
         dtype = np.uint16 if self.vocab_size <= _FEW_IDS_TOKENS else np.int32
         self.tokens = ArraySpool(folder, "tokens", dtype)
         self.path_lengths = ArraySpool(folder, "path_lengths", np.int32)
-        self.lines = ArraySpool(folder, "lines", np.int32)
+        self.lines = ArraySpool(folder, "lines", np.int64)
         self.bids = ArraySpool(folder, "bids", np.float64)
         self.id_hashes = ArraySpool(folder, "id_hashes", np.uint64)
         self.texts = BlobSpool(folder, "texts")
@@ -171,6 +171,10 @@ class ItemSpool:
         """An attribute is of the type of its first value, in an item without another fault."""
         for name in _names(items):
             spool = self.attributes.get(name)
+            if spool is not None:
+                kinds = {type(item.attributes.get(name)) for item in items} - {type(None)}
+                if kinds <= ({float} if spool.is_number else {str}):
+                    continue
             for index, item in enumerate(items):
                 value = item.attributes.get(name)
                 if value is None or problems[index] is not None:

@@ -91,7 +91,7 @@ class CatalogueStore:
     def __init__(self, folder: Path, fetch_address: str = "") -> None:
         """`fetch_address`: goes into every reference. Removes what dead processes left. Raises OSError."""
         self.folder = folder
-        self._fetch_address = fetch_address
+        self.fetch_address = fetch_address
         folder.mkdir(parents=True, exist_ok=True)
         for names in _folders(folder):
             for catalogue in _folders(names):
@@ -203,7 +203,7 @@ class CatalogueStore:
             checksum=stored.checksum,
             num_bytes=stored.num_bytes,
             path=str((catalogue / stored.file).resolve()),
-            fetch_address=self._fetch_address,
+            fetch_address=self.fetch_address,
         )
         return CatalogueInfo(
             ref=ref,

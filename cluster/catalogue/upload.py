@@ -12,6 +12,7 @@ import csv
 import math
 import re
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import Any, Literal, NoReturn
 
 import msgspec
@@ -83,8 +84,8 @@ def is_number(text: str) -> bool:
 def _check_names(names: set[str], line: int) -> None:
     if len(names) > MAX_ATTRIBUTES:
         raise UploadError(
-            f"line {line}: a catalogue has at most {MAX_ATTRIBUTES} attributes; here are more: "
-            f"{', '.join(sorted(names))}"
+            f"line {line}: a catalogue has at most {MAX_ATTRIBUTES} attributes; here are {len(names)}: "
+            f"{', '.join(shown(name) for name in sorted(names)[: MAX_ATTRIBUTES + 1])}"
         )
 
 
@@ -201,11 +202,13 @@ def _checked_header(fields: list[str]) -> list[str]:
         found = ", ".join(shown(column) for column in columns[:8])
         hint = "; columns are separated by commas" if len(columns) == 1 else ""
         raise _FaultError(f"no column `text`; found {found}{hint}")
-    for column in columns:
-        if columns.count(column) > 1:
-            raise _FaultError(f"column {shown(column)} appears twice")
-        _check_name(column)
     _check_names(set(columns) - set(OWN_COLUMNS), 1)
+    seen: set[str] = set()
+    for column in columns:
+        if column in seen:
+            raise _FaultError(f"column {shown(column)} appears twice")
+        seen.add(column)
+        _check_name(column)
     return columns
 
 
@@ -243,6 +246,7 @@ def _checked_id(item_id: str | None, line: int) -> str:
     return item_id
 
 
+@lru_cache(1024)
 def _check_name(name: str) -> None:
     if not name or not name.isprintable() or len(name.encode()) > MAX_ATTRIBUTE_NAME_BYTES:
         raise _FaultError(

@@ -3,9 +3,10 @@
 from collections import deque
 from collections.abc import Iterable, Iterator
 
-from cluster.catalogue.faults import UploadCutError
+from cluster.catalogue.faults import UploadCutError, UploadError
 
 MAX_RECORD_BYTES = 64 * 1024
+MAX_UPLOAD_BYTES = 8 * 1024**3
 MAX_REREAD_BYTES = 16 * 1024 * 1024
 """What broken records may make us read twice, an upload: else a hostile one costs its square."""
 _BOM = b"\xef\xbb\xbf"
@@ -26,6 +27,8 @@ class UploadBytes:
     def __iter__(self) -> Iterator[bytes]:
         for chunk in self._chunks:
             self.count += len(chunk)
+            if self.count > MAX_UPLOAD_BYTES:
+                raise UploadError(f"an upload of more than {MAX_UPLOAD_BYTES} bytes; split the catalogue")
             if self._content_length is not None and self.count > self._content_length:
                 break
             yield chunk

@@ -10,7 +10,13 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.text import IncrementalDetokenizer, InvalidTextError, Tokenizer, UnsupportedTokenizerError
+from cluster.text import (
+    MAX_BATCH_TEXTS,
+    IncrementalDetokenizer,
+    InvalidTextError,
+    Tokenizer,
+    UnsupportedTokenizerError,
+)
 
 SPECIALS = ["<|im_start|>", "<|im_end|>"]
 SPACE = "▁"
@@ -241,3 +247,17 @@ def test_threads_share_a_tokenizer(text: str) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@given(batch=st.lists(st.one_of(texts, st.sampled_from(SPECIALS)), max_size=8))
+def test_a_batch_is_each_text_by_itself(batch: list[str]) -> None:
+    for tokenizer in (byte_level(), sentencepiece()):
+        expected = [tokenizer.encode(text, allow_special=False) for text in batch]
+        assert tokenizer.encode_batch(batch) == expected
+
+
+def test_a_batch_is_bounded_and_names_a_bad_text() -> None:
+    with pytest.raises(ValueError, match=f"at most {MAX_BATCH_TEXTS}"):
+        byte_level().encode_batch([""] * (MAX_BATCH_TEXTS + 1))
+    with pytest.raises(InvalidTextError, match=r"text 1 of the batch: .*lone surrogate at character 2"):
+        byte_level().encode_batch(["fine", "hi\ud800"])

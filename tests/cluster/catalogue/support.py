@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import tokenizers
 
 from cluster.catalogue.compile import Compiled, CompileTarget, compile_upload
 from cluster.catalogue.file import Catalogue
+from cluster.catalogue.trie_build import NODE_FIELDS
 from cluster.catalogue.upload import Format
 from cluster.text import Tokenizer
 
@@ -17,7 +19,7 @@ END = 0
 
 @cache
 def tokenizer() -> Tokenizer:
-    """The end of text is 0; then bytes, and merges. Upper case is folded: unequal texts may have equal tokens."""
+    """The end of text is 0; then bytes, and merges. Upper case is folded: texts can have equal tokens."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     merges = [("s", "h"), ("sh", "o"), ("sho", "e"), ("Ġ", "shoe"), ("r", "e"), ("re", "d"), ("Ġ", "red")]
     texts = ["<|end|>", *alphabet, *(left + right for left, right in merges)]
@@ -37,7 +39,7 @@ def target() -> CompileTarget:
 
 def chunks_of(data: bytes, cuts: Sequence[int] = ()) -> Iterator[bytes]:
     places = [0, *sorted(cut % (len(data) + 1) for cut in cuts), len(data)]
-    for start, end in zip(places, places[1:], strict=False):
+    for start, end in pairwise(places):
         yield data[start:end]
 
 
@@ -77,12 +79,7 @@ def slow_trie(paths: Sequence[Sequence[int]], end_token: int) -> dict[str, list[
         node.is_leaf = True
     upload_rank = sorted(range(len(paths)), key=lambda rank: [*paths[rank], end_token])
     place = {rank: index for index, rank in enumerate(upload_rank)}
-    fields: dict[str, list[int]] = {
-        name: []
-        for name in (
-            "first_child", "token", "first_item", "num_items", "leaf_item", "num_inner", "height", "least_rank",
-        )
-    } | {"upload_rank": upload_rank}  # fmt: skip
+    fields: dict[str, list[int]] = {name: [] for name in NODE_FIELDS} | {"upload_rank": upload_rank}
     level: list[tuple[int, SlowNode]] = [(-1, root)]
     numbered = 1
     while level:

@@ -1,4 +1,4 @@
-"""Uploads compiled and opened again: items, tries, faults that only tokens or other items show, conditions."""
+"""Uploads compiled and opened again: items, tries, faults that only tokens or others show, conditions."""
 
 import json
 import random
@@ -43,7 +43,10 @@ def test_what_went_in_comes_out(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str], bids: list[float | None]
 ) -> None:
     folder = tmp_path_factory.mktemp("catalogue")
-    items = [{"id": f"i{n}", "text": text, "bid": bid} for n, (text, bid) in enumerate(zip(texts, bids, strict=False))]
+    items = [
+        {"id": f"i{n}", "text": text, "bid": bid}
+        for n, (text, bid) in enumerate(zip(texts, bids, strict=False))
+    ]
     opened = catalogue(folder, jsonl(*items))
     expected = slow_trie([tokens_of(text) for text in texts], END)
     for field in opened.trie.__struct_fields__:
@@ -53,8 +56,14 @@ def test_what_went_in_comes_out(
         assert opened.item_id(index) == f"i{rank}"
         assert opened.bid(index) == bids[rank]
         assert opened.find(tokens_of(texts[rank])) == index
-    children = {token: node for node, token in enumerate(opened.trie.token.tolist()) if 1 <= node < expected["first_child"][1]}
-    assert {token: int(opened.root_child[token]) for token in np.flatnonzero(opened.root_child >= 0)} == children
+    children = {
+        token: node
+        for node, token in enumerate(opened.trie.token.tolist())
+        if 1 <= node < expected["first_child"][1]
+    }
+    assert {
+        token: int(opened.root_child[token]) for token in np.flatnonzero(opened.root_child >= 0)
+    } == children
     assert [path.name for path in folder.iterdir()] == ["shop.catalogue"]
 
 
@@ -68,7 +77,12 @@ def test_what_is_not_there_is_not_found(tmp_path: Path) -> None:
 def test_the_header_says_what_the_file_was_made_for(tmp_path: Path) -> None:
     opened = catalogue(tmp_path, b"text,bid,brand\nred shoe,1,a\nshoe,,b\n", "csv", name="boots", version=7)
     header = opened.header
-    assert (header.name, header.version, header.fingerprint, header.end_token) == ("boots", 7, "test-model", END)
+    assert (header.name, header.version, header.fingerprint, header.end_token) == (
+        "boots",
+        7,
+        "test-model",
+        END,
+    )
     assert header.num_items == opened.num_items == 2
     assert header.num_nodes == opened.trie.num_nodes
     assert header.num_path_tokens == len(tokens_of("red shoe")) + len(tokens_of("shoe")) + 2
@@ -115,7 +129,9 @@ def test_bad_items_can_be_left_out(tmp_path: Path) -> None:
     assert report.num_faults == len(FAULTY) - len(good)
     expected = slow_trie([tokens_of(str(text)) for text in good], END)
     assert opened.trie.upload_rank.tolist() == expected["upload_rank"]
-    assert [opened.text(i) for i in range(opened.num_items)] == [good[rank] for rank in expected["upload_rank"]]
+    assert [opened.text(i) for i in range(opened.num_items)] == [
+        good[rank] for rank in expected["upload_rank"]
+    ]
     assert [opened.find(tokens_of(str(text))) is not None for text in good] == [True] * len(good)
 
 
@@ -138,7 +154,7 @@ def test_progress_is_told_and_may_end_it(tmp_path: Path) -> None:
     told: list[tuple[str, int, int | None]] = []
     data = b"".join(sample_jsonl(10_000))
     compiled(tmp_path / "shop", data, progress=lambda *step: told.append(step))
-    assert [phase for phase in dict.fromkeys(phase for phase, _, _ in told)] == ["read", "sort", "write"]
+    assert list(dict.fromkeys(phase for phase, _, _ in told)) == ["read", "sort", "write"]
     for phase in ("sort", "write"):
         steps = [(done, total) for name, done, total in told if name == phase]
         assert steps == sorted(steps)
@@ -180,7 +196,8 @@ conditions = st.lists(
         st.builds(
             Condition,
             attribute=st.sampled_from(["price", "bid"]),
-            any_of=st.none() | st.lists(st.sampled_from(["2", "2.0", "0.5", "x", "nan"]), max_size=2).map(tuple),
+            any_of=st.none()
+            | st.lists(st.sampled_from(["2", "2.0", "0.5", "x", "nan"]), max_size=2).map(tuple),
             at_least=st.none() | st.sampled_from([-5.0, 1.0, 2.0]),
             at_most=st.none() | st.sampled_from([0.0, 2.0, 1e10]),
         ),
@@ -218,7 +235,9 @@ def attributed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         )
         for item in ATTRIBUTED
     ]
-    return catalogue(tmp_path_factory.mktemp("attributed"), "\n".join([",".join(columns), *lines]).encode(), "csv")
+    return catalogue(
+        tmp_path_factory.mktemp("attributed"), "\n".join([",".join(columns), *lines]).encode(), "csv"
+    )
 
 
 @given(where=conditions)
@@ -252,7 +271,10 @@ def test_conditions_that_say_nothing_are_refused(attributed: Catalogue) -> None:
 def test_names_made_of_digits_stay_text(tmp_path: Path) -> None:
     opened = catalogue(tmp_path, b"text,zip,ean\na,00501,12345678901234567890\nb,10115,2\n", "csv")
     assert opened.mask((Condition(attribute="zip", any_of=("00501",)),)).tolist() == [True, False]
-    assert opened.mask((Condition(attribute="ean", any_of=("12345678901234567891",)),)).tolist() == [False, False]
+    assert opened.mask((Condition(attribute="ean", any_of=("12345678901234567891",)),)).tolist() == [
+        False,
+        False,
+    ]
 
 
 @given(mask=st.lists(st.booleans(), min_size=1, max_size=50))
@@ -266,7 +288,9 @@ def test_samples_are_distinct_and_seeded(num_items: int) -> None:
     assert len({item.text for item in items}) == len({item.id for item in items}) == num_items
     assert items[:50] == [item for item, _ in zip(sample_items(num_items, seed=3), range(50), strict=False)]
     if num_items > 100:
-        assert items[:50] != [item for item, _ in zip(sample_items(num_items, seed=4), range(50), strict=False)]
+        assert items[:50] != [
+            item for item, _ in zip(sample_items(num_items, seed=4), range(50), strict=False)
+        ]
 
 
 def test_a_sample_is_the_same_upload_in_both_formats(tmp_path: Path) -> None:

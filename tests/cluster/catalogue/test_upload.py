@@ -16,7 +16,9 @@ from cluster.catalogue.upload_lines import MAX_RECORD_BYTES
 from tests.cluster.catalogue.support import chunks_of
 
 cuts = st.lists(st.integers(0, 10_000), max_size=12)
-field_texts = st.text(st.characters(exclude_categories=["Cs", "Cc"], include_characters='\n",; '), max_size=12)
+field_texts = st.text(
+    st.characters(exclude_categories=["Cs", "Cc"], include_characters='\n",; '), max_size=12
+)
 item_texts = field_texts.filter(lambda text: bool(text.strip()))
 values = st.one_of(st.none(), st.booleans(), st.floats(-1e6, 1e6), st.integers(-9, 9), field_texts)
 json_items = st.fixed_dictionaries(
@@ -42,12 +44,19 @@ def faults_of(data: bytes, upload_format: Format, **options: Any) -> dict[int, s
     return {fault.line: fault.message for fault in faults.listed()}
 
 
-@given(items=st.lists(json_items, max_size=12), at=cuts, bom=st.booleans(), newline=st.sampled_from(["\n", "\r\n"]))
+@given(
+    items=st.lists(json_items, max_size=12),
+    at=cuts,
+    bom=st.booleans(),
+    newline=st.sampled_from(["\n", "\r\n"]),
+)
 @settings(deadline=None)
 def test_json_lines_equal_pythons(
     items: list[dict[str, Any]], at: list[int], bom: bool, newline: str
 ) -> None:
-    data = newline.join(json.dumps(item, ensure_ascii=False) for item in items).encode("utf-8-sig" if bom else "utf-8")
+    data = newline.join(json.dumps(item, ensure_ascii=False) for item in items).encode(
+        "utf-8-sig" if bom else "utf-8"
+    )
     found, faults = parsed(data, "jsonl", at)
     assert faults.count == 0
     assert [(item.text, item.item_id, item.bid) for item in found] == [
@@ -200,7 +209,7 @@ def test_a_cut_upload_is_refused(data: bytes, upload_format: Format) -> None:
     with pytest.raises(UploadCutError, match=f"of {len(data) + 1} bytes was announced, {len(data)} came"):
         parsed(data, upload_format, content_length=len(data) + 1)
     with pytest.raises(UploadCutError, match="more came"):
-        parsed(b'text\na\n' + data, "csv", content_length=4)
+        parsed(b"text\na\n" + data, "csv", content_length=4)
 
 
 def test_the_first_faults_are_listed_and_all_counted() -> None:
@@ -223,3 +232,9 @@ def test_rereading_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     found, faults = parsed(data, "csv", content_length=len(data))
     assert len(found) == 99 * 20
     assert faults.count == 20
+
+
+def test_an_endless_upload_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upload_lines, "MAX_UPLOAD_BYTES", 100)
+    with pytest.raises(UploadError, match="more than 100 bytes"):
+        parsed(b"\n" * 101, "jsonl")
