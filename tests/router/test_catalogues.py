@@ -4,12 +4,16 @@ import asyncio
 import json
 import tracemalloc
 
+import msgspec
 import pytest
 
-from cluster.catalogue.store import CatalogueNameError, CatalogueStore
+from cluster.catalogue.file_lock import try_locked
+from cluster.catalogue.store import CatalogueNameError, CatalogueStore, _lock_path
+from cluster.config import CatalogueConfig
 from router.catalogues import check_name
 from router.errors import RequestError
 from router.upload import BUFFER_BYTES, spool_body
+from router.uploads import Uploads
 from tests.router.catalogue_support import CSV, ITEMS, JSON_LINES, items_of, jsonl, many, put, store
 from tests.router.conftest import MODEL, eventually
 
@@ -187,11 +191,7 @@ async def test_uploads_at_once_and_catalogues_are_bounded(make_cluster, served, 
 
 
 async def test_another_routers_upload_is_a_conflict_too(cluster):
-    from cluster.catalogue.file_lock import try_locked
-    from cluster.catalogue.store import _lock_path
-
-    store = CatalogueStore(cluster.catalogue_folder)
-    catalogue = store._path("", "ads")
+    catalogue = CatalogueStore(cluster.catalogue_folder)._path("", "ads")
     catalogue.parent.mkdir()
     with try_locked(_lock_path(catalogue)):
         assert (await put(cluster)).status_code == 409
@@ -279,9 +279,6 @@ async def test_memory_does_not_grow_with_the_body(tmp_path):
 
 
 async def test_what_a_killed_router_left_is_cleared_by_the_next(make_cluster, served):
-    from cluster.config import CatalogueConfig
-    from router.uploads import Uploads
-
     cluster = await make_cluster()
     folder = cluster.catalogue_folder / ".uploads"
     folder.mkdir()
@@ -291,8 +288,6 @@ async def test_what_a_killed_router_left_is_cleared_by_the_next(make_cluster, se
 
 
 async def test_a_catalogue_of_another_model_is_refused(make_cluster, served):
-    import msgspec
-
     cluster = await make_cluster()
     card = msgspec.structs.replace(served.card, fingerprint="another")
     store(cluster, msgspec.structs.replace(served, card=card))

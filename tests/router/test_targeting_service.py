@@ -89,32 +89,31 @@ async def test_all_fields(channel, targeted, tokenizer):
     assert tokenizer.token_text(generate.prompt_token_ids[0]) == "<|im_start|>"
 
 
-@pytest.mark.parametrize(
-    ("fields", "code", "param"),
-    [
-        ({"model": "other"}, "NOT_FOUND", "model"),
-        ({"catalogue": "adz"}, "NOT_FOUND", "catalogue"),
-        ({"catalogue": ""}, "INVALID_ARGUMENT", "catalogue"),
-        ({"context": ...}, "INVALID_ARGUMENT", "context"),
-        ({"context": ""}, "INVALID_ARGUMENT", "context"),
-        ({"context": ..., "chat": pb.ChatMessages()}, "INVALID_ARGUMENT", "chat"),
-        ({"k": 0}, "INVALID_ARGUMENT", "k"),
-        ({"k": 10**9}, "INVALID_ARGUMENT", "k"),
-        ({"k": 9, "beams": 8}, "INVALID_ARGUMENT", "k"),
-        ({"scoring": "luck"}, "INVALID_ARGUMENT", "scoring"),
-        ({"diversity": float("nan")}, "INVALID_ARGUMENT", "diversity"),
-        ({"filter": [condition("price")]}, "INVALID_ARGUMENT", "filter"),
-        ({"filter": [condition("colour", "red")]}, "INVALID_ARGUMENT", "filter.colour"),
-        ({"session_id": "a b"}, "INVALID_ARGUMENT", "session_id"),
-    ],
-    ids=str,
-)
-async def test_bad_requests_name_their_field(channel, fields, code, param):
-    with pytest.raises(grpc.aio.AioRpcError) as error:
-        await ask(channel, **fields)
-    assert error.value.code().name == code
-    assert dict(error.value.trailing_metadata())["headrace-error-param"] == param
-    assert param.split(".")[0] in error.value.details()
+BAD = [
+    ({"model": "other"}, "NOT_FOUND", "model"),
+    ({"catalogue": "adz"}, "NOT_FOUND", "catalogue"),
+    ({"catalogue": ""}, "INVALID_ARGUMENT", "catalogue"),
+    ({"context": ...}, "INVALID_ARGUMENT", "context"),
+    ({"context": ""}, "INVALID_ARGUMENT", "context"),
+    ({"context": ..., "chat": pb.ChatMessages()}, "INVALID_ARGUMENT", "chat"),
+    ({"k": 0}, "INVALID_ARGUMENT", "k"),
+    ({"k": 10**9}, "INVALID_ARGUMENT", "k"),
+    ({"k": 9, "beams": 8}, "INVALID_ARGUMENT", "k"),
+    ({"scoring": "luck"}, "INVALID_ARGUMENT", "scoring"),
+    ({"diversity": float("nan")}, "INVALID_ARGUMENT", "diversity"),
+    ({"filter": [condition("price")]}, "INVALID_ARGUMENT", "filter"),
+    ({"filter": [condition("colour", "red")]}, "INVALID_ARGUMENT", "filter.colour"),
+    ({"session_id": "a b"}, "INVALID_ARGUMENT", "session_id"),
+]
+
+
+async def test_bad_requests_name_their_field(channel):
+    for fields, code, param in BAD:
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await ask(channel, **fields)
+        assert error.value.code().name == code, fields
+        assert dict(error.value.trailing_metadata())["headrace-error-param"] == param, fields
+        assert param.split(".")[0] in error.value.details()
 
 
 async def test_a_cancelled_call_cancels_the_search(channel, targeted):
@@ -152,28 +151,28 @@ async def test_a_worker_elsewhere_fetches_the_file(ref, tmp_path):
     assert (await asyncio.to_thread(cache.open, elsewhere)).num_items == len(ITEMS)
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"checksum": "0" * 32}, "NOT_FOUND"),
-        ({"version": 2}, "NOT_FOUND"),
-        ({"name": "../x"}, "NOT_FOUND"),
-        ({"name": "*"}, "NOT_FOUND"),
-        ({"fetch_address": ""}, "nobody"),
-        ({"fetch_address": "127.0.0.1:1"}, "UNAVAILABLE"),
-        ({"num_bytes": 100}, "more than the 100 bytes"),
-        ({"num_bytes": 10**6}, "of 1000000"),
-        ({"num_bytes": 10**12}, "at most"),
-    ],
-    ids=str,
-)
-async def test_what_cannot_be_fetched_leaves_the_target_as_it_was(ref, tmp_path, change, said):
+UNFETCHABLE = [
+    ({"checksum": "0" * 32}, "NOT_FOUND"),
+    ({"version": 2}, "NOT_FOUND"),
+    ({"name": "../x"}, "NOT_FOUND"),
+    ({"name": "*"}, "NOT_FOUND"),
+    ({"fetch_address": ""}, "nobody"),
+    ({"fetch_address": "127.0.0.1:1"}, "UNAVAILABLE"),
+    ({"num_bytes": 100}, "more than the 100 bytes"),
+    ({"num_bytes": 10**6}, "of 1000000"),
+    ({"num_bytes": 10**12}, "at most"),
+]
+
+
+async def test_what_cannot_be_fetched_leaves_the_target_as_it_was(ref, tmp_path):
     target = tmp_path / "fetched"
     target.write_bytes(b"before")
-    with pytest.raises(FetchError, match=said):
-        await asyncio.to_thread(fetch_catalogue, msgspec.structs.replace(ref, **change), target, timeout_s=5)
-    assert target.read_bytes() == b"before"
-    assert list(tmp_path.iterdir()) == [target]
+    for change, said in UNFETCHABLE:
+        wrong = msgspec.structs.replace(ref, **change)
+        with pytest.raises(FetchError, match=said):
+            await asyncio.to_thread(fetch_catalogue, wrong, target, timeout_s=5)
+        assert target.read_bytes() == b"before"
+        assert list(tmp_path.iterdir()) == [target]
 
 
 class Liar:
