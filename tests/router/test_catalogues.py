@@ -5,6 +5,7 @@ import json
 import tracemalloc
 
 import msgspec
+import psutil
 import pytest
 
 from cluster.catalogue.file_lock import try_locked
@@ -238,6 +239,21 @@ async def test_a_client_that_leaves_while_it_compiles_ends_that(cluster, serve, 
     await eventually(lambda: phase() is None, timeout_s=20)
     assert spooled(cluster) == []
     assert await items_of(cluster) == (4, 1)
+    assert (await put(cluster)).json()["version"] == 2
+
+
+async def test_a_compiling_process_that_is_killed_changes_nothing(cluster, served):
+    store(cluster, served)
+    upload = asyncio.create_task(put(cluster, content=many(50_000)))
+    us = psutil.Process()
+    await eventually(
+        lambda: any("router.catalogue_process" in p.cmdline() for p in us.children()), timeout_s=20
+    )
+    (process,) = [p for p in us.children() if "router.catalogue_process" in p.cmdline()]
+    process.kill()
+    assert ((await upload).status_code, (await upload).json()["error"]["code"]) == (500, "internal_error")
+    assert await items_of(cluster) == (4, 1)
+    assert spooled(cluster) == []
     assert (await put(cluster)).json()["version"] == 2
 
 
