@@ -1,10 +1,12 @@
 """/v1/catalogues: uploads of every kind, good and bad, beside the version that serves."""
 
 import asyncio
+import contextlib
 import json
 import tracemalloc
 
 import msgspec
+import psutil
 import pytest
 
 from cluster.catalogue.file_lock import try_locked
@@ -238,6 +240,27 @@ async def test_a_client_that_leaves_while_it_compiles_ends_that(cluster, serve, 
     await eventually(lambda: phase() is None, timeout_s=20)
     assert spooled(cluster) == []
     assert await items_of(cluster) == (4, 1)
+    assert (await put(cluster)).json()["version"] == 2
+
+
+def compilers():
+    """The processes that compile for this one."""
+    found = []
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "router.catalogue_process" in process.cmdline():
+                found.append(process)
+    return found
+
+
+async def test_a_compiling_process_that_is_killed_changes_nothing(cluster, served):
+    store(cluster, served)
+    upload = asyncio.create_task(put(cluster, content=many(50_000)))
+    await eventually(lambda: len(compilers()) == 1, timeout_s=20)
+    compilers()[0].kill()
+    assert ((await upload).status_code, (await upload).json()["error"]["code"]) == (500, "internal_error")
+    assert await items_of(cluster) == (4, 1)
+    assert spooled(cluster) == []
     assert (await put(cluster)).json()["version"] == 2
 
 
