@@ -2,9 +2,9 @@
 
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from benchmarks.decode_ours import OurModel
 from cluster.catalogue.compile import CompileTarget, compile_upload
@@ -29,6 +29,7 @@ from decode_workers.inbox import Inbox
 from decode_workers.megakernel_executor import MegaKernelExecutor
 from decode_workers.step_batch import StepBatch, StepResult
 from decode_workers.targeting.chosen_items import ChosenItems, choose_items
+from decode_workers.targeting.search import TargetingSearch
 
 POOL_TOKENS = 8192
 BLOCK_TOKENS = 16
@@ -51,6 +52,24 @@ class TimedExecutor:
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._inner, name)
+
+
+class TrieClock:
+    """Sums what searches take for themselves: rows to run, and what their logits decide."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        for name in ("root_ask", "wanted_rows", "take", "give"):
+            setattr(TargetingSearch, name, self._timed(getattr(TargetingSearch, name)))
+
+    def _timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            started_s = time.perf_counter()
+            result = method(*arguments)
+            self.seconds += time.perf_counter() - started_s
+            return result
+
+        return run
 
 
 class NoHandoffs:
@@ -97,8 +116,14 @@ class OurTargeting:
         )
         self.costs: tuple[StepCost, ...] = self.engine.measure()
         self.table = self.engine._step_table
+        self._clock = TrieClock()
         self._num_asked = 0
         self._items: dict[tuple[str, str], ChosenItems] = {}
+
+    @property
+    def trie_s(self) -> float:
+        """Of the last question."""
+        return self._clock.seconds
 
     def ask(
         self,
@@ -113,7 +138,7 @@ class OurTargeting:
     ) -> TargetingResult:
         """`table`: what the search predicts by; None: token by token."""
         self._num_asked += 1
-        self.executor.run_s, self.executor.rows = 0.0, []
+        self.executor.run_s, self.executor.rows, self._clock.seconds = 0.0, [], 0.0
         self.engine.roster.predict_by(table)
         ref = CatalogueRef(name="sample", version=1, checksum="", num_bytes=0, path="")
         params = TargetingParams(catalogue=ref, k=k, beams=beams, scoring=scoring)
