@@ -1,4 +1,4 @@
-"""The `headrace` command: up, down, status, chat, demo, catalogue, target, compile, doctor, trace, version."""
+"""The `headrace` command: up, down, status, chat, demo, catalogue, target, compile, doctor, trace."""
 
 import sys
 from enum import StrEnum

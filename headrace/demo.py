@@ -15,16 +15,16 @@ from headrace.catalogue_client import CatalogueClient, CatalogueError, Upload
 from headrace.chat import ChatOptions, Conversation, Delta, Reply, new_session_id, printable
 from headrace.demo_screen import Found, FoundItem, Screen, Totals, Written
 
-NUM_QUESTIONS = NUM_CREATIVES = 10
+NUM_QUESTIONS = 10
 SHOWN_ITEMS = 5
 CREATIVE_TOKENS = 40
 _REQUEST_TIMEOUT = httpx.Timeout(120.0, connect=10.0)
-_SYSTEM = "You write ads. Answer with one short line."
+_SYSTEM = "You write ads of one sentence."
 _ASK = (
-    "Campaign: spring sale, free delivery until Sunday.\nProduct: {product}.\nReader: {reader}\n"
-    "Write one line that sells the product to this reader."
+    "Spring sale, free delivery until Sunday. Write an advertisement of one sentence that tells a reader why "
+    "to buy the {product}."
 )
-_QUESTION_END = " The item that fits best:"
+"""One campaign's: only the product differs."""
 
 
 class DemoError(Exception):
@@ -73,8 +73,8 @@ def _chat_model(http: httpx.Client) -> str:
         )
     except httpx.HTTPError as error:
         raise DemoError(
-            f"{http.base_url} does not answer: {error or type(error).__name__}; `headrace up` starts a cluster here, "
-            "and the demo starts one itself where it is given no --url"
+            f"{http.base_url} does not answer: {str(error) or type(error).__name__}; `headrace up` starts a "
+            "cluster here, and so does the demo where it is given no --url and none is up"
         ) from None
     except (ValueError, KeyError, IndexError, TypeError):
         raise DemoError(f"{http.base_url}/v1/models lists no model: is that a cluster's address?") from None
@@ -156,7 +156,7 @@ def _found(brief: str, answer: dict[str, Any]) -> Found:
 def _write_all(
     http: httpx.Client, model: str, found: list[Found], options: DemoOptions, screen: Screen
 ) -> list[Written]:
-    """For the best item of each question, one after the other, greedily."""
+    """One after the other, greedily."""
     chat = ChatOptions(
         http_url=options.http_url,
         model=model,
@@ -167,16 +167,25 @@ def _write_all(
         session_id=new_session_id(),
     )
     conversation = Conversation(chat, http)
-    wanted = [(one.brief, one.items[0].text) for one in found if one.items][:NUM_CREATIVES]
+    products = best_items(found)
     screen.begin_creatives(CREATIVE_TOKENS)
     written: list[Written] = []
-    for number, (brief, product) in enumerate(wanted, 1):
+    for number, product in enumerate(products, 1):
         conversation.reset()
-        screen.creative(number, len(wanted), product)
-        message = _ASK.format(product=product, reader=brief.removesuffix(_QUESTION_END))
-        written.append(Written(product, _stream(conversation, message, screen)))
+        screen.creative(number, len(products), product)
+        written.append(Written(product, _stream(conversation, _ASK.format(product=product), screen)))
         screen.written(written[-1])
     return written
+
+
+def best_items(found: list[Found]) -> list[str]:
+    """The text of each answer's best item that none before has; none of an answer without such a one."""
+    texts: dict[str, None] = {}
+    for one in found:
+        new = next((item.text for item in one.items if item.text not in texts), None)
+        if new is not None:
+            texts[new] = None
+    return list(texts)
 
 
 def _stream(conversation: Conversation, message: str, screen: Screen) -> Reply:

@@ -30,7 +30,7 @@ def demo(
     url: Annotated[str | None, typer.Option("--url", help="Another cluster's HTTP address.")] = None,
     config: ConfigOption = None,
 ) -> None:
-    """Show what it does: upload a catalogue, choose items from it, write creatives. Starts a cluster if none is up."""
+    """Upload a catalogue, choose items from it, write creatives. Starts a cluster where none is up."""
     from headrace.catalogue_client import CatalogueError
     from headrace.chat import ChatError
     from headrace.demo import DemoError, DemoOptions, run

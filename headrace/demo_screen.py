@@ -114,7 +114,7 @@ class WordWrap:
 
 
 class Screen:
-    """Plain: no colours, no bars that move, a line is never broken; so too where standard output is no terminal."""
+    """Plain: no colours, nothing that moves, bars in ASCII. So too where standard output is no terminal."""
 
     def __init__(self, *, plain: bool) -> None:
         self.console = Console(
@@ -163,9 +163,8 @@ class Screen:
             self._print(f"{_INDENT}[cyan]{drawn}[/] {item.logprob:7.2f}  {escape(item.text)}")
         if not found.items:
             self._print(f"{_INDENT}no items")
-        self._print(
-            f"{_INDENT}[dim]{escape(found.decoding)}, {found.steps} steps, {found.rows} rows, {found.ms:.1f} ms[/]"
-        )
+        how = f"{found.decoding}, {found.steps} steps, {found.rows} rows, {found.ms:.1f} ms"
+        self._print(f"{_INDENT}[dim]{escape(how)}[/]")
 
     def begin_creatives(self, max_tokens: int) -> None:
         self._heading(f"3  Creatives for the best items: greedy, at most {max_tokens} tokens")
