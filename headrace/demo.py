@@ -42,8 +42,7 @@ class DemoOptions(msgspec.Struct, frozen=True, kw_only=True):
 def run(options: DemoOptions, screen: Screen) -> tuple[str, str]:
     """Returns the names of the model and of the catalogue.
 
-    Raises DemoError, CatalogueError, ChatError, and OSError where the catalogue cannot be written to disk.
-    However it ends, the uploaded catalogue goes, but for `keep`.
+    Raises DemoError, CatalogueError, ChatError. However it ends, the uploaded catalogue goes, but for `keep`.
     """
     with httpx.Client(base_url=options.http_url, timeout=_REQUEST_TIMEOUT) as http:
         model = _chat_model(http)
@@ -96,11 +95,16 @@ def _why_no_chat(model: str, answer: httpx.Response) -> str:
 
 
 def _upload(catalogues: CatalogueClient, name: str, options: DemoOptions, screen: Screen) -> Upload:
-    with tempfile.TemporaryDirectory(prefix="headrace-demo-") as folder:
-        file = Path(folder) / "items.csv"
-        with screen.uploading(options.num_items) as show:
-            _make_items(file, options, show)
-            upload = catalogues.put(file, name, skip_bad=False, on_progress=show)
+    try:
+        with tempfile.TemporaryDirectory(prefix="headrace-demo-") as folder:
+            file = Path(folder) / "items.csv"
+            with screen.uploading(options.num_items) as show:
+                _make_items(file, options, show)
+                upload = catalogues.put(file, name, skip_bad=False, on_progress=show)
+    except OSError as error:
+        raise DemoError(
+            f"cannot keep the items in a temporary file: {error.strerror}; set TMPDIR to a folder with space"
+        ) from None
     screen.uploaded(upload)
     return upload
 

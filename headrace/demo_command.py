@@ -44,10 +44,6 @@ def demo(
         screen.next_steps(next_steps(http_url, model, kept=name if keep else None, is_own=is_own))
     except (DemoError, CatalogueError, ChatError) as error:
         fail(str(error))
-    except OSError as error:
-        fail(
-            f"cannot write the items to a temporary file: {error.strerror}; set TMPDIR to a folder with space"
-        )
     except KeyboardInterrupt:
         err.print("\nstopped")
         raise typer.Exit(130) from None

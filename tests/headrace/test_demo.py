@@ -154,6 +154,13 @@ async def test_what_is_no_cluster_is_said(run):
     assert "lists no model" in result.stderr
 
 
+async def test_no_place_for_the_items_is_said(run, cluster, serve, monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    result = await run(await serve(cluster))
+    assert result.exit_code == 1
+    assert "set TMPDIR" in result.stderr
+
+
 async def test_options_that_exclude_each_other(run, tmp_path):
     config = tmp_path / "config.toml"
     config.write_text("")
