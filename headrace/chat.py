@@ -42,6 +42,9 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
     completion_tokens: int
     prompt_tokens: int
     cached_tokens: int
+    accepted_tokens: int = 0
+    """Of those that the worker drafted; 0 also where the server does not tell."""
+    rejected_tokens: int = 0
     ttft_s: float
     duration_s: float
 
@@ -58,6 +61,11 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
             f"TTFT {self.ttft_s * 1e3:.0f} ms{rate}, {self.completion_tokens} tokens, "
             f"prompt {self.prompt_tokens}{cached}, {self.finish_reason}"
         )
+
+
+def printable(text: str) -> str:
+    """Without control characters, which would command the terminal."""
+    return text.translate(_CONTROL)
 
 
 def new_session_id() -> str:
@@ -96,7 +104,7 @@ class Conversation:
                 if content := choice.get("delta", {}).get("content"):
                     first_s = first_s or time.perf_counter()
                     answer.append(content)
-                    yield Delta(content.translate(_CONTROL))
+                    yield Delta(printable(content))
             usage = _usage(chunk) or usage
         ended_s = time.perf_counter()
         if not finish_reason:
@@ -108,6 +116,8 @@ class Conversation:
             completion_tokens=usage.get("completion_tokens", 0),
             prompt_tokens=usage.get("prompt_tokens", 0),
             cached_tokens=usage.get("cached_tokens", 0),
+            accepted_tokens=usage.get("accepted_tokens", 0),
+            rejected_tokens=usage.get("rejected_tokens", 0),
             ttft_s=(first_s or ended_s) - started_s,
             duration_s=ended_s - started_s,
         )
@@ -147,10 +157,13 @@ def _usage(chunk: dict[str, Any]) -> dict[str, int] | None:
     if not isinstance(usage, dict):
         return None
     details = usage.get("prompt_tokens_details") or {}
+    drafts = usage.get("completion_tokens_details") or {}
     return {
         "prompt_tokens": usage.get("prompt_tokens", 0),
         "completion_tokens": usage.get("completion_tokens", 0),
         "cached_tokens": details.get("cached_tokens", 0),
+        "accepted_tokens": drafts.get("accepted_prediction_tokens", 0),
+        "rejected_tokens": drafts.get("rejected_prediction_tokens", 0),
     }
 
 

@@ -1,4 +1,4 @@
-"""The `headrace` command: up, down, status, chat, catalogue, target, compile, doctor, trace, version."""
+"""The `headrace` command: up, down, status, chat, demo, catalogue, target, compile, doctor, trace."""
 
 import sys
 from enum import StrEnum
@@ -10,6 +10,7 @@ from rich.markup import escape
 from headrace import __version__
 from headrace.catalogue_command import catalogue_app, target
 from headrace.compile_command import compile_model
+from headrace.demo_command import demo
 from headrace.options import (
     ConfigOption,
     GrpcPortOption,
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 app.command()(trace)
 app.command()(target)
+app.command()(demo)
 app.add_typer(catalogue_app, name="catalogue")
 
 

@@ -9,6 +9,7 @@ import time
 from types import FrameType
 from typing import NoReturn
 
+from rich.console import Console
 from rich.markup import escape
 
 from cluster.config import HeadraceConfig
@@ -25,33 +26,35 @@ _LOOK_INTERVAL_S = 2.0
 
 def start(folder: RunFolder, config: HeadraceConfig, *, detach: bool) -> None:
     """Returns when the cluster is ready (detached), or when it has ended, by Ctrl-C, SIGTERM or itself."""
-    _terminate_as_interrupt()
+    terminate_as_interrupt()
     started_s = time.monotonic()
     process: subprocess.Popen[bytes] | None = None
     try:
         process = spawn(folder, config, is_attached=not detach)
-        state = _follow(process, folder)
+        state = follow_shown(process, folder)
         _announce(state, time.monotonic() - started_s)
         if detach:
             return
         _watch(process, state)
         if exit_code := process.wait():
             log = folder.log_tail()
-            _end(folder, process)
+            end(folder, process)
             fail(f"the cluster has ended; its log ends with\n{log}", exit_code)
         out.print("stopped")
     except (RunFolderError, PortTakenError) as error:
         fail(str(error), EXIT_USAGE)
     except StartFailedError as error:
-        _end(folder, process)
+        end(folder, process)
         fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         with err.status("stopping"):
-            _end(folder, process)
+            end(folder, process)
         out.print("stopped")
 
 
-def _terminate_as_interrupt() -> None:
+def terminate_as_interrupt() -> None:
+    """SIGTERM and SIGHUP raise KeyboardInterrupt from here on."""
+
     def interrupt(signum: int, frame: FrameType | None) -> NoReturn:
         del signum, frame
         raise KeyboardInterrupt
@@ -60,7 +63,7 @@ def _terminate_as_interrupt() -> None:
         signal.signal(signum, interrupt)
 
 
-def _end(folder: RunFolder, process: "subprocess.Popen[bytes] | None") -> None:
+def end(folder: RunFolder, process: "subprocess.Popen[bytes] | None") -> None:
     """In order, by a supervisor that is still there; nothing may interrupt it."""
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
@@ -78,10 +81,15 @@ def _end(folder: RunFolder, process: "subprocess.Popen[bytes] | None") -> None:
         process.wait()
 
 
-def _follow(process: "subprocess.Popen[bytes]", folder: RunFolder) -> ClusterState:
-    """With a spinner, and a bar while the model is compiled; where nobody watches, a line a phase."""
+def follow_shown(
+    process: "subprocess.Popen[bytes]", folder: RunFolder, console: Console = err
+) -> ClusterState:
+    """With a spinner, and a bar while the model is compiled; where nobody watches, a line a phase.
+
+    Raises StartFailedError.
+    """
     shown: Phase | None = None
-    with StatusBar(err, "starting") as bar:
+    with StatusBar(console, "starting") as bar:
 
         def show(state: ClusterState) -> None:
             nonlocal shown
@@ -90,8 +98,8 @@ def _follow(process: "subprocess.Popen[bytes]", folder: RunFolder) -> ClusterSta
                 bar.show(f"{words} ({state.progress.what})", state.progress.fraction)
             else:
                 bar.show(words)
-            if state.phase != shown and not err.is_terminal and state.phase != "ready":
-                err.print(words)
+            if state.phase != shown and not console.is_terminal and state.phase != "ready":
+                console.print(words)
             shown = state.phase
 
         return follow(process, folder, show)

@@ -56,6 +56,14 @@ def test_text_streams_and_ends_with_its_figures():
     assert "4 cached" in reply.summary()
 
 
+def test_drafted_tokens_are_counted_where_the_server_tells_of_them():
+    details = {"accepted_prediction_tokens": 3, "rejected_prediction_tokens": 1}
+    usage = {"choices": [], "usage": USAGE | {"completion_tokens_details": details}}
+    for last, expected in ((usage, (3, 1)), (HELLO[-1], (0, 0))):
+        *_, reply = Server((*HELLO[:-1], last)).conversation().send("Hi")
+        assert (reply.accepted_tokens, reply.rejected_tokens) == expected
+
+
 def test_a_turn_carries_the_conversation_and_its_session():
     server = Server(HELLO, HELLO, HELLO)
     conversation = server.conversation()
