@@ -77,6 +77,10 @@ class GenerateRequest(Record, frozen=True, kw_only=True):
     """Set: reserve blocks and wait for this hand-off. None: run the prompt as a chain of rows."""
     emitted_token_ids: tuple[int, ...] = ()
     """Tokens a client already has, from before a failover: forced, never emitted again."""
+    campaign: str = ""
+    """Requests of a tenant that name the same one are expected to say similar things."""
+    speculate: bool = True
+    """False: no drafts for it, and none learned from it."""
 
 
 class TokenLogprob(Record, frozen=True, kw_only=True):

@@ -14,6 +14,7 @@ from cluster.ids import ChainHash, HandoffId
 from cluster.messages import GenerateRequest, Usage
 from cluster.timeline import Timeline
 from decode_workers.completion import Completion
+from decode_workers.drafting.draft_state import DraftState
 from decode_workers.kv_pool import Reservation
 from megakernel.head import MAX_TOP_K
 
@@ -32,6 +33,7 @@ class Sequence:
         "arrival",
         "committed",
         "completion",
+        "drafts",
         "handoff_id",
         "is_prompt_published",
         "kv_tokens",
@@ -71,6 +73,8 @@ class Sequence:
         self.last_grant = 0
         """Number of its last grant of rows, counted over all sequences; 0: none yet."""
         self.is_prompt_published = False
+        self.drafts: DraftState | None = None
+        """A drafter's own; None: it has not seen the sequence."""
         self.timeline = Timeline()
 
     @property

@@ -116,6 +116,8 @@ class Attempt:
             deadline_unix_ns=ask.deadline_unix_ns,
             handoff_id=self._hop.handoff_id,
             emitted_token_ids=tuple(self._progress.emitted_token_ids),
+            campaign=ask.campaign,
+            speculate=ask.speculate,
         )
 
     def _digest(self, events: list[_Event]) -> tuple[list[SequenceEvent], SequenceFailed | None]:

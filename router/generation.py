@@ -72,6 +72,8 @@ class Generation:
                         session_id=ask.session_id,
                         deadline_unix_ns=ask.deadline_unix_ns,
                         prefill_hop=ask.prefill_hop,
+                        campaign=ask.campaign,
+                        speculate=ask.speculate,
                     )
                 )
         return sequences

@@ -28,6 +28,8 @@ class SequenceAsk(Record, frozen=True, kw_only=True):
     deadline_unix_ns: int
     prefill_hop: HopPolicy | None = None
     """None: as configured."""
+    campaign: str = ""
+    speculate: bool = True
 
 
 class TextEmitted(Record, frozen=True):

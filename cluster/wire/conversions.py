@@ -90,6 +90,8 @@ def generate_request_to_proto(request: GenerateRequest) -> pb.GenerateRequest:
         deadline_unix_ns=request.deadline_unix_ns,
         handoff_id=request.handoff_id or "",
         emitted_token_ids=request.emitted_token_ids,
+        campaign=request.campaign,
+        speculate=request.speculate,
     )
 
 
@@ -103,6 +105,8 @@ def generate_request_from_proto(message: pb.GenerateRequest) -> GenerateRequest:
         deadline_unix_ns=message.deadline_unix_ns if message.HasField("deadline_unix_ns") else None,
         handoff_id=HandoffId(message.handoff_id) if message.handoff_id else None,
         emitted_token_ids=tuple(message.emitted_token_ids),
+        campaign=message.campaign,
+        speculate=message.speculate if message.HasField("speculate") else True,
     )
 
 
