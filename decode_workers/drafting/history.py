@@ -25,6 +25,8 @@ SHORTEST = 2
 MOST_GUESSES = 4
 LEAST_SHARE = 0.05
 OLD_WEIGHT = 0.5
+UNSEEN = 1.0
+"""What never followed a run counts as if it had this often: what followed once is no certainty."""
 CAMPAIGN_NODES = 16
 """What a campaign costs beside its nodes, counted as nodes: many empty ones are bounded too."""
 LEAST_NODES = CAMPAIGN_NODES + 4 * DEPTH
@@ -54,7 +56,7 @@ class HistoryPlace(Record, frozen=True, gc=False):
     def guesses(self) -> list[Guess]:
         young, old = self.known.young, self.known.old
         weights: dict[int, float] = {}
-        total = 0.0
+        total = UNSEEN
         if self.young_node != ROOT:
             total += young.counts[self.young_node]
             for child in young.children(self.young_node):

@@ -12,6 +12,7 @@ from decode_workers.drafting.history import (
     DEPTH,
     LEAST_NODES,
     SHORTEST,
+    UNSEEN,
     History,
     HistoryPlace,
     HistoryWriter,
@@ -149,7 +150,7 @@ def test_history_guesses_what_followed_the_longest_run_as_often_as_it_did(
             assert place is not None
             assert place.length == size
             shares = {guess.token_id: guess.share for guess in place.guesses()}
-            total = occurrences(said, run)
+            total = occurrences(said, run) + UNSEEN
             assert shares == pytest.approx({t: n / total for t, n in followed.items() if n >= 0.05 * total})
             return
     assert place is None
@@ -223,7 +224,7 @@ def test_an_older_generation_weighs_half() -> None:
     place = history.find("t", "c", [1, 2])
     assert place is not None
     shares = {guess.token_id: guess.share for guess in place.guesses()}
-    assert shares == pytest.approx({4: 1 / 1.5, 3: 0.5 / 1.5})
+    assert shares == pytest.approx({4: 1 / (1.5 + UNSEEN), 3: 0.5 / (1.5 + UNSEEN)})
 
 
 # Phrases.
