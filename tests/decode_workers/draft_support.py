@@ -1,15 +1,21 @@
 """Drafters for tests, beside the one that serves."""
 
+import random
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
-from cluster.placement.predict import StepTable
+from cluster.messages import StepCost
+from cluster.placement.predict import StepTable, step_table
 from decode_workers.draft_tree import NO_DRAFT, DraftTree
+from decode_workers.drafting.history import History
+from decode_workers.drafting.phrases import PhraseBook
+from decode_workers.drafting.speculator import Speculator
 from decode_workers.scheduler import RowGrant
 from decode_workers.sequence import Sequence
 
 DraftOne = Callable[[Sequence, int], DraftTree]
 """(sequence, most nodes) -> a tree below its last token."""
+CHEAP_ROWS = step_table((StepCost(rows=1, ms=10.0), StepCost(rows=64, ms=12.0)))
 
 
 class EqualShares:
@@ -32,3 +38,41 @@ class EqualShares:
 
     def learn(self, sequence: Sequence) -> None:
         pass
+
+
+class Serving(Speculator):
+    """The serving drafter where extra rows cost next to nothing, and what it drafted."""
+
+    def __init__(self, phrases: PhraseBook | None = None, table: StepTable | None = CHEAP_ROWS) -> None:
+        super().__init__(History(5_000, 3_000), phrases)
+        self.num_drafted = 0
+        self._fixed_table = table
+
+    def draft(
+        self, grants: SequenceOf[RowGrant], spare_rows: int, table: StepTable | None
+    ) -> SequenceOf[DraftTree]:
+        trees = super().draft(grants, spare_rows, self._fixed_table or table)
+        self.num_drafted += sum(tree.num_nodes for tree in trees)
+        return trees
+
+
+class RandomRows(Serving):
+    """It again, but it may use a random number of rows each step."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._rng = random.Random(seed)
+
+    def draft(
+        self, grants: SequenceOf[RowGrant], spare_rows: int, table: StepTable | None
+    ) -> SequenceOf[DraftTree]:
+        rows = self._rng.randint(0, spare_rows)
+        cut = [
+            RowGrant(
+                sequence=grant.sequence,
+                num_forced=grant.num_forced,
+                max_draft_nodes=min(grant.max_draft_nodes, rows),
+            )
+            for grant in grants
+        ]
+        return super().draft(cut, rows, table)

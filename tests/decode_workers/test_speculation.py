@@ -2,7 +2,6 @@
 
 import random
 from collections import Counter
-from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 import pytest
@@ -10,17 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.config import DecodeConfig
-from cluster.messages import EmittedToken, FinishReason, SamplingParams, StepCost, TokensEmitted
-from cluster.placement.predict import StepTable, step_table
+from cluster.messages import EmittedToken, FinishReason, SamplingParams, TokensEmitted
 from decode_workers.draft_tree import DraftTree
-from decode_workers.drafting.history import History
 from decode_workers.drafting.phrases import PhraseBook
-from decode_workers.drafting.speculator import Speculator
 from decode_workers.sampler import gumbel
-from decode_workers.scheduler import RowGrant
 from decode_workers.sequence import Sequence
 from decode_workers.step_batch import NO_PARENT, Float32Array, StepBatch
 from decode_workers.verify import verify
+from tests.decode_workers.draft_support import RandomRows, Serving
 from tests.decode_workers.support import (
     EOS,
     MAX_CONTEXT_TOKENS,
@@ -32,7 +28,6 @@ from tests.decode_workers.support import (
     request_of,
 )
 
-CHEAP_ROWS = step_table((StepCost(rows=1, ms=10.0), StepCost(rows=64, ms=12.0)))
 SAMPLINGS = [
     greedy(40, ignore_eos=True, num_logprobs=2),
     drawn(40, ignore_eos=True, num_logprobs=2),
@@ -41,44 +36,6 @@ SAMPLINGS = [
     drawn(2),
     drawn(1),
 ]
-
-
-class Serving(Speculator):
-    """The serving drafter where extra rows cost next to nothing, and what it drafted."""
-
-    def __init__(self, phrases: PhraseBook | None = None, table: StepTable | None = CHEAP_ROWS) -> None:
-        super().__init__(History(5_000, 3_000), phrases)
-        self.num_drafted = 0
-        self._fixed_table = table
-
-    def draft(
-        self, grants: SequenceOf[RowGrant], spare_rows: int, table: StepTable | None
-    ) -> SequenceOf[DraftTree]:
-        trees = super().draft(grants, spare_rows, self._fixed_table or table)
-        self.num_drafted += sum(tree.num_nodes for tree in trees)
-        return trees
-
-
-class RandomRows(Serving):
-    """It again, but it may use a random number of rows each step."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        self._rng = random.Random(seed)
-
-    def draft(
-        self, grants: SequenceOf[RowGrant], spare_rows: int, table: StepTable | None
-    ) -> SequenceOf[DraftTree]:
-        rows = self._rng.randint(0, spare_rows)
-        cut = [
-            RowGrant(
-                sequence=grant.sequence,
-                num_forced=grant.num_forced,
-                max_draft_nodes=min(grant.max_draft_nodes, rows),
-            )
-            for grant in grants
-        ]
-        return super().draft(cut, rows, table)
 
 
 def chatty(seed: int = 0) -> HashExecutor:
