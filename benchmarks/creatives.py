@@ -57,9 +57,12 @@ class Spent(NamedTuple):
     num_tokens: int
     num_steps: int
 
-    def __add__(self, other: object) -> "Spent":
-        assert isinstance(other, Spent)
-        return Spent(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+    def plus(self, other: "Spent") -> "Spent":
+        return Spent(
+            self.seconds + other.seconds,
+            self.num_tokens + other.num_tokens,
+            self.num_steps + other.num_steps,
+        )
 
 
 NOTHING = Spent(0.0, 0, 0)
@@ -166,7 +169,7 @@ class Comparison:
             peer_s, peer_tokens = 0.0, 0
             for at, prompt in enumerate(self.rewrites):
                 one, other = self.both(prompt, self.greedy(), f"rewrite-{turn}-{at}", bool(turn % 2))
-                plain, drafted = plain + one, drafted + other
+                plain, drafted = plain.plus(one), drafted.plus(other)
                 if self.llama is not None:
                     token_ids = self.writer.tokenizer.encode(prompt, allow_special=True)
                     spent_s, count = self.llama.write(token_ids, self.max_tokens)
@@ -190,7 +193,7 @@ class Comparison:
             plain = drafted = NOTHING
             for prompt in self.templates:
                 one, other = self.both(prompt, self.greedy(), f"template-{turn}", bool(turn % 2))
-                plain, drafted = plain + one, drafted + other
+                plain, drafted = plain.plus(one), drafted.plus(other)
             rounds.append([plain, drafted])
         self.told("template", rounds)
         lengths = [drafted.num_tokens / drafted.num_steps for _, drafted in rounds]
@@ -207,7 +210,7 @@ class Comparison:
                     max_tokens=self.max_tokens, seed=seed, temperature=2.0, ignore_eos=True
                 )
                 one, other = self.both(prompt, sampling, "adversarial", bool((turn + at) % 2))
-                plain, drafted = plain + one, drafted + other
+                plain, drafted = plain.plus(one), drafted.plus(other)
             rounds.append([plain, drafted])
         self.told("adversarial", rounds)
 

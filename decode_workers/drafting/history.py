@@ -117,13 +117,20 @@ class History:
         writer.ends = trie.append(writer.ends, token)
         self._count(tenant, trie.num_nodes - before)
 
-    def find(self, tenant: str, campaign: str, tokens: SequenceOf[int]) -> HistoryPlace | None:
-        """Where the longest run that `tokens` ends with has gone on before."""
+    def find(
+        self, tenant: str, campaign: str, tokens: SequenceOf[int], writer: HistoryWriter | None = None
+    ) -> HistoryPlace | None:
+        """Where the longest run that `tokens` ends with has gone on before; `writer`: wrote them here."""
         campaigns = self._tenants.get(tenant)
         known = None if campaigns is None else campaigns.get(campaign)
         if known is None:
             return None
-        place = _longer(known, known.young.find(tokens), known.old.find(tokens), 0)
+        young, old = known.young, known.old
+        if writer is not None and writer.trie is young:
+            young_node = young.longest(writer.ends)
+        else:
+            young_node = young.find(tokens)
+        place = _longer(known, young_node, old.find(tokens) if old.num_nodes else ROOT, 0)
         return place if place.length >= SHORTEST else None
 
     def _room_for(self, tenant: str, campaign: str) -> Generations:

@@ -92,7 +92,7 @@ class Speculator:
         match = state.ngrams.find(tokens)
         if match is not None:
             found.append(Found(Source.NGRAM, match))
-        known = self._history.find(request.tenant, request.campaign, tokens)
+        known = self._history.find(request.tenant, request.campaign, tokens, state.writer)
         if known is not None:
             length = known.length + streaks[Source.HISTORY]
             place = HistoryPlace(known.known, known.young_node, known.old_node, length)

@@ -70,6 +70,13 @@ class SuffixTrie:
     def find(self, tokens: SequenceOf[int]) -> int:
         """The longest run that `tokens` ends with and that goes on here; ROOT where there is none."""
         end = len(tokens)
+        last = self.child(ROOT, tokens[-1]) if end else NONE
+        if last == NONE:
+            return ROOT
+        before = self.child(ROOT, tokens[-2]) if end > 1 else NONE
+        if before == NONE or self.child(before, tokens[-1]) == NONE:
+            # No run of two, so none of more: what most of a text that nothing foresees comes to.
+            return last if self._first[last] != NONE else ROOT
         for start in range(max(0, end - self.depth + 1), end):
             node = ROOT
             for at in range(start, end):
@@ -79,6 +86,14 @@ class SuffixTrie:
             else:
                 if self._first[node] != NONE:
                     return node
+        return ROOT
+
+    def longest(self, ends: SequenceOf[int]) -> int:
+        """As `find`, of a text that was appended here: `ends` is what its last call returned."""
+        first = self._first
+        for node in reversed(ends):
+            if first[node] != NONE:
+                return node
         return ROOT
 
     def follow(self, node: int, token: int) -> int:

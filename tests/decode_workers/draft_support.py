@@ -59,8 +59,8 @@ class Serving(Speculator):
 class RandomRows(Serving):
     """It again, but it may use a random number of rows each step."""
 
-    def __init__(self, seed: int) -> None:
-        super().__init__()
+    def __init__(self, seed: int, phrases: PhraseBook | None = None) -> None:
+        super().__init__(phrases)
         self._rng = random.Random(seed)
 
     def draft(

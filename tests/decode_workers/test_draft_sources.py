@@ -95,6 +95,7 @@ def test_a_trie_counts_every_run_and_links_to_its_tail(
         ends: list[int] | tuple[int, ...] = START
         for token in text:
             ends = trie.append(ends, token)
+        assert trie.longest(ends) == trie.find(text)
     runs = {
         tuple(text[at : at + size])
         for text in said
