@@ -107,6 +107,7 @@ def test_a_tiny_model_says_the_same() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 def test_the_packaged_model_says_the_same() -> None:
     """200 prompts of 128 tokens, alone and sixteen at once, under every drafter."""
     from benchmarks.creatives_texts import AUDIENCES, rewrite_prompts, template_prompts
