@@ -64,6 +64,7 @@ bench: $(INSTALLED) ## What serving costs, and decode beside other engines where
 	$(BIN)/python benchmarks/overhead.py --quick
 	$(BIN)/python benchmarks/host_time.py --quick
 	$(BIN)/python benchmarks/decode.py --quick
+	$(BIN)/python benchmarks/creatives.py --quick
 
 proto: $(INSTALLED) ## Generate code from cluster/wire/headrace.proto
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. $(PROTO)

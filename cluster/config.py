@@ -82,6 +82,12 @@ class DecodeConfig(Section, frozen=True, kw_only=True):
     max_steps_per_launch: Annotated[int, Meta(ge=1, le=64)] = 8
     """Steps that a GPU may run without the host in between, while all sequences are greedy and none waits
     to join; 1: none."""
+    speculation: Literal["auto", "off"] = "auto"
+    """`auto`: drafts of what a request's own text, its campaign's earlier outputs and its tenant's phrases
+    suggest, where they are expected to pay. Tokens are the same either way."""
+    draft_history_nodes: Annotated[int, Meta(ge=1024, le=100_000_000)] = 262_144
+    """Of earlier outputs, about 130 bytes each; the least recently used go first."""
+    draft_history_nodes_per_tenant: Annotated[int, Meta(ge=1024, le=100_000_000)] = 65_536
     handoff_timeout_s: PositiveSeconds = 30.0
     """A reservation whose hand-off shows no progress this long is reported failed."""
     stall_timeout_s: PositiveSeconds = 30.0

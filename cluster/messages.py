@@ -141,6 +141,10 @@ class GenerateRequest(Record, frozen=True, kw_only=True):
     """Tokens a client already has, from before a failover: forced, never emitted again."""
     targeting: TargetingParams | None = None
     """Set: nothing is emitted; the answer comes with SequenceFinished."""
+    campaign: str = ""
+    """Requests of a tenant that name the same one are expected to say similar things."""
+    speculate: bool = True
+    """False: no drafts for it, and none learned from it."""
 
 
 class TokenLogprob(Record, frozen=True, kw_only=True):

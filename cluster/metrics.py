@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 LATENCY_BUCKETS_S = (
     0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
 )  # fmt: skip
+ACCEPTANCE_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 
 
 class RouterMetrics:
@@ -69,6 +70,19 @@ class DecodeMetrics:
             buckets=LATENCY_BUCKETS_S,
             registry=r,
         )
+        self.drafts = Counter("headrace_spec_decode_num_drafts", "Draft trees verified", registry=r)
+        self.draft_tokens = Counter(
+            "headrace_spec_decode_num_draft_tokens", "Rows that drafts took", registry=r
+        )
+        self.accepted_tokens = Counter(
+            "headrace_spec_decode_num_accepted_tokens", "Drafted tokens emitted", registry=r
+        )
+        self.acceptance_length = Histogram(
+            "headrace_spec_decode_acceptance_length",
+            "Tokens emitted per draft tree verified, the bonus token included",
+            buckets=ACCEPTANCE_LENGTHS,
+            registry=r,
+        )
         self.local_prefill_tokens = Counter(
             "headrace_local_prefill_tokens", "Prompt tokens computed as chain rows", registry=r
         )
@@ -80,6 +94,13 @@ class DecodeMetrics:
             "headrace_handoffs_received", "Hand-offs, by outcome", ["outcome"], registry=r
         )
         self.handoff_bytes = Counter("headrace_handoff_received_bytes", "KV bytes committed", registry=r)
+
+    def count_draft(self, num_nodes: int, num_accepted: int, num_emitted: int) -> None:
+        """Of one verified tree."""
+        self.drafts.inc()
+        self.draft_tokens.inc(num_nodes)
+        self.accepted_tokens.inc(num_accepted)
+        self.acceptance_length.observe(num_emitted)
 
 
 class PrefillMetrics:

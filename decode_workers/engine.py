@@ -10,6 +10,8 @@ and does all that it does otherwise but for admission, which the run's end must 
 import logging
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from typing import Protocol
 
 from cluster.config import DecodeConfig
 from cluster.messages import DecodeEvent, FailureCode, FinishReason, StepCost, TokensEmitted
@@ -35,10 +37,21 @@ from decode_workers.step_batch import StepResult
 from decode_workers.targeting.search import TargetingSearch
 from decode_workers.verdicts import Verdict, judge_step
 
-Drafter = Callable[[Sequence, int], DraftTree]
-"""(sequence, most nodes) -> a tree below its last token. It changes how fast tokens come, never which."""
-
 logger = logging.getLogger(__name__)
+
+
+class Drafter(Protocol):
+    """Proposes trees below sequences' last tokens. It changes how fast tokens come, never which."""
+
+    def draft(
+        self, grants: SequenceOf[RowGrant], spare_rows: int, table: StepTable | None
+    ) -> SequenceOf[DraftTree]:
+        """One tree a grant, within its `max_draft_nodes`, all within `spare_rows`; `table`: steps' costs."""
+        ...
+
+    def learn(self, sequence: Sequence) -> None:
+        """Its tokens have grown."""
+        ...
 
 
 class DecodeEngine:
@@ -215,14 +228,14 @@ class DecodeEngine:
         self.kv.end_run()
 
     def _draft(self, grants: list[RowGrant]) -> list[DraftTree]:
-        if self._drafter is None:
+        spare_rows = self._max_rows - sum(grant.num_rows for grant in grants)
+        if self._drafter is None or spare_rows == 0:
             return [NO_DRAFT] * len(grants)
-        trees: list[DraftTree] = []
-        for grant in grants:
-            max_nodes = grant.max_draft_nodes
-            tree = self._drafter(grant.sequence, max_nodes) if max_nodes else NO_DRAFT
-            check_tree(tree, max_nodes)
-            trees.append(tree)
+        trees = list(self._drafter.draft(grants, spare_rows, self._step_table))
+        for grant, tree in zip(grants, trees, strict=True):
+            check_tree(tree, grant.max_draft_nodes)
+        num_nodes = sum(tree.num_nodes for tree in trees)
+        assert num_nodes <= spare_rows, f"{num_nodes} nodes drafted, {spare_rows} rows left"
         return trees
 
     def _run(self, grants: list[RowGrant], rows: StepRows) -> StepResult | None:
@@ -274,7 +287,12 @@ class DecodeEngine:
                 num_prefilled += grant.num_forced
                 self._commit_search(sequence, sequence.search)
             elif verdict.tokens:
-                num_emitted += self._emit(sequence, verdict)
+                num_of_own = self._emit(sequence, verdict)
+                num_emitted += num_of_own
+                if tree.token_ids:
+                    self.metrics.count_draft(tree.num_nodes, min(num_of_own, len(verdict.path)), num_of_own)
+                if self._drafter is not None:
+                    self._drafter.learn(sequence)
                 num_prefilled += grant.num_forced - 1
             else:
                 num_prefilled += grant.num_forced

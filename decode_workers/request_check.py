@@ -8,6 +8,7 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_CHARACTERS = 4096
 MAX_STOP_TOKENS = 1024
 MAX_TOP_LOGPROBS = 128
+MAX_CAMPAIGN_CHARACTERS = 128
 
 
 class RequestLimits(Record, frozen=True, kw_only=True):
@@ -32,6 +33,8 @@ def find_fault(request: GenerateRequest, limits: RequestLimits) -> str | None:
     num_prompt, num_emitted = len(request.prompt_token_ids), len(request.emitted_token_ids)
     if not request.request_id:
         return "request_id is empty"
+    if len(request.campaign) > MAX_CAMPAIGN_CHARACTERS:
+        return f"campaign of {len(request.campaign)} characters: at most {MAX_CAMPAIGN_CHARACTERS}"
     if num_prompt == 0:
         return "prompt_token_ids is empty: at least 1 token"
     if num_prompt >= limits.max_context_tokens:

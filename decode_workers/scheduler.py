@@ -22,8 +22,14 @@ class RowGrant(Record, frozen=True, kw_only=True, gc=False):
     num_forced: int
     """Pending tokens that run, in order; all of them: the last one's logits are sampled."""
     max_draft_nodes: int
+    """That it has use and slots for; how many rows drafts get in all is the drafter's to divide."""
     num_searched: int = 0
     """Rows of its search of a catalogue; then it has no others."""
+
+    @property
+    def num_rows(self) -> int:
+        """Without drafts."""
+        return self.num_forced + self.num_searched
 
     @property
     def is_sampled(self) -> bool:
@@ -39,8 +45,8 @@ def plan_step(running: SequenceOf[Sequence], max_rows: int, *, can_draft: bool) 
     """Grants for the next step, those of searches last; `running` is in order of arrival.
 
     Every sequence gets one row, those served longest ago first where there are more than rows. What is
-    left goes to pending chains, oldest first, then to searches, in shares as equal as they want, then in
-    equal shares to draft trees.
+    left goes to pending chains, oldest first, then to searches, in shares as equal as they want, then to
+    draft trees.
     """
     chosen = running
     if len(running) > max_rows:
@@ -58,12 +64,11 @@ def _plan_plain(chosen: SequenceOf[Sequence], max_rows: int, *, can_draft: bool)
         extra = min(sequence.num_pending - 1, spare)
         spare -= extra
         num_forced.append(1 + extra)
-    share = spare // len(chosen) if can_draft and chosen else 0
     return [
         RowGrant(
             sequence=sequence,
             num_forced=count,
-            max_draft_nodes=_draft_room(sequence, count, share) if share else 0,
+            max_draft_nodes=_draft_room(sequence, count, spare) if can_draft and spare else 0,
         )
         for sequence, count in zip(chosen, num_forced, strict=True)
     ]
@@ -149,13 +154,13 @@ def _can_run_alone(sequence: Sequence) -> bool:
     )
 
 
-def _draft_room(sequence: Sequence, num_forced: int, share: int) -> int:
-    """Nodes that fit the share, the reserved slots, and the tokens this sequence may still emit."""
-    if num_forced < sequence.num_pending or sequence.search is not None:
+def _draft_room(sequence: Sequence, num_forced: int, spare: int) -> int:
+    """Nodes that fit the spare rows and the reserved slots; none where one token more is the last."""
+    if num_forced < sequence.num_pending or sequence.search is not None or sequence.completion.num_left <= 1:
         return 0
     assert sequence.reservation is not None, "a running sequence without blocks"
     slots_left = sequence.reservation.capacity_tokens - len(sequence.tokens)
-    return max(0, min(share, slots_left))
+    return max(0, min(spare, slots_left))
 
 
 class AdmissionQueue:

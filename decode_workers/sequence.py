@@ -14,6 +14,7 @@ from cluster.ids import ChainHash, HandoffId
 from cluster.messages import GenerateRequest, TargetingResult, Usage
 from cluster.timeline import Timeline
 from decode_workers.completion import Completion
+from decode_workers.drafting.draft_state import DraftState
 from decode_workers.kv_pool import Reservation
 from decode_workers.targeting.chosen_items import ChosenItems
 from decode_workers.targeting.search import TargetingSearch
@@ -34,6 +35,7 @@ class Sequence:
         "arrival",
         "committed",
         "completion",
+        "drafts",
         "handoff_id",
         "is_prompt_published",
         "items",
@@ -85,6 +87,8 @@ class Sequence:
         self.last_grant = 0
         """Number of its last grant of rows, counted over all sequences; 0: none yet."""
         self.is_prompt_published = False
+        self.drafts: DraftState | None = None
+        """A drafter's own; None: it has not seen the sequence."""
         self.timeline = Timeline()
 
     @property

@@ -10,11 +10,14 @@ import msgspec
 
 from cluster.catalogue.fetch import fetch_catalogue
 from cluster.catalogue.local import LocalCatalogues
-from cluster.config import HeadraceConfig
+from cluster.config import DecodeConfig, HeadraceConfig
 from cluster.ids import Epoch
 from cluster.kv_layout import KvLayout
 from cluster.model_card import ServedModel
 from cluster.text import Tokenizer
+from decode_workers.drafting.history import History
+from decode_workers.drafting.speculator import Speculator
+from decode_workers.engine import Drafter
 from decode_workers.executor import StepExecutor
 from decode_workers.worker import DecodeWorker
 from headrace.execution import ExecutionError, kv_format_of
@@ -78,7 +81,14 @@ def decode_worker(
         epoch=epoch,
         host=host,
         catalogues=LocalCatalogues(fetched_catalogues, fetch_catalogue, max_open=config.catalogue.max_open),
+        drafter=_drafter(config.decode),
     )
+
+
+def _drafter(config: DecodeConfig) -> Drafter | None:
+    if config.speculation == "off":
+        return None
+    return Speculator(History(config.draft_history_nodes, config.draft_history_nodes_per_tenant))
 
 
 def _engine(config: HeadraceConfig, served: ServedModel, artifact: str | None) -> PrefillEngine:

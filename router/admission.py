@@ -9,7 +9,7 @@ import re
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import TypeVar, cast
 
 from cluster.config import RouterConfig
 from cluster.ids import SessionId
@@ -18,7 +18,9 @@ from cluster.metrics import RouterMetrics
 from cluster.model_card import ModelCard
 from cluster.placement.choose import HopPolicy
 from router.errors import invalid, model_not_found, overloaded
-from router.openai_api import MAX_DEADLINE_MS, MAX_PROMPTS, MAX_STOP_CHARS, MAX_STOPS
+from router.openai_api import MAX_CAMPAIGN_CHARS, MAX_DEADLINE_MS, MAX_PROMPTS, MAX_STOP_CHARS, MAX_STOPS
+
+T = TypeVar("T", int, str)
 
 UINT64_MASK = 2**64 - 1
 MAX_SESSION_ID_CHARS = 128
@@ -44,6 +46,7 @@ class Caller(Record, frozen=True, kw_only=True):
     tenant: str = ""
     session_id: str | None = None
     deadline_ms: int | None = None
+    campaign: str | None = None
     prefill_hop: HopPolicy | None = None
     """None: as configured."""
     wants_timeline: bool = False
@@ -64,6 +67,8 @@ class Ask(Record, frozen=True, kw_only=True):
     prefill_hop: HopPolicy | None
     targeting: TargetingParams | None = None
     """Set: items of a catalogue are asked for, not text; one prompt, one choice."""
+    campaign: str = ""
+    speculate: bool = True
 
     @property
     def num_sequences(self) -> int:
@@ -136,8 +141,8 @@ def max_tokens_for(num_prompt_tokens: int, asked: int | None, limits: Limits, pa
     return min(limits.default_max_tokens, limit - num_prompt_tokens) if asked is None else asked
 
 
-def same_or_only(first_name: str, first: int | None, second_name: str, second: int | None) -> int | None:
-    """The value of a limit that may be given in two places."""
+def same_or_only(first_name: str, first: T | None, second_name: str, second: T | None) -> T | None:
+    """The value of a setting that may be given in two places."""
     if first is not None and second is not None and first != second:
         raise invalid(
             first_name,
@@ -194,6 +199,14 @@ def session_of(text: str | None, name: str) -> str | None:
     if text is not None and not _PRINTABLE.fullmatch(text):
         raise invalid(
             name, f"`{name}` must be 1 to {MAX_SESSION_ID_CHARS} printable ASCII characters, no spaces"
+        )
+    return text
+
+
+def campaign_of(text: str | None, name: str) -> str | None:
+    if text is not None and not _PRINTABLE.fullmatch(text):
+        raise invalid(
+            name, f"`{name}` must be 1 to {MAX_CAMPAIGN_CHARS} printable ASCII characters, no spaces"
         )
     return text
 

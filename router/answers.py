@@ -245,6 +245,8 @@ def common_wanted(request: CommonFields, *, max_tokens: int | None, num_logprobs
         ignore_eos=request.ignore_eos,
         num_logprobs=num_logprobs,
         deadline_ms=request.deadline_ms,
+        campaign=request.campaign,
+        speculation=request.speculation,
     )
 
 

@@ -31,6 +31,8 @@ class SamplingAsk(Record, frozen=True, kw_only=True):
     ignore_eos: bool | None = None
     num_logprobs: int | None = None
     deadline_ms: int | None = None
+    campaign: str | None = None
+    speculation: bool | None = None
 
 
 def build_ask(
@@ -49,6 +51,7 @@ def build_ask(
     deadline_ms = same_or_only(
         "deadline_ms", wanted.deadline_ms, "x-headrace-deadline-ms", caller.deadline_ms
     )
+    campaign = same_or_only("campaign", wanted.campaign, "x-headrace-campaign", caller.campaign)
     return Ask(
         prompts=tuple(tuple(prompt) for prompt in prompts),
         max_tokens=max_tokens,
@@ -58,6 +61,8 @@ def build_ask(
         tenant=caller.tenant,
         session_id=tenant_session(caller.tenant, caller.session_id),
         prefill_hop=caller.prefill_hop,
+        campaign=campaign or "",
+        speculate=wanted.speculation is not False,
     )
 
 

@@ -118,6 +118,8 @@ class Attempt:
             handoff_id=self._hop.handoff_id,
             emitted_token_ids=tuple(self._progress.emitted_token_ids),
             targeting=ask.targeting,
+            campaign=ask.campaign,
+            speculate=ask.speculate,
         )
 
     def _digest(self, events: list[_Event]) -> tuple[list[SequenceEvent], SequenceFailed | None]:

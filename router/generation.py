@@ -73,6 +73,8 @@ class Generation:
                         deadline_unix_ns=ask.deadline_unix_ns,
                         prefill_hop=ask.prefill_hop,
                         targeting=ask.targeting,
+                        campaign=ask.campaign,
+                        speculate=ask.speculate,
                     )
                 )
         return sequences

@@ -10,7 +10,7 @@ from typing import Self
 from starlette.types import Receive, Scope, Send
 
 from cluster.ids import new_request_id
-from router.admission import Caller, deadline_header, prefill_hop_of, session_of, tenant_of
+from router.admission import Caller, campaign_of, deadline_header, prefill_hop_of, session_of, tenant_of
 from router.errors import RequestError
 
 BODY_TIMEOUT_S = 30.0
@@ -19,6 +19,7 @@ JSON_TYPE = b"application/json"
 SSE_TYPE = b"text/event-stream; charset=utf-8"
 
 DEADLINE_HEADER = "x-headrace-deadline-ms"
+CAMPAIGN_HEADER = "x-headrace-campaign"
 SESSION_HEADER = "x-session-id"
 HOP_HEADER = "x-headrace-prefill-hop"
 TIMELINE_HEADER = "x-headrace-timeline"
@@ -49,6 +50,7 @@ def caller_of(headers: Mapping[str, str]) -> Caller:
         tenant=tenant_of(headers.get("authorization")),
         session_id=session_of(headers.get(SESSION_HEADER), SESSION_HEADER),
         deadline_ms=deadline_header(headers.get(DEADLINE_HEADER), DEADLINE_HEADER),
+        campaign=campaign_of(headers.get(CAMPAIGN_HEADER), CAMPAIGN_HEADER),
         prefill_hop=prefill_hop_of(headers.get(HOP_HEADER), HOP_HEADER),
         wants_timeline=headers.get(TIMELINE_HEADER) == "1",
     )

@@ -23,6 +23,7 @@ from router.grpc_calls import abort, chat_messages, metadata_of, session_metadat
 from router.http import caller_of
 from router.openai_api import (
     Body,
+    Campaign,
     DeadlineMs,
     MaxTokens,
     MinP,
@@ -55,6 +56,7 @@ class InferenceFields(Body, frozen=True, kw_only=True):
     min_p: MinP | None = None
     logprobs: NumLogprobs | None = None
     deadline_ms: DeadlineMs | None = None
+    campaign: Campaign | None = None
     stop: Stop | None = None
     user: User | None = None
 
@@ -70,7 +72,9 @@ def sampling_fields(request: pb.InferenceRequest) -> SamplingAsk:
     for name, value in given.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise invalid(name, f"`{name}` must be a finite number, got {value}", code="invalid_value")
-    fields = _fields.convert({**given, "stop": list(request.stop), "user": request.user})
+    fields = _fields.convert(
+        {**given, "stop": list(request.stop), "user": request.user, "campaign": request.campaign}
+    )
     return SamplingAsk(
         max_tokens=fields.max_tokens,
         temperature=fields.temperature,
@@ -82,6 +86,8 @@ def sampling_fields(request: pb.InferenceRequest) -> SamplingAsk:
         ignore_eos=request.ignore_eos,
         num_logprobs=fields.logprobs,
         deadline_ms=fields.deadline_ms,
+        campaign=fields.campaign or None,
+        speculation=request.speculation if request.HasField("speculation") else None,
     )
 
 

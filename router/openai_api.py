@@ -19,6 +19,7 @@ MAX_CONTENT_PARTS = 256
 MAX_TOP_K = 1_048_576
 MAX_TOKENS = 2**31 - 1
 MAX_DEADLINE_MS = 3_600_000
+MAX_CAMPAIGN_CHARS = 128
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
 MaxTokens = Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
@@ -37,6 +38,18 @@ DeadlineMs = Annotated[
         le=MAX_DEADLINE_MS,
         description="Milliseconds from arrival; then the text so far, with finish_reason `deadline`",
     ),
+]
+Campaign = Annotated[
+    str,
+    Meta(
+        max_length=MAX_CAMPAIGN_CHARS,
+        description="Requests that name the same one are expected to say similar things: drafts are learned "
+        "from them",
+    ),
+]
+Speculation = Annotated[
+    bool,
+    Meta(description="false: no drafts. They change how fast tokens come, never which; the default is true"),
 ]
 User = Annotated[str, Meta(max_length=512)]
 NumLogprobs = Annotated[int, Meta(ge=0, le=20)]
@@ -80,6 +93,8 @@ class CommonFields(Body, frozen=True, kw_only=True):
     ignore_eos: bool | None = None
     user: User | None = None
     deadline_ms: DeadlineMs | None = None
+    campaign: Campaign | None = None
+    speculation: Speculation | None = None
 
     # Accepted at the value that asks for nothing.
     frequency_penalty: Off | None = None

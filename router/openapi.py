@@ -8,6 +8,7 @@ from cluster.model_card import ModelCard
 from cluster.placement.choose import HopPolicy
 from router.admission import MAX_SESSION_ID_CHARS, Limits
 from router.http import (
+    CAMPAIGN_HEADER,
     DEADLINE_HEADER,
     HOP_HEADER,
     REQUEST_ID_HEADER,
@@ -24,7 +25,13 @@ from router.openai_answers import (
     ModelListBody,
     ReadyBody,
 )
-from router.openai_api import MAX_DEADLINE_MS, MAX_PROMPTS, ChatCompletionRequest, CompletionRequest
+from router.openai_api import (
+    MAX_CAMPAIGN_CHARS,
+    MAX_DEADLINE_MS,
+    MAX_PROMPTS,
+    ChatCompletionRequest,
+    CompletionRequest,
+)
 from router.openapi_targeting import TARGETING_SCHEMAS, targeting_paths
 from router.targeting_api import TargetingRequest
 
@@ -159,6 +166,11 @@ def _request_headers() -> list[Json]:
             DEADLINE_HEADER,
             "As `deadline_ms` in the body",
             {"type": "integer", "minimum": 1, "maximum": MAX_DEADLINE_MS},
+        ),
+        _header(
+            CAMPAIGN_HEADER,
+            "As `campaign` in the body",
+            {**id_schema, "maxLength": MAX_CAMPAIGN_CHARS},
         ),
         _header(TIMELINE_HEADER, "`1`: the answer tells its stages and placement", {"type": "string"}),
         _header(

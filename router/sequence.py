@@ -37,6 +37,8 @@ class SequenceAsk(Record, frozen=True, kw_only=True):
     prefill_hop: HopPolicy | None = None
     """None: as configured."""
     targeting: TargetingParams | None = None
+    campaign: str = ""
+    speculate: bool = True
 
 
 class TextEmitted(Record, frozen=True):

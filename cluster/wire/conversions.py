@@ -94,6 +94,8 @@ def generate_request_to_proto(request: GenerateRequest) -> pb.GenerateRequest:
         handoff_id=request.handoff_id or "",
         emitted_token_ids=request.emitted_token_ids,
         targeting=None if request.targeting is None else targeting_params_to_proto(request.targeting),
+        campaign=request.campaign,
+        speculate=request.speculate,
     )
 
 
@@ -108,6 +110,8 @@ def generate_request_from_proto(message: pb.GenerateRequest) -> GenerateRequest:
         handoff_id=HandoffId(message.handoff_id) if message.handoff_id else None,
         emitted_token_ids=tuple(message.emitted_token_ids),
         targeting=targeting_params_from_proto(message.targeting) if message.HasField("targeting") else None,
+        campaign=message.campaign,
+        speculate=message.speculate if message.HasField("speculate") else True,
     )
 
 

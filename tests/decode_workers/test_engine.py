@@ -21,6 +21,7 @@ from decode_workers.draft_tree import DraftTree
 from decode_workers.engine import Drafter
 from decode_workers.sequence import Sequence
 from decode_workers.step_batch import NO_PARENT
+from tests.decode_workers.draft_support import EqualShares
 from tests.decode_workers.support import (
     EOS,
     MAX_CONTEXT_TOKENS,
@@ -66,7 +67,7 @@ def scripted_drafter(seed: int, accuracy: float, sampling: SamplingParams) -> Dr
                 token_ids.append(rng.randrange(256))
         return DraftTree(token_ids=tuple(token_ids), parents=tuple(parents))
 
-    return draft
+    return EqualShares(draft)
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
@@ -124,7 +125,7 @@ def test_right_drafts_save_steps() -> None:
         truth = expected_tokens([1, 2, 3], sampling)[sequence.next_index :][:3]
         return DraftTree(token_ids=tuple(truth), parents=tuple(range(-1, len(truth) - 1)))
 
-    rig = EngineRig(drafter=chain)
+    rig = EngineRig(drafter=EqualShares(chain))
     rig.submit(request_of("a", [1, 2, 3], sampling))
     rig.run()
     assert rig.tokens("a") == expected_tokens([1, 2, 3], sampling)

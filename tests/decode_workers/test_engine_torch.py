@@ -11,6 +11,7 @@ from decode_workers.sequence import Sequence
 from decode_workers.step_batch import NO_PARENT
 from decode_workers.torch_executor import TorchExecutor
 from megakernel.reference import reference_generate
+from tests.decode_workers.draft_support import EqualShares
 from tests.decode_workers.support import EngineRig, drawn, greedy, request_of
 from tests.tiny_model import TinyWeights, tiny_weights
 
@@ -76,7 +77,7 @@ def test_drafts_change_no_token(weights: TinyWeights, alone: dict[str, list[int]
                 right.append(len(token_ids) - 1)
         return DraftTree(token_ids=tuple(token_ids), parents=tuple(parents))
 
-    rig = rig_of(weights, drafter=draft)
+    rig = rig_of(weights, drafter=EqualShares(draft))
     for request_id, (prompt, sampling) in asked().items():
         rig.submit(request_of(request_id, prompt, sampling))
         rig.run()

@@ -27,6 +27,7 @@ from cluster.transfer import KvChunk
 from decode_workers.draft_tree import NO_DRAFT
 from decode_workers.verdicts import Verdict, judge_accepted
 from megakernel.multi_step import MAX_STOP_TOKENS, StepTokens, without_top
+from tests.decode_workers.draft_support import EqualShares
 from tests.decode_workers.multi_step_support import MultiHashExecutor, asked_steps, without_stamps
 from tests.decode_workers.support import (
     EngineRig,
@@ -123,7 +124,7 @@ def test_config_and_executor_can_turn_it_off(limits: tuple[int, int]) -> None:
 
 
 def test_a_drafter_keeps_the_host() -> None:
-    rig = EngineRig(MultiHashExecutor(), EIGHT, drafter=lambda _sequence, _most: NO_DRAFT)
+    rig = EngineRig(MultiHashExecutor(), EIGHT, drafter=EqualShares(lambda _sequence, _most: NO_DRAFT))
     rig.submit(request_of("a", [1], ENDLESS))
     rig.run()
     assert rig.executor.asked == []
