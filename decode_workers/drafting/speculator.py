@@ -36,7 +36,7 @@ class Speculator:
         places: list[int] = []
         num_sampled = num_rows = 0
         for at, grant in enumerate(grants):
-            num_rows += grant.num_forced
+            num_rows += grant.num_rows
             num_sampled += grant.is_sampled
             if grant.max_draft_nodes and grant.sequence.request.speculate:
                 growth = self._growth(grant)
