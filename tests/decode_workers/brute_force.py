@@ -58,10 +58,11 @@ class BruteForce:
         scores = self.scores(self.items.paths)
         return sorted(zip(scores, self.items.paths, strict=True), reverse=True)
 
-    def beam_search(self, beams: int) -> list[list[Scored]]:
+    def beam_search(self, k: int, beams: int) -> list[list[Scored]]:
         """Every ranking that rounding allows: mostly one, more where a beam's last place is nearly a tie.
 
-        One that ends takes a place among the best `beams` of its round; as many others go on.
+        One that ends takes a place among the best `beams` of its round; as many others go on, while one of
+        them may still become one of the k best. What is ranked behind those may be cut short.
         """
         runs: list[tuple[list[Scored], list[Scored]]] = [([], [(0.0, ())])]
         while any(frontier for _, frontier in runs):
@@ -71,6 +72,9 @@ class BruteForce:
                 others = [one for one in candidates if not self._has_ended(one[1])]
                 for best, going_on in itertools.product(_cuts(candidates, beams), _cuts(others, beams)):
                     all_finished = finished + [(s, self._item(p)) for s, p in best if self._has_ended(p)]
+                    if going_on and len(all_finished) >= k:
+                        kth = sorted(all_finished, reverse=True)[k - 1][0]
+                        going_on = [] if going_on[0][0] < kth - 4 * TOLERANCE else going_on
                     key = frozenset(p for _, p in all_finished), frozenset(p for _, p in going_on)
                     after[key] = all_finished, going_on
             runs = list(after.values())
@@ -86,10 +90,9 @@ class BruteForce:
             nodes.append((score, prefix))
         unknown = [prefix for _, prefix in nodes if prefix not in self._known]
         if unknown:
-            logits = self.model.logits([self.context + prefix for prefix in unknown])
+            logits = self.model.logits([self.context + prefix for prefix in unknown], last_only=True)
             for row, prefix in zip(logits, unknown, strict=True):
-                last = len(self.context) + len(prefix) - 1
-                self._known[prefix] = self._logprobs(row[last], prefix)
+                self._known[prefix] = self._logprobs(row, prefix)
         return [
             (score + logprob, (*prefix, token))
             for score, prefix in nodes

@@ -16,8 +16,11 @@ class PlainLlama:
         self.tensors = {name: torch.from_numpy(weights.dense(name)).double() for name in weights.names}
 
     @torch.inference_mode()
-    def logits(self, texts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """[texts, tokens, vocab] of texts of any lengths: what stands behind the shorter says nothing."""
+    def logits(self, texts: Sequence[Sequence[int]], last_only: bool = False) -> torch.Tensor:
+        """[texts, tokens, vocab] of texts of any lengths: what stands behind the shorter says nothing.
+
+        `last_only`: [texts, vocab] after each text's last token.
+        """
         shape, tensors = self.shape, self.tensors
         longest = max(len(text) for text in texts)
         ids = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts])
@@ -36,6 +39,8 @@ class PlainLlama:
             normed = self._norm(x, at + "mlp_norm")
             gate, up = normed @ tensors[at + "gate"].T, normed @ tensors[at + "up"].T
             x = x + (torch.nn.functional.silu(gate) * up) @ tensors[at + "down"].T
+        if last_only:
+            x = x[torch.arange(len(texts)), torch.tensor([len(text) - 1 for text in texts])]
         return self._norm(x, "final_norm") @ tensors["embed" if shape.has_tied_head else "head"].T
 
     def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:

@@ -9,7 +9,7 @@ SHAPES = ("words", "short", "long", "beginnings", "unicode", "numbers")
 
 
 def random_texts(dice: random.Random, shape: str, count: int) -> tuple[str, ...]:
-    """`count` distinct texts of at most 60 bytes, fewer where the shape has not so many."""
+    """`count` distinct texts of at most 48 bytes, fewer where the shape has not so many."""
     make = {
         "words": _words, "short": _short, "long": _long, "beginnings": _beginning,
         "unicode": _unicode, "numbers": _number,
@@ -32,7 +32,7 @@ def _short(dice: random.Random) -> str:
 
 def _long(dice: random.Random) -> str:
     begin = dice.choice(("the very same beginning of ", "another one: ", ""))
-    return begin + "".join(dice.choices("ab ", k=dice.randint(20, 60 - len(begin) - 1))) + "."
+    return begin + "".join(dice.choices("ab ", k=dice.randint(15, 47 - len(begin)))) + "."
 
 
 def _beginning(dice: random.Random) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path as FilePath
 
 import numpy as np
 import pytest
+import torch
 
 from cluster.catalogue.compile import CompileTarget, compile_upload
 from cluster.catalogue.file import Catalogue
@@ -57,22 +58,23 @@ except BuildError as error:
 @pytest.fixture(scope="module")
 def weights() -> TinyWeights:
     return tiny_weights(
-        5, vocab_size=VOCAB_SIZE, hidden_size=48, intermediate_size=64, num_heads=3, num_kv_heads=1
+        5, vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=32, num_heads=2, num_kv_heads=1
     )
 
 
 @pytest.fixture(scope="module")
 def plain(weights: TinyWeights) -> PlainLlama:
+    torch.set_num_threads(1)  # its matrices are so small that threads only wait for each other
     return PlainLlama(weights)
 
 
 @pytest.fixture(scope="module")
-def executor(
-    weights: TinyWeights, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[MegaKernelExecutor]:
+def executor(weights: TinyWeights, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MegaKernelExecutor]:
     program = compile_program(weights.shape, "hash-1", ONE_CORE, 64, formats=weights.formats)
     folder = tmp_path_factory.mktemp("library")
-    compiled = compile_here([program], weights, kv_format="float32", library_folder=folder)
+    compiled = compile_here(
+        [program], weights, kv_format="float32", library_folder=folder, extra_flags=("-O1",)
+    )
     made = MegaKernelExecutor(compiled, "hash-1", NUM_BLOCKS, BLOCK)
     yield made
     made.close()
@@ -131,9 +133,9 @@ def test_the_plain_model_is_the_oracle_in_float64(weights: TinyWeights, plain: P
 
 def test_targeting_equals_brute_force(executor, plain, tmp_path, record_figure) -> None:
     sizes = [1, 10, 12, 40, 100, 300, 1_000, 3_000]
-    counts = _check(_plan(sizes, 144, seed=1), executor, plain, tmp_path)
+    counts = _check(_plan(sizes, 100, seed=1), executor, plain, tmp_path)
     record_figure(_line(counts))
-    assert counts["contexts"] == 144
+    assert counts["contexts"] == 100
 
 
 @pytest.mark.slow
@@ -173,7 +175,7 @@ def _check(
         own_folder.mkdir()
         asked = Asked(texts, own_folder, executor)
         for _ in range(num_contexts):
-            context = [dice.randrange(EOS) for _ in range(dice.randint(1, 24))]
+            context = [dice.randrange(EOS) for _ in range(dice.randint(1, 16))]
             k, beams = dice.choice(WIDTHS)
             scoring = dice.choice(("vocabulary", "catalogue"))
             brute = BruteForce(plain, context, asked.sets, scoring)
@@ -186,7 +188,7 @@ def _check_one(asked: Asked, brute: BruteForce, counts: Counter[str], k: int, be
     stepwise = asked.ask(context, None, k=k, beams=beams, scoring=scoring)
     parallel = asked.ask(context, ROWS_COST_LITTLE, k=k, beams=beams, scoring=scoring)
     assert stepwise.decoding != "parallel"
-    rankings = brute.beam_search(beams)
+    rankings = brute.beam_search(k, beams)
     found = asked.found(stepwise)
     assert any(is_same(found, ranking, k) for ranking in rankings), (found, rankings[0][: k + 1])
     counts["contexts"] += 1
