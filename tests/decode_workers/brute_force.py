@@ -1,4 +1,4 @@
-"""Targeting by brute force: sets of prefixes instead of a trie, and all that could come out within rounding."""
+"""Targeting by brute force: sets of prefixes for a trie, and all that could come out within rounding."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -127,15 +127,15 @@ def _cuts(candidates: list[Scored], count: int) -> list[list[Scored]]:
     return [[*sure, *some] for some in itertools.combinations(doubtful, count - len(sure))]
 
 
-def is_same(found: Sequence[Scored], ranking: Sequence[Scored], k: int) -> bool:
+def is_same(found: Sequence[Scored], ranking: Sequence[Scored], k: int, tolerance: float = TOLERANCE) -> bool:
     """Whether `found` begins the ranking: scores place by place; and items, but among nearly equal scores."""
     if len(found) != min(k, len(ranking)):
         return False
     for place, ((score, path), (true_score, true_path)) in enumerate(zip(found, ranking, strict=False)):
-        if abs(score - true_score) > TOLERANCE:
+        if abs(score - true_score) > tolerance:
             return False
         near = [ranking[p][0] for p in (place - 1, place + 1) if 0 <= p < len(ranking)]
-        is_alone = all(abs(other - true_score) > 2 * TOLERANCE for other in near)
+        is_alone = all(abs(other - true_score) > 2 * tolerance for other in near)
         if is_alone and path != true_path:
             return False
     return True

@@ -1,4 +1,4 @@
-"""Items of many shapes for the byte tokenizer: long, short, beginnings of one another, one alone, any script."""
+"""Items of many shapes for the byte tokenizer: long, short, beginnings of one another, in any script."""
 
 import random
 import string

@@ -2,50 +2,26 @@
 more: the acceptance of exactness, on a toy model of random weights.
 """
 
-import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path as FilePath
 
 import numpy as np
 import pytest
 import torch
 
-from cluster.catalogue.compile import CompileTarget, compile_upload
-from cluster.catalogue.file import Catalogue
-from cluster.config import DecodeConfig
-from cluster.messages import CatalogueRef, TargetingParams, TargetingResult
 from cluster.placement.predict import StepTable
 from decode_workers.megakernel_executor import MegaKernelExecutor
-from decode_workers.targeting.chosen_items import ChosenItems
-from decode_workers.targeting.slots import level_widths
 from megakernel.build import BuildError, find_compiler
-from megakernel.compiled import compile_here
-from megakernel.machine import Machine
-from megakernel.pipeline import compile_program
 from megakernel.reference import reference_logits
-from tests.decode_workers.brute_force import TOLERANCE, BruteForce, Path, PrefixSets, Scored, is_same
+from tests.decode_workers.brute_force import TOLERANCE, BruteForce, is_same
 from tests.decode_workers.plain_model import PlainLlama
 from tests.decode_workers.random_catalogues import SHAPES, random_texts
-from tests.decode_workers.support import EOS, TOKENIZER, VOCAB_SIZE, EngineRig, greedy, request_of
-from tests.tiny_model import TinyWeights, tiny_weights
+from tests.decode_workers.support import EOS, VOCAB_SIZE
+from tests.decode_workers.targeting_rig import TargetingRig, toy_executor, toy_weights
 
-NUM_BLOCKS, BLOCK = 128, 16
 ROWS_COST_LITTLE = StepTable(rows=(1, 64), ms=(1.0, 1.01))
-ONE_CORE = Machine(
-    name="one core",
-    kind="cpu",
-    num_workers=1,
-    scratch_bytes=1 << 20,
-    page_bytes=4096,
-    bandwidth_gb_s=20.0,
-    worker_bandwidth_gb_s=12.0,
-    load_latency_us=0.2,
-    sync_us=0.5,
-    macs_per_us={"F32": 10_000.0},
-    instruction_us=0.1,
-)
 WIDTHS = ((20, 20), (20, 20), (5, 20), (1, 1), (3, 4), (10, 32))
 """k and beams."""
 
@@ -56,79 +32,24 @@ except BuildError as error:
 
 
 @pytest.fixture(scope="module")
-def weights() -> TinyWeights:
-    return tiny_weights(
-        5, vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=32, num_heads=2, num_kv_heads=1
-    )
-
-
-@pytest.fixture(scope="module")
-def plain(weights: TinyWeights) -> PlainLlama:
+def plain() -> PlainLlama:
     torch.set_num_threads(1)  # its matrices are so small that threads only wait for each other
-    return PlainLlama(weights)
+    return PlainLlama(toy_weights())
 
 
 @pytest.fixture(scope="module")
-def executor(weights: TinyWeights, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MegaKernelExecutor]:
-    program = compile_program(weights.shape, "hash-1", ONE_CORE, 64, formats=weights.formats)
-    folder = tmp_path_factory.mktemp("library")
-    compiled = compile_here(
-        [program], weights, kv_format="float32", library_folder=folder, extra_flags=("-O1",)
-    )
-    made = MegaKernelExecutor(compiled, "hash-1", NUM_BLOCKS, BLOCK)
+def executor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MegaKernelExecutor]:
+    made = toy_executor(tmp_path_factory.mktemp("library"))
     yield made
     made.close()
 
 
-class Asked:
-    """One catalogue, compiled and as sets of prefixes, and an engine that is asked for it."""
-
-    def __init__(self, texts: tuple[str, ...], folder: FilePath, executor: MegaKernelExecutor) -> None:
-        self.paths = {text: (*TOKENIZER.encode(text, allow_special=False), EOS) for text in texts}
-        self.sets = PrefixSets(self.paths.values())
-        catalogue = _compiled(texts, folder / "items")
-        self.chosen = ChosenItems(
-            catalogue=catalogue, passing=None, level_widths=level_widths(catalogue.trie)
-        )
-        self.rig = EngineRig(executor, DecodeConfig())  # type: ignore[arg-type]
-        self._num_asked = 0
-
-    def ask(self, context: list[int], table: StepTable | None, **params: object) -> TargetingResult:
-        self._num_asked += 1
-        name = str(self._num_asked)
-        ref = CatalogueRef(name="items", version=1, checksum="0", num_bytes=0, path="")
-        targeting = TargetingParams(**{"catalogue": ref, **params})  # type: ignore[arg-type]
-        self.rig.engine.roster.predict_by(table)
-        self.rig.engine.roster.submit(request_of(name, context, greedy(1), targeting=targeting), self.chosen)
-        self.rig.run()
-        result = self.rig.finished(name).targeting
-        assert result is not None
-        assert result.is_complete
-        return result
-
-    def found(self, result: TargetingResult) -> list[Scored]:
-        """Every item is one of the catalogue's, and comes once."""
-        assert all(item.text in self.paths for item in result.items)
-        found = [(item.logprob, self.paths[item.text]) for item in result.items]
-        assert len({path for _, path in found}) == len(found)
-        return found
-
-
-def _compiled(texts: tuple[str, ...], path: FilePath) -> Catalogue:
-    lines = [json.dumps({"id": str(place), "text": text}) for place, text in enumerate(texts)]
-    target = CompileTarget(tokenizer=TOKENIZER, end_token=EOS, fingerprint="hash-1")
-    compile_upload(
-        ["\n".join(lines).encode()], path, upload_format="jsonl", name="items", version=1, target=target
-    )
-    return Catalogue.open(path)
-
-
-def test_the_plain_model_is_the_oracle_in_float64(weights: TinyWeights, plain: PlainLlama) -> None:
+def test_the_plain_model_is_the_oracle_in_float64(plain: PlainLlama) -> None:
     rng = np.random.default_rng(0)
     texts = [rng.integers(0, VOCAB_SIZE, length).tolist() for length in (1, 17, 60)]
     for text, logits in zip(texts, plain.logits(texts), strict=True):
         ours = logits[: len(text)].numpy()
-        np.testing.assert_allclose(ours, reference_logits(weights, text), atol=1e-4)
+        np.testing.assert_allclose(ours, reference_logits(toy_weights(), text), atol=1e-4)
 
 
 def test_targeting_equals_brute_force(executor, plain, tmp_path, record_figure) -> None:
@@ -173,23 +94,23 @@ def _check(
         dice = random.Random(seed)
         own_folder = folder / str(place)
         own_folder.mkdir()
-        asked = Asked(texts, own_folder, executor)
+        rig = TargetingRig(texts, own_folder, executor)
         for _ in range(num_contexts):
             context = [dice.randrange(EOS) for _ in range(dice.randint(1, 16))]
             k, beams = dice.choice(WIDTHS)
             scoring = dice.choice(("vocabulary", "catalogue"))
-            brute = BruteForce(plain, context, asked.sets, scoring)
-            _check_one(asked, brute, counts, k=k, beams=beams, scoring=scoring)
+            brute = BruteForce(plain, context, rig.sets, scoring)
+            _check_one(rig, brute, counts, k=k, beams=beams, scoring=scoring)
     return counts
 
 
-def _check_one(asked: Asked, brute: BruteForce, counts: Counter[str], k: int, beams: int, scoring: str):
+def _check_one(rig: TargetingRig, brute: BruteForce, counts: Counter[str], k: int, beams: int, scoring: str):
     context = list(brute.context)
-    stepwise = asked.ask(context, None, k=k, beams=beams, scoring=scoring)
-    parallel = asked.ask(context, ROWS_COST_LITTLE, k=k, beams=beams, scoring=scoring)
+    stepwise = rig.ask(context, None, k=k, beams=beams, scoring=scoring)
+    parallel = rig.ask(context, ROWS_COST_LITTLE, k=k, beams=beams, scoring=scoring)
     assert stepwise.decoding != "parallel"
     rankings = brute.beam_search(k, beams)
-    found = asked.found(stepwise)
+    found = rig.found(stepwise)
     assert any(is_same(found, ranking, k) for ranking in rankings), (found, rankings[0][: k + 1])
     counts["contexts"] += 1
     counts["nearly tied beams"] += len(rankings) > 1
@@ -197,10 +118,10 @@ def _check_one(asked: Asked, brute: BruteForce, counts: Counter[str], k: int, be
         counts["PTPV did not pay"] += 1
         assert parallel.items == stepwise.items
         return
-    verified = asked.found(parallel)
+    verified = rig.found(parallel)
     true_scores = brute.scores([path for _, path in verified])
     assert np.abs(np.subtract([score for score, _ in verified], true_scores)).max() < TOLERANCE
-    if parallel.num_verified_items == len(asked.sets.paths):
+    if parallel.num_verified_items == len(rig.sets.paths):
         counts["PTPV verified all"] += 1
         assert is_same(verified, brute.ranking_of_all(), k)
     if is_same(verified, found, k):
