@@ -1,30 +1,11 @@
 """Workers killed while they serve: the client sees time pass, and nothing else."""
 
-import time
-
 import openai
-import psutil
 import pytest
 
+from tests.e2e.failures import kill_replica, wait_for_workers
+
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
-
-REPLICA = "ray::ServeReplica:headrace:"
-
-
-def _kill_replica(cluster, deployment):
-    replicas = [p for p in cluster.processes() if p.cmdline()[0].startswith(REPLICA + deployment)]
-    assert len(replicas) == 1
-    replicas[0].send_signal(psutil.signal.SIGKILL)
-
-
-def _wait_for_workers(cluster, role, timeout_s=90.0):
-    """Until a replica killed before has been replaced, for the tests that come after."""
-    deadline_s = time.monotonic() + timeout_s
-    while time.monotonic() < deadline_s:
-        if cluster.metrics().total("headrace_worker_metrics_up", role=role) == 1:
-            return
-        time.sleep(0.5)
-    pytest.fail(f"no {role} worker came back within {timeout_s} s")
 
 
 @pytest.fixture
@@ -52,17 +33,17 @@ def test_a_killed_decode_worker_leaves_no_gap_and_no_duplicate(cluster, client):
     for index, chunk in enumerate(client.completions.create(**request, stream=True)):
         text += chunk.choices[0].text
         if index == 20:
-            _kill_replica(cluster, "DecodeWorker")
+            kill_replica(cluster, "DecodeWorker")
     assert text == undisturbed
     assert cluster.metrics().total("headrace_retries_total", what="decode") >= 1
-    _wait_for_workers(cluster, "decode")
+    wait_for_workers(cluster, "decode")
 
 
 def test_a_killed_prefill_worker_costs_nothing_but_time(cluster, client):
     prompt = "The council counted the boats again this spring. " * 60
     request = _request(cluster, prompt, extra_headers={"x-headrace-prefill-hop": "always"})
     undisturbed = client.completions.create(**request).choices[0].text
-    _kill_replica(cluster, "PrefillWorker")
+    kill_replica(cluster, "PrefillWorker")
     with openai.OpenAI(base_url=f"{cluster.http_url}/v1", api_key="another", max_retries=0) as other:
         assert other.completions.create(**request).choices[0].text == undisturbed
-    _wait_for_workers(cluster, "prefill")
+    wait_for_workers(cluster, "prefill")
