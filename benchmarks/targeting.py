@@ -6,7 +6,7 @@ cached when it is timed, but for the comparison with transformers, where each si
 
 - `ptpv_vs_stepwise`: time without PTPV over time with it, brief by brief, the order turned each round.
 - `ptpv_vs_stepwise_l20_predicted`: the same searches, on this CPU's logits, with steps that take what is
-  predicted of an L20 (`python -m megakernel predict`) for `L20_MODEL`, the smallest model of the paper.
+  predicted of an L20 (`python -m megakernel predict`) for this model.
 - `vs_transformers`: constrained beam search of transformers on the same values in float32, prompt included.
 - `restricted_vs_full_head`: what a head over all tokens adds to a step of 20 rows over what one of 20
   tokens a row adds.
@@ -50,7 +50,7 @@ BRIEFS, BRIEFS_QUICK = 12, 4
 ROUNDS, ROUNDS_QUICK = 5, 2
 PEER_BRIEFS, PEER_BRIEFS_QUICK = 3, 1
 HEAD_ROUNDS, HEAD_ROUNDS_QUICK = 60, 20
-L20_MODEL, L20_FORMAT, L20_BATCHES = "qwen3-1.7b", "Q4_0", (1, 8, 16, 32, 64)
+L20_MODEL, L20_BATCHES = "smollm2-135m", (1, 2, 4, 8, 16, 32, 64)
 L20_CONTEXT = 64
 SETTLE_S = 0.05
 
@@ -130,7 +130,7 @@ class Comparison:
     def predict_l20(self) -> None:
         l20 = self.l20_table()
         rows = ", ".join(f"{n}: {ms:.2f}" for n, ms in zip(l20.rows, l20.ms, strict=True))
-        print(f"{L20_MODEL} {L20_FORMAT} on an L20, predicted ms by rows: {rows}", flush=True)
+        print(f"{L20_MODEL} on an L20, predicted ms by rows: {rows}", flush=True)
         ratios = []
         for prompt in self.prompts:
             took_ms = {}
@@ -144,7 +144,7 @@ class Comparison:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "l20.json"
             command = [sys.executable, "-m", "megakernel", "predict", "--machine", "l20", "--json", str(path)]
-            command += ["--model", L20_MODEL, "--format", L20_FORMAT, "--context", str(L20_CONTEXT)]
+            command += ["--model", L20_MODEL, "--context", str(L20_CONTEXT)]
             command += ["--batch", ",".join(map(str, L20_BATCHES))]
             kernels = Path(__file__).resolve().parent.parent / "kernels"
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=kernels)

@@ -15,8 +15,7 @@ from decode_workers.engine import DecodeEngine
 from decode_workers.executor import StepExecutor
 from decode_workers.inbox import Inbox
 from decode_workers.megakernel_executor import MegaKernelExecutor
-from decode_workers.targeting.chosen_items import ChosenItems
-from decode_workers.targeting.slots import level_widths
+from decode_workers.targeting.chosen_items import choose_items
 from megakernel.compiled import compile_here
 from megakernel.machine import Machine
 from megakernel.pipeline import compile_program
@@ -72,7 +71,7 @@ class TargetingRig:
         }
         self.sets = PrefixSets(self.paths.values())
         target = CompileTarget(tokenizer=tokenizer, end_token=self.end_token, fingerprint=card.fingerprint)
-        self._chosen = _chosen(tuple(self.paths), folder / "items", target)
+        self._catalogue = _compiled(tuple(self.paths), folder / "items", target)
         self._engine = DecodeEngine(
             executor, tokenizer, card, DecodeConfig(), handoffs=NoHandoffs(), inbox=Inbox()
         )
@@ -85,7 +84,7 @@ class TargetingRig:
         targeting = TargetingParams(**{"catalogue": ref, **params})  # type: ignore[arg-type]
         request = request_of(str(self._num_asked), context, greedy(1), targeting=targeting)
         self._engine.roster.predict_by(table)
-        self._engine.roster.submit(request, self._chosen)
+        self._engine.roster.submit(request, choose_items(self._catalogue, targeting))
         while True:
             for event in self._engine.step():
                 assert isinstance(event, SequenceFinished), event
@@ -103,10 +102,9 @@ class TargetingRig:
         return found
 
 
-def _chosen(texts: tuple[str, ...], path: FilePath, target: CompileTarget) -> ChosenItems:
+def _compiled(texts: tuple[str, ...], path: FilePath, target: CompileTarget) -> Catalogue:
     lines = [json.dumps({"id": str(place), "text": text}) for place, text in enumerate(texts)]
     compile_upload(
         ["\n".join(lines).encode()], path, upload_format="jsonl", name="items", version=1, target=target
     )
-    catalogue = Catalogue.open(path)
-    return ChosenItems(catalogue=catalogue, passing=None, level_widths=level_widths(catalogue.trie))
+    return Catalogue.open(path)
