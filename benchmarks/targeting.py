@@ -8,8 +8,8 @@ cached when it is timed, but for the comparison with transformers, where each si
 - `ptpv_vs_stepwise_l20_predicted`: the same searches, on this CPU's logits, with steps that take what is
   predicted of an L20 (`python -m megakernel predict`) for this model.
 - `vs_transformers`: constrained beam search of transformers on the same values in float32, prompt included.
-- `restricted_vs_full_head`: what a head over all tokens adds to a step of 20 rows over what one of 20
-  tokens a row adds.
+- `restricted_vs_full_head`: what a head over all tokens adds to a step of 20 rows over what one of the
+  children of 20 nodes of the catalogue adds.
 - `trie_share_of_step`: bookkeeping of trie and beams over the time of steps; `..._1m` for a million items.
 - `compile_1m_s`, `compile_1m_mb`: see catalogue_compile.py, which runs in a process of its own.
 
@@ -40,7 +40,7 @@ from cluster.catalogue.sample import sample_briefs, sample_jsonl
 from cluster.catalogue.trie import ROOT
 from cluster.placement.predict import StepTable, step_ms
 from cluster.text import Tokenizer
-from decode_workers.step_batch import NO_PARENT, BoolArray, StepBatch
+from decode_workers.step_batch import NO_PARENT, Int32Array, StepBatch
 from headrace.served_model import served_model
 from megakernel.model.load import PACKAGED_MODEL
 
@@ -154,7 +154,7 @@ class Comparison:
         )
 
     def measure_head(self) -> None:
-        """A step of 20 rows that asks for all tokens' sum, for 20 tokens a row, and for nothing."""
+        """A step of 20 rows that asks for all tokens' sum, for nodes' children alone, and for nothing."""
         print(f"heads of {BEAMS} rows", flush=True)
         none, restricted, full = [], [], []
         for _ in range(HEAD_ROUNDS_QUICK if self.is_quick else HEAD_ROUNDS):
@@ -172,10 +172,9 @@ class Comparison:
 
     def head_batch(self, what: str) -> StepBatch:
         rows = BEAMS
-        asks: BoolArray = np.full(rows, what == "restricted")
-        nothing: BoolArray = np.zeros(rows, dtype=np.bool_)
-        allowed = np.sort(np.random.default_rng(0).choice(self.served.card.vocab_size, (rows, 20)), axis=1)
         is_restricted = what == "restricted"
+        children = self.children(rows)
+        starts = np.cumsum([0, *map(len, children)], dtype=np.int32)
         return StepBatch(
             token_ids=np.arange(rows, dtype=np.int32),
             positions=np.full(rows, 16, dtype=np.int32),
@@ -184,12 +183,19 @@ class Comparison:
             sequence_starts=np.array([0, rows], dtype=np.int32),
             context_lengths=np.array([16], dtype=np.int32),
             block_tables=np.arange(1, dtype=np.int32)[None],
-            needs_logits=asks,
-            needs_best=~nothing if what == "full" else None,
+            needs_logits=np.full(rows, is_restricted),
+            needs_best=np.ones(rows, dtype=np.bool_) if what == "full" else None,
             needs_log_sums=what == "full",
-            allowed_starts=np.arange(0, 20 * rows + 1, 20, dtype=np.int32) if is_restricted else None,
-            allowed_token_ids=allowed.astype(np.int32).reshape(-1) if is_restricted else None,
+            allowed_starts=starts if is_restricted else None,
+            allowed_token_ids=np.concatenate(children) if is_restricted else None,
         )
+
+    def children(self, count: int) -> list[Int32Array]:
+        """Tokens of the children of random nodes that have several."""
+        trie = self.catalogue.trie
+        branches = np.flatnonzero(np.diff(trie.first_child) > 1)[1:]  # the root's children are no round's
+        nodes = np.random.default_rng(0).choice(branches, count, replace=False)
+        return [trie.token[trie.first_child[node] : trie.first_child[node + 1]] for node in nodes]
 
     def measure_transformers(self) -> None:
         tokens = np.zeros(1, dtype=np.int32)
