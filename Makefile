@@ -49,10 +49,13 @@ demo: $(INSTALLED) ## Targeting and creatives, on the cluster that is up, or on 
 	@$(BIN)/headrace demo $(DEMO)
 
 test: $(INSTALLED) ## All tests but the slow ones
-	$(PYTEST) -q -m "not slow"
+	$(PYTEST) -q -m "not slow and not exhaustive"
 
 test-slow: $(INSTALLED) ## The slow ones
-	$(PYTEST) -q -m slow
+	$(PYTEST) -q -m "slow and not exhaustive"
+
+test-exhaustive: $(INSTALLED) ## What takes a quarter of an hour and more; CI leaves it out
+	$(PYTEST) -q -m exhaustive
 
 check: $(INSTALLED) ## Style, formatting, types, import direction, freshness of generated code
 	$(BIN)/ruff check .

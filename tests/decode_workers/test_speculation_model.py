@@ -106,10 +106,12 @@ def test_a_tiny_model_says_the_same() -> None:
     check(Model(executor, TOKENIZER, CARD), requests(prompts, samplings), at_once=(1, 5, 1, 5))
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_the_packaged_model_says_the_same() -> None:
-    """200 prompts of 128 tokens, alone and sixteen at once, under every drafter."""
+@pytest.mark.parametrize(
+    "num_prompts", [pytest.param(10, marks=pytest.mark.slow), pytest.param(200, marks=pytest.mark.exhaustive)]
+)
+def test_the_packaged_model_says_the_same(num_prompts: int) -> None:
+    """Prompts of 128 tokens, alone and sixteen at once, under every drafter."""
     from benchmarks.creatives_texts import AUDIENCES, rewrite_prompts, template_prompts
     from decode_workers.megakernel_executor import MegaKernelExecutor
     from headrace.served_model import served_model
@@ -125,8 +127,9 @@ def test_the_packaged_model_says_the_same() -> None:
     tokenizer = Tokenizer.of(served)
     texts = [*rewrite_prompts(), *template_prompts()]
     texts += [f"{text} {audience}" for text in texts for audience in AUDIENCES]
-    prompts = [tokenizer.encode(text, allow_special=True) for text in texts[:200]]
-    assert len(prompts) == 200
+    chosen = texts[:: len(texts) // num_prompts][:num_prompts]
+    prompts = [tokenizer.encode(text, allow_special=True) for text in chosen]
+    assert len(prompts) == num_prompts
     samplings = [
         greedy(128, ignore_eos=True),
         drawn(128, ignore_eos=True, temperature=0.7, num_logprobs=0),

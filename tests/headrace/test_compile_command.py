@@ -172,6 +172,7 @@ def test_a_search_says_what_it_predicted_and_measured_and_its_plan_is_what_runs(
         assert np.isfinite(runtime.run(decode_rows(1, 0))).all()
 
 
+@pytest.mark.slow
 def test_a_busy_machine_is_searched_for_but_not_measured(search, tmp_path):
     said = search(load_average=1.7)
     assert "plans searched" in said

@@ -101,6 +101,8 @@ async def test_ctrl_c_ends_it_and_the_catalogue(cluster, serve, tmp_path):
         *(sys.executable, "-m", "headrace", "demo", "--items", "30", "--url", await serve(cluster)),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
+        # Where a shell runs these tests in the background, children would ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     async for line in process.stdout:
         if b" 2/10" in line:

@@ -354,6 +354,7 @@ def test_ancestors_may_be_rows_of_earlier_steps():
     assert (logits_of(forest.random_chunks(rng, 6)) == whole).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "bucket"), [("qwen2", 4), ("qwen3", 32)])
 def test_a_head_is_the_same_bits_of_however_many_tiles(family, bucket):
     weights = tiny_weights(

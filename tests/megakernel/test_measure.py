@@ -105,6 +105,7 @@ def test_a_bar_fills_up():
     assert [bar(done, 4).count("#") for done in range(5)] == [0, 7, 15, 22, 30]
 
 
+@pytest.mark.slow
 def test_the_command_prints_predicted_and_measured_times(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):

@@ -1,7 +1,7 @@
 """What is asked of a catalogue and what comes back survive the wire; what breaks the limits does not."""
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster.ids import RequestId
@@ -89,6 +89,7 @@ def request(targeting):
     )
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.none() | params())
 def test_requests(targeting):
     sent = request(targeting)
