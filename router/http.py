@@ -67,6 +67,10 @@ def check_json(headers: Mapping[str, str]) -> None:
             param="content-type",
             code="unsupported_media_type",
         )
+    check_encoding(headers)
+
+
+def check_encoding(headers: Mapping[str, str]) -> None:
     encoding = headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":
         raise RequestError(

@@ -48,7 +48,7 @@ class LocalCatalogues:
         """Beyond `max_open`, the catalogue asked for longest ago is let go; who still uses it keeps it."""
         self._folder = cache_folder
         self._fetch = fetch
-        self._max_open = max_open
+        self.max_open = max_open
         self._max_cached_bytes = max_cached_bytes
         self._lock = threading.Lock()
         self._open: OrderedDict[str, Catalogue] = OrderedDict()
@@ -70,7 +70,7 @@ class LocalCatalogues:
             catalogue = self._opened(ref)
             with self._lock:
                 self._open[ref.checksum] = catalogue
-                while len(self._open) > self._max_open:
+                while len(self._open) > self.max_open:
                     self._open.popitem(last=False)
             return catalogue
 

@@ -10,9 +10,6 @@ from cluster.catalogue.local import LocalCatalogues
 from cluster.messages import Condition, TargetingParams
 from decode_workers.targeting.chosen_items import ChosenItems, choose_items
 
-MAX_KEPT = 32
-"""Choices that are kept for requests to come: with a filter, 16 bytes an item each."""
-
 
 class NoItemsError(Exception):
     """A request whose items cannot be had here. The service tells its router."""
@@ -23,7 +20,8 @@ class NoItemsError(Exception):
 
 
 class ItemChooser:
-    """Safe to call from several threads."""
+    """Keeps as many choices, which hold their catalogues open, as the catalogues given may be open: with a
+    filter, 16 bytes an item each. Safe to call from several threads."""
 
     def __init__(self, catalogues: LocalCatalogues) -> None:
         self._catalogues = catalogues
@@ -49,8 +47,8 @@ class ItemChooser:
             raise NoItemsError(f"catalogue {ref.name}: {error}", is_retryable=True) from error
         with self._lock:
             self._kept[key], self._widths[ref.checksum] = chosen, chosen.level_widths
-            while len(self._kept) > MAX_KEPT:
+            while len(self._kept) > self._catalogues.max_open:
                 self._kept.popitem(last=False)
-            while len(self._widths) > MAX_KEPT:
+            while len(self._widths) > self._catalogues.max_open:
                 self._widths.popitem(last=False)
         return chosen
