@@ -81,7 +81,7 @@ class DecodeConfig(Section, frozen=True, kw_only=True):
     max_rows_per_step: Annotated[int, Meta(ge=1, le=64)] = 64
     max_steps_per_launch: Annotated[int, Meta(ge=1, le=64)] = 8
     """Steps that a GPU may run without the host in between, while all sequences are greedy and none waits
-    to join; 1: none."""
+    to join; 1: none. None either unless `speculation` is off."""
     speculation: Literal["auto", "off"] = "auto"
     """`auto`: drafts of what a request's own text, its campaign's earlier outputs and its tenant's phrases
     suggest, where they are expected to pay. Tokens are the same either way."""
