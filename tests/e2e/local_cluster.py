@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import psutil
 
 from headrace.ports import free_ports, is_free
 from headrace.probe import MetricsSnapshot, fetch_metrics
+from tests.interruptible import INTERRUPTIBLE
 
 COMMAND = [sys.executable, "-m", "headrace"]
 UP_TIMEOUT_S, DOWN_TIMEOUT_S = 240, 90
@@ -21,11 +21,6 @@ MODEL = "smollm2-135m-instruct"
 
 def shared_memory_names() -> set[str]:
     return set(os.listdir("/dev/shm"))
-
-
-def _heed_interrupts() -> None:
-    """As from a terminal: what a shell runs in the background, tests too, inherits SIGINT ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @dataclass
@@ -71,14 +66,13 @@ class LocalCluster:
         )
 
     def start(self, *arguments: str) -> "subprocess.Popen[str]":
-        """A `headrace` command that goes on."""
+        """A `headrace` command that goes on until Ctrl-C."""
         return subprocess.Popen(
-            [*COMMAND, *arguments],
+            [*INTERRUPTIBLE, *arguments],
             env=self.env,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            preexec_fn=_heed_interrupts,
         )
 
     def up(self, *options: str) -> None:

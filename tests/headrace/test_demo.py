@@ -25,6 +25,7 @@ from headrace.cli import app
 from headrace.demo import NUM_QUESTIONS, best_items, questions
 from headrace.demo_command import next_steps
 from headrace.demo_screen import BAR_CELLS, Found, FoundItem, Totals, WordWrap, Written, bar
+from tests.interruptible import INTERRUPTIBLE
 from tests.router.conftest import MODEL
 
 USAGE, INTERRUPTED = 2, 130
@@ -98,17 +99,17 @@ async def test_in_a_terminal_there_are_colours_and_bars(run, cluster, serve):
 async def test_ctrl_c_ends_it_and_the_catalogue(cluster, serve, tmp_path):
     cluster.decode.behaviour.step_delay_s = 0.05
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "headrace", "demo", "--items", "30", "--url", await serve(cluster)),
+        *(*INTERRUPTIBLE, "demo", "--items", "30", "--url", await serve(cluster)),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        # Where a shell runs these tests in the background, children would ignore it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     async for line in process.stdout:
         if b" 2/10" in line:
             assert len(await catalogues(cluster)) == 1
             process.send_signal(signal.SIGINT)
             break
+    else:
+        pytest.fail(f"it ended before the second question: {(await process.communicate())[1].decode()}")
     _, errors = await process.communicate()
     assert (process.returncode, errors.decode().strip()) == (INTERRUPTED, "stopped")
     assert await catalogues(cluster) == []
