@@ -114,12 +114,15 @@ class ScoredItem(Record, frozen=True, kw_only=True):
     bid: float | None = None
 
 
+Decoding = Literal["none", "stepwise", "best_first", "parallel"]
+"""Of a search: nothing ran, round by round, best nodes first, or all remaining paths at once in the end."""
+
+
 class TargetingResult(Record, frozen=True, kw_only=True):
     items: tuple[ScoredItem, ...]
     is_complete: bool
     """False: what was found by the deadline; better items may not have been reached."""
-    decoding: Literal["stepwise", "parallel", "none"]
-    """Whether all remaining paths were verified at once at some point; none: nothing ran."""
+    decoding: Decoding
     num_steps: int
     num_rows: int
     num_verified_items: int

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from cluster.messages import Decoding
 from cluster.targeting_limits import (
     MAX_ATTRIBUTE_CHARS,
     MAX_BEAMS,
@@ -114,7 +115,7 @@ class TargetingBody(WithFacts, kw_only=True):
     items: list[TargetedItem]
     finish_reason: Literal["stop", "deadline"]
     """`deadline`: what was found by then; better items may not have been reached."""
-    decoding: Literal["stepwise", "parallel", "none"]
+    decoding: Decoding
     steps: int
     rows: int
     verified_items: int

@@ -2,9 +2,16 @@
 
 import math
 from collections.abc import Iterable
-from typing import Literal, cast
+from typing import cast, get_args
 
-from cluster.messages import CatalogueRef, Condition, ScoredItem, TargetingParams, TargetingResult
+from cluster.messages import (
+    CatalogueRef,
+    Condition,
+    Decoding,
+    ScoredItem,
+    TargetingParams,
+    TargetingResult,
+)
 from cluster.targeting_limits import (
     MAX_ATTRIBUTE_CHARS,
     MAX_BEAMS,
@@ -16,7 +23,7 @@ from cluster.wire import headrace_pb2 as pb
 from cluster.wire.errors import WireError
 
 SCORINGS = ("vocabulary", "catalogue")
-DECODINGS = ("stepwise", "parallel", "none")
+DECODINGS = get_args(Decoding)
 
 
 def catalogue_ref_to_proto(ref: CatalogueRef) -> pb.CatalogueRef:
@@ -159,7 +166,7 @@ def targeting_result_from_proto(message: pb.TargetingResult) -> TargetingResult:
             for item in message.items
         ),
         is_complete=message.is_complete,
-        decoding=cast(Literal["stepwise", "parallel", "none"], message.decoding),
+        decoding=cast(Decoding, message.decoding),
         num_steps=message.num_steps,
         num_rows=message.num_rows,
         num_verified_items=message.num_verified_items,

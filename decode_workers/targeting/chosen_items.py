@@ -33,7 +33,7 @@ class ChosenItems(Record, frozen=True, kw_only=True, eq=False):
                 )
             ),
             is_complete=found.is_complete,
-            decoding="none" if search.num_steps == 0 else "parallel" if search.went_parallel else "stepwise",
+            decoding=search.decoding,
             num_steps=search.num_steps,
             num_rows=search.num_rows,
             num_verified_items=search.num_verified_items,

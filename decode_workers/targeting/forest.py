@@ -23,8 +23,15 @@ class OutOfSlotsError(ValueError):
 
 class Forest:
     def __init__(
-        self, wanted: WantedTrie, layout: Layout, top: Frontier, capacity_slots: int, noise_seed: int | None
+        self,
+        wanted: WantedTrie,
+        layout: Layout,
+        top: Frontier,
+        capacity_slots: int,
+        noise_seed: int | None,
+        held_slots: IndexArray | None = None,
     ) -> None:
+        """`held_slots` are in use as long as the forest is: by ancestors of nodes that it does not have."""
         self.layout = layout
         self.top = top
         self._wanted = wanted
@@ -48,6 +55,7 @@ class Forest:
         self._slots = np.empty(num_rows, dtype=np.intp)
         self._slots.fill(NO_SLOT)
         self._capacity_slots = capacity_slots
+        self._held_slots = held_slots
         self._is_used: BoolArray | None = None
 
     def free_slots(self) -> IndexArray:
@@ -152,10 +160,14 @@ class Forest:
         ended: IndexArray = edges[self.layout.edge_rows[edges] == NO_ROW]
         return ended
 
+    def owners(self, edges: IndexArray) -> IndexArray:
+        """Which of the forest's top each edge is below."""
+        return self.layout.owners[self._edge_rows(edges)]
+
     def children(self, edges: IndexArray) -> Frontier:
         """What edges of rows that ran lead to."""
         layout, top = self.layout, self.top
-        rows = layout.edge_starts.searchsorted(edges, side="right") - 1
+        rows = self._edge_rows(edges)
         depths = top.depths[layout.owners[rows]]
         depths += layout.levels[rows] + 1
         paths = self._paths(rows)
@@ -169,6 +181,10 @@ class Forest:
             paths=paths,
             has_gaps=top.has_gaps or not layout.is_flat,
         )
+
+    def _edge_rows(self, edges: IndexArray) -> IndexArray:
+        rows: IndexArray = self.layout.edge_starts.searchsorted(edges, side="right") - 1
+        return rows
 
     def _score(
         self, rows: Rows, starts: IndexArray, counts: IndexArray, edges: Rows, conditional: Float64Array
@@ -268,6 +284,8 @@ class Forest:
         """By rows that ran and have a pending row below, and by ancestors of the forest's trees that do."""
         is_used = np.zeros(self._capacity_slots + 1, dtype=np.bool_)
         """Its last place is NO_SLOT's."""
+        if self._held_slots is not None:
+            is_used[self._held_slots] = True
         layout = self.layout
         if self.num_pending == layout.num_rows:
             is_used[self.top.paths] = True

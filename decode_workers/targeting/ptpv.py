@@ -24,9 +24,11 @@ _WORTH = 0.95
 _MOST_PRUNED = 4
 """How many times the rows that would pay may remain where most are expected to be pruned."""
 
-
 _NEARLY = 1.1
 """Rows at this many times the least milliseconds a row are cheap enough: beyond, pruning saves more."""
+
+_FEWEST_AT_ONCE = 8
+"""The step table does not count what steps cost beside rows."""
 
 
 @lru_cache(maxsize=256)
@@ -34,6 +36,11 @@ def chunk_rows(table: StepTable) -> int:
     """Rows of a chunk: as few as are nearly the cheapest a row, since each chunk may prune the next."""
     best = min(step_ms(table, rows) / rows for rows in table.rows)
     return next(rows for rows in table.rows if step_ms(table, rows) / rows <= _NEARLY * best)
+
+
+def nodes_at_once(table: StepTable) -> int:
+    """Nodes of a best-first search that run before the next are chosen: each may prune others."""
+    return max(chunk_rows(table), _FEWEST_AT_ONCE)
 
 
 def plan_parallel(

@@ -10,6 +10,9 @@ A round ranks all children of the frontier. Of the best `beams` those that have 
 `beams` that have not are the next frontier: beam search as the transformers library defines it, for a length
 penalty of 0 and without early stopping. Log-probabilities only fall: a node that is worse than the kth best
 finished item is dropped, and when none is left the search is done. Neither changes the result.
+Where few rows cost no more each than many, and scores are a catalogue's, nodes run best first instead
+(open_nodes.py): fewer of them, and what is found is the same, or better. PTPV (ptpv.py) ends a search where
+that pays.
 Results depend on neither how rows are cut into steps nor the company they keep.
 
 Noise: exact draws need `beams` of at least k, and under `vocabulary` scoring as many as keep every drawn
@@ -20,15 +23,16 @@ import numpy as np
 from msgspec import Struct
 
 from cluster.catalogue.trie import ROOT
-from cluster.messages import TargetingParams
+from cluster.messages import Decoding, TargetingParams
 from cluster.placement.predict import StepTable
 from decode_workers.step_batch import Float32Array
 from decode_workers.targeting import noise
 from decode_workers.targeting.finished import FinishedItems, best_first
 from decode_workers.targeting.forest import Forest
-from decode_workers.targeting.ptpv import ParallelOrder, plan_parallel
+from decode_workers.targeting.open_nodes import OpenNodes
+from decode_workers.targeting.ptpv import ParallelOrder, nodes_at_once, plan_parallel
 from decode_workers.targeting.scoring import Float64Array
-from decode_workers.targeting.search_rows import Frontier, SearchRows
+from decode_workers.targeting.search_rows import NO_SLOT, Frontier, SearchRows
 from decode_workers.targeting.wanted import NO_ROW, IndexArray, Layout, WantedTrie
 
 
@@ -68,6 +72,13 @@ class TargetingSearch:
         self._order: ParallelOrder | None = None
         """Set: the round is the last, and runs all that remains."""
         self._taken: SearchRows | None = None
+        self._open: OpenNodes | None = None
+        """Set: nodes run best first, not round by round."""
+        self._nodes_at_once = params.beams
+        if step_table is not None and wanted.is_renormalised:
+            # Where every token of the vocabulary counts, paths fall so steeply that no beam is ever pruned.
+            self._nodes_at_once = nodes_at_once(step_table)
+        self.went_best_first = False
         self.went_parallel = False
         self.num_steps = 0
         self.num_rows = 0
@@ -77,6 +88,15 @@ class TargetingSearch:
     @property
     def is_done(self) -> bool:
         return self._forest is None
+
+    @property
+    def decoding(self) -> Decoding:
+        """The furthest it has left beam search's order so far."""
+        if self.num_steps == 0:
+            return "none"
+        if self.went_parallel:
+            return "parallel"
+        return "best_first" if self.went_best_first else "stepwise"
 
     def result(self) -> Found:
         """At any time: of a search that is not done, the best of what is finished."""
@@ -130,6 +150,8 @@ class TargetingSearch:
             self._order.prune(self._finished)
             if self._forest.num_pending == 0:
                 self._forest = None
+        elif self._forest.num_pending == 0 and self._open is not None:
+            self._end_best_first(self._open)
         elif self._forest.num_pending == 0:
             self._end_round()
 
@@ -178,24 +200,73 @@ class TargetingSearch:
         if not len(going_on):
             self._forest = None
             return
-        self._go_on(forest.children(going_on if edges is None else edges[going_on]))
+        frontier = forest.children(going_on if edges is None else edges[going_on])
+        if self._go_parallel(frontier):
+            return
+        if self._nodes_at_once < len(frontier.nodes):
+            self.went_best_first = True
+            self._go_on_best_first(OpenNodes(self._wanted, self._beams, frontier))
+        else:
+            self._forest = self._forest_of(self._wanted.next_round(frontier.nodes), frontier)
 
-    def _go_on(self, frontier: Frontier) -> None:
-        if self._table is not None:
-            layout = plan_parallel(
-                self._wanted,
-                frontier,
-                self._finished,
-                table=self._table,
-                beams=self._beams,
-                capacity_slots=self.capacity_slots,
-            )
-            if layout is not None:
-                self._forest = self._forest_of(layout, frontier)
-                self._order = ParallelOrder(self._wanted, self._forest, self._table)
-                self.went_parallel = True
+    def _go_parallel(self, frontier: Frontier) -> bool:
+        """Where it is predicted to pay."""
+        if self._table is None or not len(frontier.nodes):
+            return False
+        layout = plan_parallel(
+            self._wanted,
+            frontier,
+            self._finished,
+            table=self._table,
+            beams=self._beams,
+            capacity_slots=self.capacity_slots,
+        )
+        if layout is None:
+            return False
+        self._forest = self._forest_of(layout, frontier)
+        self._order = ParallelOrder(self._wanted, self._forest, self._table)
+        self.went_parallel = True
+        return True
+
+    def _end_best_first(self, open_nodes: OpenNodes) -> None:
+        """Finish what has ended, and go on from the best nodes of all rounds."""
+        forest = self._forest
+        assert forest is not None
+        layout = forest.layout
+        edges = (layout.edge_rows == NO_ROW).nonzero()[0]
+        is_ended = self._wanted.is_ended(layout.edge_nodes[edges])
+        self.num_verified_items += int(np.count_nonzero(is_ended))
+        self._finish(edges[is_ended])
+        others = edges[~is_ended]
+        ranks = self._wanted.least_rank[layout.edge_nodes[others]]
+        others = others[~self._finished.is_hopeless(forest.edge_scores[others], ranks)]
+        if len(others):
+            open_nodes.add(forest.children(others), forest.owners(others))
+        open_nodes.close(self._finished)
+        self._go_on_best_first(open_nodes)
+
+    def _go_on_best_first(self, open_nodes: OpenNodes) -> None:
+        self._open = open_nodes
+        if open_nodes.num_open <= self._nodes_at_once and self._go_parallel(open_nodes.all_open()):
+            return
+        count = self._nodes_at_once
+        while count:
+            nodes = open_nodes.take(count)
+            if not len(nodes.nodes):
+                self._forest = None
                 return
-        self._forest = self._forest_of(self._wanted.next_round(frontier.nodes), frontier)
+            layout = self._wanted.next_round(nodes.nodes)
+            held_slots = open_nodes.held_slots()
+            num_held = len(np.union1d(held_slots, nodes.paths[nodes.paths != NO_SLOT]))
+            if num_held + layout.num_rows <= self.capacity_slots:
+                self._forest = self._forest_of(layout, nodes, held_slots)
+                return
+            open_nodes.put_back()
+            count //= 2
+        # Beams of several rounds may hold more than those of one: round by round there is always room.
+        self._open, self._nodes_at_once, self.went_best_first = None, self._beams, False
+        first = open_nodes.first
+        self._forest = self._forest_of(self._wanted.next_round(first.nodes), first)
 
     def _finish(self, edges: IndexArray) -> None:
         forest = self._forest
@@ -203,5 +274,5 @@ class TargetingSearch:
         items = self._wanted.first_item(forest.layout.edge_nodes[edges])
         self._finished.add(items, forest.edge_scores[edges], forest.edge_logprobs[edges])
 
-    def _forest_of(self, layout: Layout, top: Frontier) -> Forest:
-        return Forest(self._wanted, layout, top, self.capacity_slots, self._noise_seed)
+    def _forest_of(self, layout: Layout, top: Frontier, held_slots: IndexArray | None = None) -> Forest:
+        return Forest(self._wanted, layout, top, self.capacity_slots, self._noise_seed, held_slots)

@@ -1,5 +1,6 @@
 """What a search asks of a step, and the nodes it goes on from."""
 
+import numpy as np
 from msgspec import Struct
 
 from decode_workers.step_batch import BoolArray, Int32Array
@@ -43,7 +44,7 @@ class SearchRows(Struct, frozen=True, kw_only=True, eq=False):
 
 
 class Frontier(Struct, frozen=True, kw_only=True, eq=False):
-    """Nodes that are scored and have not run, best first."""
+    """Nodes that are scored and have not run; where they are a round's, best first."""
 
     nodes: IndexArray
     scores: Float64Array
@@ -55,3 +56,31 @@ class Frontier(Struct, frozen=True, kw_only=True, eq=False):
     """[nodes, any width] slots of their ancestors, root side first; NO_SLOT between them is no ancestor."""
     has_gaps: bool
     """Whether there may be NO_SLOT in `paths`."""
+
+    def some(self, places: IndexArray) -> "Frontier":
+        return Frontier(
+            nodes=self.nodes[places],
+            scores=self.scores[places],
+            logprobs=self.logprobs[places],
+            depths=self.depths[places],
+            paths=self.paths[places],
+            has_gaps=self.has_gaps,
+        )
+
+    def joined(self, other: "Frontier") -> "Frontier":
+        """In this order, whatever their scores."""
+        width = max(self.paths.shape[1], other.paths.shape[1])
+        return Frontier(
+            nodes=np.concatenate([self.nodes, other.nodes]),
+            scores=np.concatenate([self.scores, other.scores]),
+            logprobs=np.concatenate([self.logprobs, other.logprobs]),
+            depths=np.concatenate([self.depths, other.depths]),
+            paths=np.concatenate([_widened(self.paths, width), _widened(other.paths, width)]),
+            has_gaps=self.has_gaps or other.has_gaps or self.paths.shape[1] != other.paths.shape[1],
+        )
+
+
+def _widened(paths: IndexArray, width: int) -> IndexArray:
+    if paths.shape[1] == width:
+        return paths
+    return np.pad(paths, ((0, 0), (0, width - paths.shape[1])), constant_values=NO_SLOT)

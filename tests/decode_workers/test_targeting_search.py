@@ -24,6 +24,8 @@ from tests.decode_workers.tries import Path
 FLAT = StepTable(rows=(1, 64), ms=(1.0, 1.0))
 """64 rows cost what one does: whatever is left is verified at once."""
 CPU_LIKE = StepTable(rows=(1, 2, 4, 8, 16, 32, 64), ms=(2.4, 2.4, 2.4, 3.2, 5.8, 11.4, 22.0))
+LINEAR = StepTable(rows=(1, 64), ms=(1.0, 64.0))
+"""A row costs the same in any step: under `catalogue` scoring nodes run best first."""
 SEEDS = st.integers(0, 2**63)
 
 
@@ -60,6 +62,13 @@ def random_case(dice: random.Random, *, max_items: int = 100, may_tie: bool = Tr
         share = dice.choice([0.1, 0.5, 0.9])
         is_wanted = [dice.random() < share for _ in upload]
     return Case(upload, Model(dice.getrandbits(32), resolution=resolution), scoring, is_wanted)
+
+
+def catalogue_case(dice: random.Random) -> Case:
+    while True:
+        case = random_case(dice, may_tie=False)
+        if case.scoring == "catalogue":
+            return case
 
 
 def some_rows(dice: random.Random, most: int | None = None):
@@ -124,13 +133,69 @@ def test_parallel_is_exact_below_the_frontier_and_never_worse(seed: int) -> None
     below = {path: case.path_score(path) for _, prefix in frontier for path in case.below[prefix]}
     assert_same(case.found(search), case.best(verified | below, k, diversity))
     if not diversity:
-        found = [logprob for _, logprob in case.found(search)]
-        assert len(found) >= len(stepwise)
-        assert all(ours >= theirs - 1e-9 for ours, (_, theirs) in zip(found, stepwise, strict=False))
+        assert_never_worse(case.found(search), stepwise)
+
+
+def assert_never_worse(found: list[tuple[Path, float]], stepwise: list[tuple[Path, float]]) -> None:
+    assert len(found) >= len(stepwise)
+    assert all(ours[1] >= theirs[1] - 1e-9 for ours, theirs in zip(found, stepwise, strict=False))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@settings(deadline=None, max_examples=200)
+@given(seed=SEEDS)
+def test_best_first_is_never_worse_than_stepwise(count: int, seed: int) -> None:
+    dice = random.Random(seed)
+    case = catalogue_case(dice)
+    k, beams, noise = dice.choice([1, 2, 5]), dice.choice([2, 5, 20]), dice.choice([None, None, 7])
+    extra = dice.choice([0, 3, 64])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("decode_workers.targeting.search.nodes_at_once", lambda _: count)
+        search, driver = start(case, LINEAR, beams=beams, extra_slots=extra, k=k, noise_seed=noise)
+    driver.run(some_rows(dice))
+    stepwise, stepwise_driver = start(case, None, beams=beams, k=k, noise_seed=noise)
+    stepwise_driver.run(some_rows(dice))
+    found = case.found(search)
+    if noise is None:
+        assert_never_worse(found, case.found(stepwise))
+        for path, logprob in found:
+            assert logprob == pytest.approx(case.path_score(path), abs=1e-9)
+    if count == 1 and search.decoding == "best_first":
+        # One at a time, nodes run in the order of their scores, which no node that is found later beats.
+        assert search.num_rows <= stepwise.num_rows
+
+
+def chained_case(seed: int) -> Case:
+    """Long chains beside short ones: beams of one round are of many depths."""
+    dice = random.Random(seed)
+    words: list[Path] = [(1,), (2,), *((3, *(9,) * length) for length in range(1, 7))]
+    paths = {tuple(itertools.chain(*dice.choices(words, k=dice.randint(2, 5)), (END,))) for _ in range(60)}
+    return Case(sorted(paths), Model(seed), "catalogue")
+
+
+def test_best_first_begins_anew_round_by_round_where_slots_are_few(monkeypatch) -> None:
+    """Wherever stepwise has enough."""
+    monkeypatch.setattr("decode_workers.targeting.search.nodes_at_once", lambda _: 1)
+    begun_anew = 0
+    for seed in range(12):
+        case = chained_case(seed)
+        for extra in itertools.count(0, -3):
+            stepwise, driver = start(case, None, beams=2, extra_slots=extra, k=20)
+            try:
+                driver.run(lambda: 64)
+            except OutOfSlotsError:
+                break
+            search, driver = start(case, LINEAR, beams=2, extra_slots=extra, k=20)
+            while not search.is_done:
+                was_best_first = search.went_best_first
+                driver.run(lambda: 64, driver.gives + 1)
+                begun_anew += was_best_first and not search.went_best_first
+            assert_never_worse(case.found(search), case.found(stepwise))
+    assert begun_anew > 0
 
 
 @settings(deadline=None, max_examples=150)
-@given(SEEDS, st.sampled_from([None, FLAT, CPU_LIKE]))
+@given(SEEDS, st.sampled_from([None, FLAT, CPU_LIKE, LINEAR]))
 def test_with_beams_for_all_items_it_is_exhaustive(seed: int, table: StepTable | None) -> None:
     dice = random.Random(seed)
     case = random_case(dice, max_items=30)
@@ -142,7 +207,7 @@ def test_with_beams_for_all_items_it_is_exhaustive(seed: int, table: StepTable |
 
 
 @settings(deadline=None, max_examples=60)
-@given(SEEDS, st.sampled_from([None, FLAT, CPU_LIKE]))
+@given(SEEDS, st.sampled_from([None, FLAT, CPU_LIKE, LINEAR]))
 def test_whenever_it_is_asked_it_has_items_with_their_own_scores(seed: int, table: StepTable | None) -> None:
     dice = random.Random(seed)
     case = random_case(dice)
@@ -164,7 +229,7 @@ def test_whenever_it_is_asked_it_has_items_with_their_own_scores(seed: int, tabl
 
 
 @settings(deadline=None, max_examples=30)
-@given(SEEDS, st.sampled_from([None, FLAT]), st.sampled_from([None, 7]))
+@given(SEEDS, st.sampled_from([None, FLAT, LINEAR]), st.sampled_from([None, 7]))
 def test_how_rows_are_cut_into_steps_changes_no_bit(seed: int, table: StepTable | None, noise: int | None):
     case = random_case(random.Random(seed))
     results = []

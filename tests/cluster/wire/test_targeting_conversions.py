@@ -1,5 +1,7 @@
 """What is asked of a catalogue and what comes back survive the wire; what breaks the limits does not."""
 
+from typing import get_args
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -8,6 +10,7 @@ from cluster.ids import RequestId
 from cluster.messages import (
     CatalogueRef,
     Condition,
+    Decoding,
     FinishReason,
     GenerateRequest,
     SamplingParams,
@@ -73,7 +76,7 @@ results = st.builds(
     TargetingResult,
     items=st.lists(items, max_size=5).map(tuple),
     is_complete=st.booleans(),
-    decoding=st.sampled_from(["stepwise", "parallel", "none"]),
+    decoding=st.sampled_from(get_args(Decoding)),
     num_steps=uint32,
     num_rows=uint64,
     num_verified_items=uint32,
