@@ -32,7 +32,7 @@ from decode_workers.targeting.forest import Forest
 from decode_workers.targeting.open_nodes import OpenNodes
 from decode_workers.targeting.ptpv import ParallelOrder, nodes_at_once, plan_parallel
 from decode_workers.targeting.scoring import Float64Array
-from decode_workers.targeting.search_rows import NO_SLOT, Frontier, SearchRows
+from decode_workers.targeting.search_rows import Frontier, SearchRows
 from decode_workers.targeting.wanted import NO_ROW, IndexArray, Layout, WantedTrie
 
 
@@ -256,10 +256,8 @@ class TargetingSearch:
                 self._forest = None
                 return
             layout = self._wanted.next_round(nodes.nodes)
-            held_slots = open_nodes.held_slots()
-            num_held = len(np.union1d(held_slots, nodes.paths[nodes.paths != NO_SLOT]))
-            if num_held + layout.num_rows <= self.capacity_slots:
-                self._forest = self._forest_of(layout, nodes, held_slots)
+            self._forest = self._forest_of(layout, nodes, open_nodes.held_slots())
+            if len(self._forest.free_slots()) >= layout.num_rows:
                 return
             open_nodes.put_back()
             count //= 2

@@ -83,4 +83,6 @@ class Frontier(Struct, frozen=True, kw_only=True, eq=False):
 def _widened(paths: IndexArray, width: int) -> IndexArray:
     if paths.shape[1] == width:
         return paths
-    return np.pad(paths, ((0, 0), (0, width - paths.shape[1])), constant_values=NO_SLOT)
+    widened = np.full((len(paths), width), NO_SLOT, dtype=paths.dtype)
+    widened[:, : paths.shape[1]] = paths
+    return widened

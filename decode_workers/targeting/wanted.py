@@ -138,15 +138,25 @@ class WantedTrie:
         edge_starts, edge_nodes = self.children(nodes)
         if (edge_starts[1:] - edge_starts[:-1] > 1).all():
             return _flat(nodes, edge_starts, edge_nodes)
-        layout = self._layout(nodes, only_chains=True, max_rows=None)
+        layout = self._layout(nodes, (edge_starts, edge_nodes), only_chains=True, max_rows=None)
         assert layout is not None
         return layout
 
     def all_below(self, nodes: IndexArray, max_rows: int) -> Layout | None:
         """Every row that scores the wanted items below `nodes`; None where they are more than `max_rows`."""
-        return self._layout(nodes, only_chains=False, max_rows=max_rows)
+        if len(nodes) > max_rows:
+            return None
+        return self._layout(nodes, self.children(nodes), only_chains=False, max_rows=max_rows)
 
-    def _layout(self, nodes: IndexArray, *, only_chains: bool, max_rows: int | None) -> Layout | None:
+    def _layout(
+        self,
+        nodes: IndexArray,
+        edges: tuple[IndexArray, IndexArray],
+        *,
+        only_chains: bool,
+        max_rows: int | None,
+    ) -> Layout | None:
+        """`edges`: the nodes' own."""
         start = 0
         parents, owners = _none(len(nodes)), np.arange(len(nodes))
         levels: list[tuple[IndexArray, ...]] = []
@@ -154,7 +164,7 @@ class WantedTrie:
             end = start + len(nodes)
             if max_rows is not None and end > max_rows:
                 return None
-            edge_starts, edge_nodes = self.children(nodes)
+            edge_starts, edge_nodes = edges if start == 0 else self.children(nodes)
             counts = edge_starts[1:] - edge_starts[:-1]
             goes_on = ~self.is_ended(edge_nodes)
             if only_chains:
