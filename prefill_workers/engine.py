@@ -1,6 +1,6 @@
 """The seam between a prefill worker and what computes KV."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -24,6 +24,13 @@ class PrefillDone(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int
 
 
+class PrefillFailed(msgspec.Struct, frozen=True, kw_only=True):
+    """This job alone cannot be computed, or exported."""
+
+    request_id: RequestId
+    message: str
+
+
 ExportChunk = Callable[[KvChunk], None]
 """Called from the engine's thread with each finished layer of each chunk of tokens, in order of
 computation; the chunk's memory stays valid until the job is released."""
@@ -44,8 +51,8 @@ class PrefillEngine(Protocol):
         """Hold blocks and queue the job; exports what the prefix cache already has at the next step."""
         ...
 
-    def step(self) -> list[PrefillDone]:
-        """Compute one chunk of tokens within the token budget, over admitted jobs; oldest first."""
+    def step(self) -> Sequence[PrefillDone | PrefillFailed]:
+        """Those that ended. Compute one chunk of tokens within the token budget, over admitted jobs; oldest first."""
         ...
 
     def release(self, request_id: RequestId) -> None:

@@ -20,7 +20,7 @@ from cluster.ids import HandoffId, RequestId
 from cluster.messages import Record, StepCost
 from cluster.metrics import PrefillMetrics
 from prefill_workers.batcher import PrefillQueue
-from prefill_workers.engine import PrefillDone, PrefillEngine, PrefillJob
+from prefill_workers.engine import PrefillDone, PrefillEngine, PrefillFailed, PrefillJob
 from prefill_workers.kv_export import KvExport
 from prefill_workers.step_table import measure_step_table
 
@@ -237,8 +237,12 @@ class EngineLoop:
             logger.exception("a prefill step failed")
             return
         self._num_consecutive_failures = 0
-        for done in finished:
-            self._finish(self._computing.pop(done.request_id), done)
+        for end in finished:
+            ticket = self._computing.pop(end.request_id)
+            if isinstance(end, PrefillFailed):
+                self._failed_alone(ticket, end)
+            else:
+                self._finish(ticket, end)
 
     def _finish(self, ticket: Ticket, done: PrefillDone) -> None:
         self._metrics.computed_tokens.inc(len(ticket.job.token_ids) - done.cached_tokens)
@@ -246,6 +250,10 @@ class EngineLoop:
         ticket.export.forward_ended()
         with contextlib.suppress(InvalidStateError):
             ticket.computed.set_result(done)
+
+    def _failed_alone(self, ticket: Ticket, failed: PrefillFailed) -> None:
+        logger.error("prefill of %s: %s", failed.request_id, failed.message)
+        ticket.fail(JobFailedError(failed.message))
 
     def _fail_computing(self, error: JobFailedError) -> None:
         self._failed.update(self._computing)

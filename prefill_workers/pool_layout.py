@@ -106,17 +106,24 @@ class RankPool:
         self._by_token = blocks.permute(1, 2, 0, 4, 3, 5)
 
     @property
+    def device(self) -> torch.device:
+        return self._by_token.device
+
+    @property
     def num_layers(self) -> int:
         return int(self._by_token.shape[0])
 
-    def read(self, layer: int, block_ids: torch.Tensor, first_token: int, wire: torch.Tensor) -> None:
+    def own_heads(self, wire: torch.Tensor) -> torch.Tensor:
+        """Of a layer on the wire, `[2, tokens, heads of the model, head_dim]`, the part that is this rank's."""
+        return wire[:, :, self.heads.start : self.heads.end]
+
+    def read(self, layer: int, block_ids: torch.Tensor, first_token: int, own: torch.Tensor) -> None:
         """KV of tokens [first_token, first_token + tokens) of the sequence whose blocks are `block_ids`.
 
-        `wire`: `[2, tokens, heads of the model, head_dim]`, of which this rank's heads are written, in one
-        copy from a pool of the same type: a gather whose destination is strided. On the current stream.
+        Into `own`: `[2, tokens, heads, head_dim]`, which may be part of a layer on the wire: from a pool of
+        the same type it is one copy, a gather whose destination is strided. On the current stream.
         """
-        places = self._places(block_ids, first_token, wire.shape[1])
-        own = wire[:, :, self.heads.start : self.heads.end]
+        places = self._places(block_ids, first_token, own.shape[1])
         source = self._by_token[layer]
         if source.dtype == own.dtype:
             torch.ops.aten.index.Tensor_out(source, [None, *places], out=own)
@@ -128,10 +135,9 @@ class RankPool:
         for values_of, own_of, scale in zip(values, own, self._both_scales, strict=True):
             own_of.copy_(values_of.float() * scale)
 
-    def write(self, layer: int, block_ids: torch.Tensor, first_token: int, wire: torch.Tensor) -> None:
-        """The same the other way: this rank's heads of `wire` into the pool."""
-        block, offset = self._places(block_ids, first_token, wire.shape[1])
-        own = wire[:, :, self.heads.start : self.heads.end]
+    def write(self, layer: int, block_ids: torch.Tensor, first_token: int, own: torch.Tensor) -> None:
+        """The same the other way."""
+        block, offset = self._places(block_ids, first_token, own.shape[1])
         for part in range(2):
             values = own[part]
             if self._is_8_bit:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from cluster.ids import RequestId
 from cluster.messages import StepCost
 from cluster.transfer import KvChunk
-from prefill_workers.engine import PrefillEngine, PrefillJob
+from prefill_workers.engine import PrefillEngine, PrefillFailed, PrefillJob
 
 SMALLEST_STEP_TOKENS = 16
 STEP_GROWTH = 4
@@ -45,7 +45,9 @@ def _measure(engine: PrefillEngine, num_tokens: int, vocab_size: int, name: str)
     try:
         start_s = time.perf_counter()
         for _ in range(MAX_STEPS_PER_SIZE):
-            if engine.step():
+            for end in engine.step():
+                if isinstance(end, PrefillFailed):
+                    raise RuntimeError(f"{num_tokens} tokens: {end.message}")
                 return (time.perf_counter() - start_s) * 1_000
         raise RuntimeError(f"{num_tokens} tokens were not computed in {MAX_STEPS_PER_SIZE} steps")
     finally:

@@ -90,7 +90,8 @@ class Case:
         for rank, pool in enumerate(pools):
             if rank_shard(rank, len(pools), self.num_heads).is_exported:
                 opened = self.open(pool, rank, len(pools))
-                opened.read(layer, self.block_ids if block_ids is None else block_ids, first, wire)
+                blocks = self.block_ids if block_ids is None else block_ids
+                opened.read(layer, blocks, first, opened.own_heads(wire))
         return wire
 
 
@@ -144,7 +145,8 @@ def test_there_and_back_over_other_ranks_is_exact(pool_dtype: str, seed: int) ->
     for layer in range(case.num_layers):
         wire = case.read_all(source, layer, first, end, pool_dtype)
         for rank, pool in enumerate(target):
-            case.open(pool, rank, len(target)).write(layer, block_ids, first, wire)
+            opened = case.open(pool, rank, len(target))
+            opened.write(layer, block_ids, first, opened.own_heads(wire))
     for layer in range(case.num_layers):
         back = case.read_all(target, layer, first, end, pool_dtype, block_ids)
         assert torch.equal(back, case.read_all(source, layer, first, end, pool_dtype))
@@ -162,7 +164,8 @@ def test_eight_bits_are_off_by_their_rounding_alone(seed: int) -> None:
     wire = torch.randn(new_wire(layout, case.num_tokens).shape, generator=case.values).to(torch.bfloat16)
     pools = case.pools(case.num_ranks(), is_filled=False)
     for rank, pool in enumerate(pools):
-        case.open(pool, rank, len(pools)).write(0, case.block_ids, 0, wire)
+        opened = case.open(pool, rank, len(pools))
+        opened.write(0, case.block_ids, 0, opened.own_heads(wire))
     back = case.read_all(pools, 0, 0, case.num_tokens, "bfloat16")
     for part, scale in enumerate((case.scales.key, case.scales.value)):
         error = (back[part].float() - wire[part].float()).abs()

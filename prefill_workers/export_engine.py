@@ -1,0 +1,310 @@
+"""`PrefillEngine` over an engine in other processes, whose ranks copy KV into staging memory as they compute it.
+
+What a hand-off holds, and until when:
+
+    its blocks, on every rank      until the worker says Settled, or its lease is over
+    its region of staging memory   until every rank said Released: a copy may be under way when it is settled
+
+`release` says Settled: behind the decode worker's acknowledgement, a failure or a cancel, however it ended.
+"""
+
+import itertools
+import os
+import queue
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from cluster.ids import RequestId
+from cluster.kv_layout import KvLayout
+from cluster.transfer import KvChunk
+from prefill_workers.engine import ExportChunk, PrefillDone, PrefillFailed, PrefillJob
+from prefill_workers.layer_copies import piece_offset
+from prefill_workers.rank_channel import (
+    EXPORT_VARIABLE,
+    Export,
+    ExportFailed,
+    ExportSettings,
+    FromRank,
+    LayerReady,
+    Opened,
+    RankHub,
+    Released,
+    Settled,
+    Started,
+)
+from prefill_workers.staging import StagingArena
+
+_WAIT_S = 0.02
+"""Longest that a step waits for something to happen: then requests are looked at."""
+_OPEN_TIMEOUT_S = 5.0
+_FIRST_NUMBER = 1
+
+
+class EngineLostError(Exception):
+    """A rank is gone. Nothing that is under way will end; handled by the worker, which is replaced."""
+
+
+class Submission(Protocol):
+    """One request in the engine."""
+
+    def poll(self) -> bool:
+        """Whether it has ended. Raises the engine's error where it failed."""
+        ...
+
+    def abort(self) -> None: ...
+
+
+class Submitter(Protocol):
+    """The engine's front: in this process, while its ranks need not be."""
+
+    def submit(self, token_ids: Sequence[int], number: int, salt: str) -> Submission:
+        """`number` reaches the connector with the request; prefixes are shared within `salt` alone."""
+        ...
+
+    def shutdown(self) -> None: ...
+
+
+StartSubmitter = Callable[[], Submitter]
+"""Called once the ranks' surroundings are set up: they connect while it runs."""
+
+
+class _Job(msgspec.Struct, eq=False):
+    job: PrefillJob
+    export: ExportChunk
+    number: int
+    offset: int
+    """Of its region in the staging memory."""
+    num_bytes: int
+    submission: Submission | None = None
+    num_bytes_ready: int = 0
+    ranks_of: dict[tuple[int, int], set[int]] = {}
+    """Of (layer, first token): which ranks have copied theirs."""
+    cached_tokens: int = 0
+    failure: str | None = None
+    is_reported: bool = False
+
+
+class ExportEngine:
+    """`PrefillEngine`. Blocks are the other engine's own: here are counted those that its jobs must hold."""
+
+    def __init__(
+        self,
+        layout: KvLayout,
+        start: StartSubmitter,
+        *,
+        num_ranks: int,
+        num_blocks: int,
+        staging_bytes: int,
+        lease_s: float,
+        start_timeout_s: float,
+    ) -> None:
+        """Starts the engine. `layout.block_size_tokens` is the engine's.
+
+        Raises ChannelError where its ranks do not come up, OSError where there is no memory to stage KV in.
+        """
+        self._layout = layout
+        self._lease_s = lease_s
+        self._num_blocks = num_blocks
+        self._arena = StagingArena(staging_bytes)
+        self._folder = tempfile.TemporaryDirectory(prefix="headrace-ranks-")
+        self._heard: queue.SimpleQueue[FromRank | EngineLostError] = queue.SimpleQueue()
+        socket_path = str(Path(self._folder.name) / "ranks")
+        self._hub = RankHub(
+            socket_path,
+            self._heard.put,
+            lambda who: self._heard.put(EngineLostError(f"{who} has left the engine")),
+        )
+        self._numbers = itertools.count(_FIRST_NUMBER)
+        self._jobs: dict[RequestId, _Job] = {}
+        self._by_number: dict[int, _Job] = {}
+        """Until every rank has released it: longer than in `_jobs`."""
+        self._unreleased: dict[int, set[int]] = {}
+        """Of settled ones, the ranks that have not."""
+        settings = ExportSettings(
+            socket_path=socket_path,
+            staging_path=self._arena.path,
+            num_layers=layout.num_layers,
+            num_kv_heads=layout.num_kv_heads,
+            head_dim=layout.head_dim,
+            tokens_per_block=layout.block_size_tokens,
+            wire_dtype=layout.dtype,
+        )
+        os.environ[EXPORT_VARIABLE] = msgspec.json.encode(settings).decode()
+        self._submitter: Submitter | None = None
+        try:
+            self._submitter = start()
+            workers = self._hub.wait_for(num_ranks, start_timeout_s)
+        except BaseException:
+            self.close()
+            raise
+        self._ranks = frozenset(hello.rank for hello in workers)
+        self._exporting = frozenset(hello.rank for hello in workers if hello.is_exporting)
+
+    @property
+    def layout(self) -> KvLayout:
+        return self._layout
+
+    @property
+    def free_kv_tokens(self) -> int:
+        held = sum(self._layout.num_blocks_for(len(job.job.token_ids)) for job in self._by_number.values())
+        return max(self._num_blocks - held, 0) * self._layout.block_size_tokens
+
+    def has_work(self) -> bool:
+        return any(not job.is_reported for job in self._jobs.values()) or bool(self._unreleased)
+
+    def can_admit(self, job: PrefillJob) -> bool:
+        self._hear_all()
+        is_there_room = len(job.token_ids) <= self.free_kv_tokens
+        return is_there_room and self._arena.can_take(self._num_bytes(job))
+
+    def admit(self, job: PrefillJob, export: ExportChunk) -> None:
+        """Raises ValueError, StagingFullError, EngineLostError, or what the engine says to the request."""
+        if job.request_id in self._jobs:
+            raise ValueError(f"request {job.request_id} is admitted already")
+        if not 0 <= job.first_token <= len(job.token_ids):
+            raise ValueError(f"first_token {job.first_token} is outside [0, {len(job.token_ids)}]")
+        num_bytes = self._num_bytes(job)
+        running = _Job(
+            job=job,
+            export=export,
+            number=next(self._numbers),
+            offset=self._arena.take(num_bytes),
+            num_bytes=num_bytes,
+        )
+        self._jobs[job.request_id] = self._by_number[running.number] = running
+        try:
+            self._open(running)
+            assert self._submitter is not None
+            running.submission = self._submitter.submit(job.token_ids, running.number, job.tenant)
+        except BaseException:
+            self.release(job.request_id)
+            raise
+
+    def step(self) -> list[PrefillDone | PrefillFailed]:
+        """Wait a little for the ranks, and export what they have copied. Raises EngineLostError."""
+        self._hear_all(_WAIT_S)
+        ended: list[PrefillDone | PrefillFailed] = []
+        for running in self._jobs.values():
+            if not running.is_reported and (end := self._end_of(running)) is not None:
+                running.is_reported = True
+                ended.append(end)
+        return ended
+
+    def release(self, request_id: RequestId) -> None:
+        running = self._jobs.pop(request_id, None)
+        if running is None:
+            return
+        if running.submission is not None and not running.is_reported:
+            running.submission.abort()
+        self._unreleased[running.number] = set(self._ranks)
+        self._hub.tell(Settled(running.number))
+
+    def close(self) -> None:
+        """End the engine, with whatever is under way."""
+        if self._submitter is not None:
+            self._submitter.shutdown()
+        self._hub.close()
+        self._arena.close()
+        self._folder.cleanup()
+        os.environ.pop(EXPORT_VARIABLE, None)
+
+    def _num_bytes(self, job: PrefillJob) -> int:
+        return (len(job.token_ids) - job.first_token) * self._layout.bytes_per_token
+
+    def _open(self, running: _Job) -> None:
+        """Every rank, and rank 0's scheduler, must know of the export before the request comes."""
+        self._hub.tell(
+            Export(
+                number=running.number,
+                first_token=running.job.first_token,
+                end_token=len(running.job.token_ids),
+                offset=running.offset,
+                lease_s=self._lease_s,
+            )
+        )
+        self._num_opened = 0
+        deadline_s = time.monotonic() + _OPEN_TIMEOUT_S
+        while self._num_opened <= len(self._ranks):
+            remaining_s = deadline_s - time.monotonic()
+            if remaining_s <= 0:
+                raise EngineLostError(
+                    f"{self._num_opened} of {len(self._ranks) + 1} connectors answered in {_OPEN_TIMEOUT_S:g} s"
+                )
+            self._hear_all(min(remaining_s, _WAIT_S))
+
+    def _hear_all(self, wait_s: float = 0.0) -> None:
+        try:
+            message = self._heard.get(timeout=wait_s) if wait_s else self._heard.get_nowait()
+            while True:
+                self._hear(message)
+                message = self._heard.get_nowait()
+        except queue.Empty:
+            return
+
+    def _hear(self, message: FromRank | EngineLostError) -> None:
+        match message:
+            case EngineLostError():
+                raise message
+            case LayerReady():
+                self._hear_ready(message)
+            case Released():
+                self._hear_released(message)
+            case Opened():
+                self._num_opened += 1
+            case Started():
+                if (running := self._by_number.get(message.number)) is not None:
+                    running.cached_tokens = message.cached_tokens
+            case ExportFailed():
+                if (running := self._by_number.get(message.number)) is not None:
+                    running.failure = running.failure or f"rank {message.rank}: {message.message}"
+
+    def _hear_ready(self, ready: LayerReady) -> None:
+        running = self._by_number.get(ready.number)
+        if running is None or running.job.request_id not in self._jobs:
+            return
+        place = (ready.layer, ready.first_token)
+        ranks = running.ranks_of.setdefault(place, set())
+        ranks.add(ready.rank)
+        if ranks != self._exporting:
+            return
+        del running.ranks_of[place]
+        num_tokens = ready.end_token - ready.first_token
+        start = running.offset + piece_offset(
+            self._layout, running.job.first_token, ready.first_token, num_tokens, ready.layer
+        )
+        data = self._arena.view(start, num_tokens * self._layout.bytes_per_token_layer)
+        running.num_bytes_ready += len(data)
+        running.export(KvChunk(ready.layer, ready.first_token, num_tokens, data))
+
+    def _hear_released(self, released: Released) -> None:
+        ranks = self._unreleased.get(released.number)
+        if ranks is None:
+            # Its lease is over: nothing more will come.
+            if (running := self._by_number.get(released.number)) is not None:
+                running.failure = running.failure or f"rank {released.rank} let go: its lease is over"
+            return
+        ranks.discard(released.rank)
+        if not ranks:
+            del self._unreleased[released.number]
+            self._arena.give_back(self._by_number.pop(released.number).offset)
+
+    def _end_of(self, running: _Job) -> PrefillDone | PrefillFailed | None:
+        request_id = running.job.request_id
+        try:
+            has_ended = running.submission is not None and running.submission.poll()
+        except Exception as error:
+            running.failure = running.failure or f"the engine failed the request: {error}"
+            has_ended = True
+        if running.failure is not None:
+            return PrefillFailed(request_id=request_id, message=running.failure)
+        if has_ended and running.num_bytes_ready == running.num_bytes:
+            return PrefillDone(
+                request_id=request_id,
+                cached_tokens=min(running.cached_tokens, len(running.job.token_ids)),
+            )
+        return None

@@ -1,0 +1,176 @@
+"""Copies pieces of KV, layer by layer, from a rank's pool into the staging memory, and says what is there.
+
+A layer's hook is called when its work is enqueued, not when it is done: a copy waits for an event behind that
+work, on a stream of its own, so that the forward pass never waits for a copy. Nothing is written for an export
+once it is settled, and `Released` is told when no copy of it is under way: then its memory may have other uses.
+"""
+
+import queue
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from cluster.kv_layout import KvLayout
+from prefill_workers.export_pieces import Piece
+from prefill_workers.pool_layout import RankPool, wire_dtype
+from prefill_workers.rank_channel import Export, ExportFailed, FromRank, LayerReady, Released
+
+
+class Event(Protocol):
+    def synchronize(self) -> None: ...
+
+
+class Stream(Protocol):
+    """torch.cuda.Stream, as far as it is used of a forward pass's."""
+
+    def record_event(self) -> Any: ...
+
+
+Finish = Callable[[], None]
+"""Waits until a layer's values are in the staging memory; called from the thread that tells."""
+
+
+class LayerCopies:
+    """`enqueue` is called from the engine's thread, `settle` from any."""
+
+    def __init__(
+        self,
+        pool: RankPool,
+        staging: torch.Tensor,
+        layout: KvLayout,
+        rank: int,
+        find_export: Callable[[int], Export | None],
+        tell: Callable[[FromRank], None],
+    ) -> None:
+        """`find_export`: None once it is settled, which `settle` is called behind."""
+        self._pool = pool
+        self._staging = staging
+        self._layout = layout
+        self._rank = rank
+        self._find_export = find_export
+        self._tell = tell
+        self._side = torch.cuda.Stream(pool.device) if pool.device.type == "cuda" else None
+        self._lock = threading.Lock()
+        self._num_running: Counter[int] = Counter()
+        self._settled: set[int] = set()
+        """Exports that are, and have copies under way."""
+        self._queue: queue.SimpleQueue[tuple[Piece, int, Finish] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._finish_all, name="layer-copies", daemon=True)
+        self._thread.start()
+
+    def enqueue(self, piece: Piece, layer: int, stream: Stream) -> None:
+        """One layer of a piece, behind what `stream` has by now."""
+        with self._lock:
+            export = self._find_export(piece.number)
+            if export is None:
+                return
+            self._num_running[piece.number] += 1
+        try:
+            finish = self._start(piece, layer, export, stream.record_event())
+        except Exception as error:
+            finish = _raiser(error)
+        self._queue.put((piece, layer, finish))
+
+    def settle(self, number: int) -> None:
+        with self._lock:
+            if self._num_running[number]:
+                self._settled.add(number)
+                return
+            del self._num_running[number]
+        self._tell(Released(number, self._rank))
+
+    def is_running(self, number: int) -> bool:
+        with self._lock:
+            return self._num_running[number] > 0
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
+
+    def _start(self, piece: Piece, layer: int, export: Export, computed: Any) -> Finish:
+        own = self._pool.own_heads(self._wire(piece, layer, export))
+        block_ids = torch.tensor(piece.block_ids)
+        if self._side is None:
+
+            def copy() -> None:
+                computed.synchronize()
+                self._pool.read(layer, block_ids, piece.first_token, own)
+
+            return copy
+        return self._start_on_gpu(piece, layer, block_ids, own, computed)
+
+    def _start_on_gpu(
+        self, piece: Piece, layer: int, block_ids: torch.Tensor, own: torch.Tensor, computed: Any
+    ) -> Finish:
+        assert self._side is not None
+        self._side.wait_event(computed)
+        with torch.cuda.stream(self._side):
+            on_device = torch.empty(own.shape, dtype=own.dtype, device=self._pool.device)
+            ids = block_ids.pin_memory().to(self._pool.device, non_blocking=True)
+            self._pool.read(layer, ids, piece.first_token, on_device)
+            # A strided destination would be copied in step with the host.
+            landing = own if own.is_contiguous() else torch.empty(own.shape, dtype=own.dtype, pin_memory=True)
+            landing.copy_(on_device, non_blocking=True)
+            done = self._side.record_event()
+
+        def finish() -> None:
+            done.synchronize()
+            if landing is not own:
+                own.copy_(landing)
+
+        return finish
+
+    def _wire(self, piece: Piece, layer: int, export: Export) -> torch.Tensor:
+        """`[2, tokens, heads, head_dim]` of the staging memory."""
+        layout, num_tokens = self._layout, piece.end_token - piece.first_token
+        start = export.offset + piece_offset(layout, export.first_token, piece.first_token, num_tokens, layer)
+        layer_bytes = self._staging[start : start + num_tokens * layout.bytes_per_token_layer]
+        shape = (2, num_tokens, layout.num_kv_heads, layout.head_dim)
+        return layer_bytes.view(wire_dtype(layout.dtype)).view(shape)
+
+    def _finish_all(self) -> None:
+        while (item := self._queue.get()) is not None:
+            piece, layer, finish = item
+            with torch.inference_mode():
+                try:
+                    finish()
+                except Exception as error:
+                    self._tell(ExportFailed(piece.number, self._rank, f"layer {layer}: {error}"))
+                else:
+                    self._tell(
+                        LayerReady(
+                            number=piece.number,
+                            rank=self._rank,
+                            layer=layer,
+                            first_token=piece.first_token,
+                            end_token=piece.end_token,
+                        )
+                    )
+            self._end_one(piece.number)
+
+    def _end_one(self, number: int) -> None:
+        with self._lock:
+            self._num_running[number] -= 1
+            if self._num_running[number]:
+                return
+            del self._num_running[number]
+            if number not in self._settled:
+                return
+            self._settled.discard(number)
+        self._tell(Released(number, self._rank))
+
+
+def piece_offset(layout: KvLayout, export_first: int, piece_first: int, num_tokens: int, layer: int) -> int:
+    """Bytes from the beginning of an export's region to a layer of a piece."""
+    before = (piece_first - export_first) * layout.bytes_per_token
+    return before + layer * num_tokens * layout.bytes_per_token_layer
+
+
+def _raiser(error: Exception) -> Finish:
+    def finish() -> None:
+        raise error
+
+    return finish

@@ -1,0 +1,84 @@
+"""Host memory that the ranks of a TensorRT-LLM engine copy KV into, and that hand-offs are sent from.
+
+One anonymous memory file (Linux memfd), mapped by the prefill worker and by every rank, so that a rank can
+pin it for its GPU once. A hand-off has one region of it, as long as it lasts.
+"""
+
+import mmap
+import os
+from bisect import insort
+
+import torch
+
+_ALIGNMENT_BYTES = 4096
+
+
+class StagingFullError(Exception):
+    """No region is free that is large enough: wait until a hand-off ends."""
+
+
+class StagingArena:
+    """The prefill worker's end: owns the memory, and deals out regions. For one thread."""
+
+    def __init__(self, num_bytes: int) -> None:
+        """Raises OSError where the kernel gives no such memory."""
+        self.num_bytes = _aligned(num_bytes)
+        self._fd = os.memfd_create("headrace-staging", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(self._fd, self.num_bytes)
+            self._map = mmap.mmap(self._fd, self.num_bytes)
+        except BaseException:
+            os.close(self._fd)
+            raise
+        self._view = memoryview(self._map)
+        self._taken: list[tuple[int, int]] = []
+        """[start, end) of regions, in order."""
+
+    @property
+    def path(self) -> str:
+        """Where other processes of this user open it, as long as this one lives."""
+        return f"/proc/{os.getpid()}/fd/{self._fd}"
+
+    def can_take(self, num_bytes: int) -> bool:
+        return self._place(num_bytes) is not None
+
+    def take(self, num_bytes: int) -> int:
+        """The offset of a region of so many bytes. Raises StagingFullError."""
+        start = self._place(num_bytes)
+        if start is None:
+            raise StagingFullError(f"no {num_bytes} bytes in a row are free of {self.num_bytes}")
+        insort(self._taken, (start, start + _aligned(num_bytes)))
+        return start
+
+    def give_back(self, start: int) -> None:
+        self._taken = [region for region in self._taken if region[0] != start]
+
+    def view(self, start: int, num_bytes: int) -> memoryview:
+        return self._view[start : start + num_bytes]
+
+    def close(self) -> None:
+        """The memory goes with its last mapping."""
+        os.close(self._fd)
+
+    def _place(self, num_bytes: int) -> int | None:
+        """First fit."""
+        start = 0
+        for taken, end in self._taken:
+            if taken - start >= num_bytes:
+                return start
+            start = end
+        return start if self.num_bytes - start >= num_bytes else None
+
+
+def open_staging(path: str) -> torch.Tensor:
+    """`[bytes]` of an arena that another process owns, writable. Raises OSError."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        mapping = mmap.mmap(fd, os.fstat(fd).st_size)
+    finally:
+        os.close(fd)
+    return torch.frombuffer(mapping, dtype=torch.uint8)
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
