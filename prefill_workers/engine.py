@@ -52,7 +52,8 @@ class PrefillEngine(Protocol):
         ...
 
     def step(self) -> Sequence[PrefillDone | PrefillFailed]:
-        """Those that ended. Compute one chunk of tokens within the token budget, over admitted jobs; oldest first."""
+        """Compute one chunk of tokens within the token budget, over admitted jobs, oldest first; which
+        ended."""
         ...
 
     def release(self, request_id: RequestId) -> None:

@@ -1,4 +1,4 @@
-"""`PrefillEngine` over an engine in other processes, whose ranks copy KV into staging memory as they compute it.
+"""`PrefillEngine` over an engine in other processes, whose ranks stage KV in shared memory layer by layer.
 
 What a hand-off holds, and until when:
 
@@ -233,7 +233,8 @@ class ExportEngine:
             remaining_s = deadline_s - time.monotonic()
             if remaining_s <= 0:
                 raise EngineLostError(
-                    f"{self._num_opened} of {len(self._ranks) + 1} connectors answered in {_OPEN_TIMEOUT_S:g} s"
+                    f"{self._num_opened} of {len(self._ranks) + 1} connectors answered in "
+                    f"{_OPEN_TIMEOUT_S:g} s"
                 )
             self._hear_all(min(remaining_s, _WAIT_S))
 
@@ -297,7 +298,7 @@ class ExportEngine:
         request_id = running.job.request_id
         try:
             has_ended = running.submission is not None and running.submission.poll()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever an engine of another make raises
             running.failure = running.failure or f"the engine failed the request: {error}"
             has_ended = True
         if running.failure is not None:

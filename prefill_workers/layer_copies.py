@@ -1,8 +1,8 @@
 """Copies pieces of KV, layer by layer, from a rank's pool into the staging memory, and says what is there.
 
-A layer's hook is called when its work is enqueued, not when it is done: a copy waits for an event behind that
-work, on a stream of its own, so that the forward pass never waits for a copy. Nothing is written for an export
-once it is settled, and `Released` is told when no copy of it is under way: then its memory may have other uses.
+A layer's hook is called when its work is enqueued, not when it is done: a copy waits for an event behind
+that work, on a stream of its own, so that the forward pass never waits for a copy. None begins for an export
+that is settled, and `Released` is told when none is under way: then its memory may have other uses.
 """
 
 import queue
@@ -52,7 +52,9 @@ class LayerCopies:
         self._rank = rank
         self._find_export = find_export
         self._tell = tell
-        self._side = torch.cuda.Stream(pool.device) if pool.device.type == "cuda" else None
+        self._side: Any = None
+        if pool.device.type == "cuda":
+            self._side = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
         self._lock = threading.Lock()
         self._num_running: Counter[int] = Counter()
         self._settled: set[int] = set()
@@ -70,7 +72,7 @@ class LayerCopies:
             self._num_running[piece.number] += 1
         try:
             finish = self._start(piece, layer, export, stream.record_event())
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the forward pass serves other requests too
             finish = _raiser(error)
         self._queue.put((piece, layer, finish))
 
@@ -137,7 +139,7 @@ class LayerCopies:
             with torch.inference_mode():
                 try:
                     finish()
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001 - told to whom it concerns
                     self._tell(ExportFailed(piece.number, self._rank, f"layer {layer}: {error}"))
                 else:
                     self._tell(

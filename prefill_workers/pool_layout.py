@@ -114,7 +114,7 @@ class RankPool:
         return int(self._by_token.shape[0])
 
     def own_heads(self, wire: torch.Tensor) -> torch.Tensor:
-        """Of a layer on the wire, `[2, tokens, heads of the model, head_dim]`, the part that is this rank's."""
+        """This rank's part of a layer on the wire, `[2, tokens, heads of the model, head_dim]`."""
         return wire[:, :, self.heads.start : self.heads.end]
 
     def read(self, layer: int, block_ids: torch.Tensor, first_token: int, own: torch.Tensor) -> None:

@@ -1,8 +1,8 @@
 """What the prefill worker and the ranks of its TensorRT-LLM engine tell each other, by a Unix socket.
 
 The ranks are processes that TensorRT-LLM starts; they hear of the socket by an environment variable. Every
-message is one packet, so none comes in part. Where the worker dies, its ranks read an end of file, and let go of
-what they hold for it.
+message is one packet, so none comes in part. Where the worker dies, its ranks read an end of file, and let go
+of what they hold for it.
 """
 
 import contextlib
@@ -160,8 +160,8 @@ class RankHub:
                 if remaining_s <= 0:
                     ranks = sorted(hello.rank for hello in workers)
                     raise ChannelError(
-                        f"after {timeout_s:g} s ranks {ranks} of {num_ranks} have loaded the connector; its log "
-                        "says why the others have not"
+                        f"after {timeout_s:g} s ranks {ranks} of {num_ranks} have loaded the connector; the "
+                        "engine's log says why the others have not"
                     )
                 self._changed.wait(remaining_s)
 
@@ -227,7 +227,8 @@ class RankClient:
     def __init__(
         self, settings: ExportSettings, hello: Hello, on_settled: Callable[[int], None] | None = None
     ) -> None:
-        """`on_settled`: told of each export that ended, once `export` no longer knows it. Raises ChannelError."""
+        """`on_settled` is told of each export that ended, once `export` no longer knows it. Raises
+        ChannelError."""
         self.rank = hello.rank
         self._on_settled = on_settled
         self._lock = threading.Lock()

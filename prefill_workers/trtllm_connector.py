@@ -1,11 +1,11 @@
 """Headrace's KV connector in TensorRT-LLM: exports what a prompt's forward pass computes. Loads nothing.
 
 TensorRT-LLM imports this module in the processes of its ranks, by `KvCacheConnectorConfig`. Rank 0 has the
-scheduler, which says each step what KV it brings; every rank has a worker, which copies its heads of that. With
-whom they talk, and where copies go, is in an environment variable (`rank_channel.py`).
+scheduler, which says each step what KV it brings; every rank has a worker, which copies its heads of that.
+With whom they talk, and where copies go, is in an environment variable (`rank_channel.py`).
 
-A request is known by its sampling seed: the prefill worker's own number for its export, which exists before the
-request does. One token is sampled, and thrown away, so a seed has no other use.
+A request is known by its sampling seed: the prefill worker's own number for its export, which exists before
+the request does. One token is sampled, and thrown away, so a seed has no other use.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,7 @@ _LAYERWISE_TOKENS = 256
 """A shorter piece is copied behind its forward pass: less to launch between layers."""
 
 
-class ExportScheduler(KvCacheConnectorScheduler):  # type: ignore[misc, no-any-unimported]
+class ExportScheduler(KvCacheConnectorScheduler):  # type: ignore[misc]
     """On rank 0: which blocks hold what of which request."""
 
     def __init__(self, llm_args: Any) -> None:
@@ -61,11 +61,11 @@ class ExportScheduler(KvCacheConnectorScheduler):  # type: ignore[misc, no-any-u
     def build_connector_meta(self, scheduler_output: Any) -> list[Piece]:
         return self._pieces.step([*scheduler_output.new_requests, *scheduler_output.cached_requests])
 
-    def request_finished(self, request: "LlmRequest", cache_block_ids: list[int]) -> bool:
+    def request_finished(self, request: "LlmRequest", cache_block_ids: list[int]) -> bool:  # noqa: ARG002
         return self._pieces.end(request.request_id)
 
 
-class ExportWorker(KvCacheConnectorWorker):  # type: ignore[misc, no-any-unimported]
+class ExportWorker(KvCacheConnectorWorker):  # type: ignore[misc]
     """On every rank: its heads of the pieces that rank 0 named."""
 
     def __init__(self, llm_args: Any) -> None:
@@ -96,7 +96,7 @@ class ExportWorker(KvCacheConnectorWorker):  # type: ignore[misc, no-any-unimpor
             pool, staging, _layout_of(settings), self._rank, self._client.export, self._client.tell
         )
 
-    def start_load_kv(self, stream: torch.cuda.Stream) -> None:
+    def start_load_kv(self, stream: torch.cuda.Stream) -> None:  # noqa: ARG002
         for piece in self._pieces:
             self._numbers[piece.request_id] = piece.number
 
@@ -116,7 +116,9 @@ class ExportWorker(KvCacheConnectorWorker):  # type: ignore[misc, no-any-unimpor
                     self._export(piece, layer, stream)
 
     def get_finished(
-        self, finished_gen_req_ids: list[int], started_loading_req_ids: list[int]
+        self,
+        finished_gen_req_ids: list[int],
+        started_loading_req_ids: list[int],  # noqa: ARG002
     ) -> tuple[list[int], list[int]]:
         self._saving.update(finished_gen_req_ids)
         done = [request_id for request_id in self._saving if self._is_released(request_id)]
@@ -167,7 +169,8 @@ def _layout_of(settings: ExportSettings) -> KvLayout:
 
 def _pin(staging: torch.Tensor) -> None:
     """For copies from the GPU that the host does not wait for."""
-    code = torch.cuda.cudart().cudaHostRegister(staging.data_ptr(), staging.numel(), 0)
+    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    code = cudart.cudaHostRegister(staging.data_ptr(), staging.numel(), 0)
     if int(code) != 0:
         raise RuntimeError(
             f"cudaHostRegister of {staging.numel()} bytes of staging memory failed with {code}: raise "

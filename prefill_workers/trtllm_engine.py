@@ -1,7 +1,7 @@
 """Starts TensorRT-LLM as a prefill engine: its arguments, its requests, its errors.
 
-Beside the connector this is the only module that imports `tensorrt_llm`, and neither is imported where another
-engine is chosen. What the interface is, and of which versions it was read: docs/tensorrt-llm.md.
+Beside the connector this is the only module that imports `tensorrt_llm`, and neither is imported where
+another engine is chosen. What the interface is, and of which versions it was read: docs/tensorrt-llm.md.
 """
 
 import queue
@@ -38,7 +38,7 @@ class TensorRtLlmSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def start_engine(settings: TensorRtLlmSettings, layout: KvLayout, num_blocks: int) -> ExportEngine:
-    """`layout.block_size_tokens` is the pool's. Raises what TensorRT-LLM says to its arguments, or ChannelError."""
+    """`layout.block_size_tokens` is the pool's. Raises ChannelError, or what TensorRT-LLM raises."""
 
     def start() -> _Submitter:
         return _Submitter(

@@ -2,10 +2,13 @@
 
 import random
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -25,7 +28,9 @@ else:
 
 from tensorrt_llm.executor import ModelSource  # noqa: E402 - where the double is was not known before
 
-from prefill_workers.export_engine import ExportEngine  # noqa: E402
+from prefill_workers.export_engine import EngineLostError, ExportEngine  # noqa: E402
+from prefill_workers.pool_layout import RankPool  # noqa: E402
+from prefill_workers.rank_channel import ChannelError  # noqa: E402
 from prefill_workers.trtllm_engine import TensorRtLlmSettings, start_engine  # noqa: E402
 
 WEIGHTS = tiny_weights(1, num_layers=3, num_kv_heads=2, max_context_tokens=4096)
@@ -40,8 +45,8 @@ def torch_engine() -> TorchPrefillEngine:
 class Rig:
     def __init__(self, layout, **changes) -> None:
         ModelSource.known["tiny"] = WEIGHTS
-        import msgspec
-
+        ModelSource.longest_delay_s = changes.pop("delay_s", 0.0)
+        self.num_blocks = changes.pop("num_blocks", 200)
         settings = {
             "model": "tiny",
             "kv_dtype": "float32",
@@ -52,47 +57,64 @@ class Rig:
             "lease_s": 30.0,
             "start_timeout_s": 10.0,
         }
-        num_blocks = changes.pop("num_blocks", 200)
         layout = msgspec.structs.replace(layout, block_size_tokens=BLOCK)
         self.engine: ExportEngine = start_engine(
-            TensorRtLlmSettings(**{**settings, **changes}), layout, num_blocks
+            TensorRtLlmSettings(**{**settings, **changes}), layout, self.num_blocks
         )
         self.executor = ModelSource.started[-1]
-        self.num_blocks = num_blocks
+        self.executor.before_free = self.check_free
+        self.freed_too_early: list[int] = []
 
-    def run(self, jobs) -> dict:
-        """All of them at once; what each exported, and how it ended. Released at its end."""
+    def check_free(self, request) -> None:
+        """The invariant: no block is freed whose hand-off has not ended, however it ended."""
+        number = request.sampling_config.seed
+        if any(running.number == number and not running.failure for running in self.engine._jobs.values()):
+            self.freed_too_early.append(number)
+
+    def run(self, jobs, cancel: Callable[[], bool] = lambda: False) -> dict:
+        """All of them at once; what each exported, and how it ended. Released at its end, or in between."""
         exported = {one.request_id: Exported(self.engine.layout) for one in jobs}
-        ends, waiting = {}, list(jobs)
-        while waiting or len(ends) < len(jobs):
+        ends, waiting, running = {}, list(jobs), set()
+        while waiting or running:
             while waiting and self.engine.can_admit(waiting[0]):
                 one = waiting.pop(0)
-                self.engine.admit(one, self.keep(exported[one.request_id]))
+                self.engine.admit(one, keep(exported[one.request_id]))
+                running.add(one.request_id)
             for end in self.engine.step():
                 ends[end.request_id] = end
                 self.engine.release(end.request_id)
-        return {name: (exported[name], ends[name]) for name in exported}
+                running.discard(end.request_id)
+            for request_id in sorted(running):
+                if cancel():
+                    self.engine.release(request_id)
+                    running.discard(request_id)
+        return {name: (exported[name], end) for name, end in ends.items()}
 
-    @staticmethod
-    def keep(exported):
-        """A chunk's memory is the engine's again once the job is released."""
-
-        def export(chunk):
-            exported(
-                type(chunk)(chunk.layer, chunk.first_token, chunk.num_tokens, memoryview(bytes(chunk.data)))
-            )
-
-        return export
-
-    def assert_nothing_is_held(self) -> None:
+    def until(self, is_so: Callable[[], bool]) -> None:
         deadline_s = time.monotonic() + 10
-        while self.engine.has_work() or self.executor.saving:
+        while not is_so():
             assert time.monotonic() < deadline_s
             self.engine.step()
+
+    def assert_nothing_is_held(self) -> None:
+        self.until(lambda: not self.engine.has_work() and not self.executor.saving)
+        self.until(lambda: not self.executor._running and not self.executor._waiting)
         assert self.engine.free_kv_tokens == self.num_blocks * BLOCK
+        assert self.engine.can_admit(job("as long as the pool", random_tokens(500)))
         assert self.executor.blocks.num_used_blocks == 0
         self.executor.blocks.check()
         assert self.executor.error is None
+        assert self.freed_too_early == []
+
+
+def keep(exported: Exported):
+    """A chunk's memory is the engine's again once the job is released."""
+
+    def export(chunk) -> None:
+        data = memoryview(bytes(chunk.data))
+        exported(type(chunk)(chunk.layer, chunk.first_token, chunk.num_tokens, data))
+
+    return export
 
 
 @pytest.fixture
@@ -130,3 +152,140 @@ def test_the_kv_is_that_of_the_pytorch_engine(rig, torch_engine) -> None:
         kv = exported.kv(one.first_token, len(one.token_ids))
         np.testing.assert_array_equal(kv, expected(torch_engine, one))
     rig.assert_nothing_is_held()
+
+
+@pytest.mark.parametrize("rig", [{"tensor_parallel_size": 2, "delay_s": 0.004}], indirect=True)
+def test_a_hook_is_called_before_its_layer_is_there(rig, torch_engine) -> None:
+    """Copies that did not wait would find what is not a number."""
+    jobs = [job(f"j{number}", random_tokens(300 - 100 * number, number)) for number in range(3)]
+    for one, (exported, _) in zip(jobs, rig.run(jobs).values(), strict=True):
+        np.testing.assert_array_equal(exported.kv(0, len(one.token_ids)), expected(torch_engine, one))
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+    "rig",
+    [{"tensor_parallel_size": 2, "delay_s": 0.001, "num_blocks": 40, "staging_bytes": 1 << 19}],
+    indirect=True,
+)
+def test_cancels_at_any_time_leave_nothing_and_harm_nobody(rig, torch_engine, seed: int) -> None:
+    """With room for a few at once: what one lets go, another has at once."""
+    dice = random.Random(seed)
+    jobs = [job(f"j{number}", random_tokens(dice.choice([5, 40, 100, 300]), number)) for number in range(24)]
+    ends = rig.run(jobs, cancel=lambda: dice.random() < 0.02)
+    assert 0 < len(ends) < len(jobs)
+    for one in jobs:
+        if one.request_id in ends:
+            exported, end = ends[one.request_id]
+            assert isinstance(end, PrefillDone)
+            np.testing.assert_array_equal(exported.kv(0, len(one.token_ids)), expected(torch_engine, one))
+    rig.assert_nothing_is_held()
+
+
+def test_blocks_stay_until_the_hand_off_has_ended(rig) -> None:
+    one = job("one", random_tokens(100))
+    rig.engine.admit(one, keep(Exported(rig.engine.layout)))
+    rig.until(lambda: rig.engine._jobs[one.request_id].is_reported)
+    rig.until(lambda: bool(rig.executor.saving))
+    for _ in range(20):
+        rig.engine.step()
+    assert rig.executor.blocks.num_used_blocks == 4, "100 tokens and one that is sampled, in blocks of 32"
+    rig.engine.release(one.request_id)
+    rig.assert_nothing_is_held()
+
+
+@pytest.mark.parametrize("rig", [{"lease_s": 0.3, "tensor_parallel_size": 2}], indirect=True)
+def test_a_lease_that_is_over_lets_go_without_a_word(rig) -> None:
+    one = job("one", random_tokens(100))
+    rig.engine.admit(one, keep(Exported(rig.engine.layout)))
+    rig.until(lambda: bool(rig.executor.saving))
+    rig.until(lambda: not rig.executor.saving)
+    assert rig.engine._jobs[one.request_id].failure is not None
+    rig.engine.release(one.request_id)
+    rig.assert_nothing_is_held()
+
+
+def test_a_copy_that_fails_fails_its_job_alone(rig, torch_engine, monkeypatch) -> None:
+    read = RankPool.read
+
+    def fails(self, layer, block_ids, first_token, own) -> None:
+        if own.shape[1] == 41 and layer == 1:
+            raise RuntimeError("an uncorrectable memory error")
+        read(self, layer, block_ids, first_token, own)
+
+    monkeypatch.setattr(RankPool, "read", fails)
+    bad, good = job("bad", random_tokens(41)), job("good", random_tokens(60, 1))
+    ends = rig.run([bad, good])
+    assert isinstance(ends["bad"][1], PrefillFailed)
+    assert ends["bad"][1].message == "rank 0: layer 1: an uncorrectable memory error"
+    np.testing.assert_array_equal(ends["good"][0].kv(0, 60), expected(torch_engine, good))
+    rig.assert_nothing_is_held()
+
+
+@pytest.mark.parametrize("rig", [{"max_tokens_per_step": 512}], indirect=True)
+def test_a_layer_is_exported_while_later_ones_are_computed(rig) -> None:
+    """The forward pass is held at its last layer until the first one has come."""
+    exported, first_is_there, was_there = Exported(rig.engine.layout), threading.Event(), []
+
+    def export(chunk) -> None:
+        keep(exported)(chunk)
+        first_is_there.set()
+
+    def before_layer(layer: int) -> None:
+        if layer == rig.engine.layout.num_layers - 1:
+            was_there.append(first_is_there.wait(10))
+
+    rig.executor.before_layer = before_layer
+    one = job("one", random_tokens(400))
+    rig.engine.admit(one, export)
+    rig.until(lambda: rig.engine._jobs[one.request_id].is_reported)
+    assert was_there == [True]
+    rig.engine.release(one.request_id)
+    rig.assert_nothing_is_held()
+
+
+def test_what_the_engine_refuses_is_refused_and_leaves_nothing(rig) -> None:
+    with pytest.raises(ValueError, match="at least one token"):
+        rig.engine.admit(job("none", []), keep(Exported(rig.engine.layout)))
+    with pytest.raises(ValueError, match="first_token 9"):
+        rig.engine.admit(job("outside", [1, 2], 9), keep(Exported(rig.engine.layout)))
+    assert not rig.engine.can_admit(job("too long", random_tokens(200 * BLOCK + 1)))
+    rig.assert_nothing_is_held()
+
+
+@pytest.mark.parametrize("rig", [{"tensor_parallel_size": 2}], indirect=True)
+def test_a_rank_that_is_gone_ends_the_engine(rig) -> None:
+    rig.executor._workers[1]._client.close()
+    with pytest.raises(EngineLostError, match="the worker of rank 1 has left"):
+        rig.until(lambda: False)
+
+
+def test_ranks_let_go_where_the_worker_is_gone(torch_engine) -> None:
+    rig = Rig(torch_engine.layout)
+    rig.engine.admit(job("one", random_tokens(100)), keep(Exported(rig.engine.layout)))
+    rig.until(lambda: bool(rig.executor.saving))
+    rig.engine._hub.close()
+    deadline_s = time.monotonic() + 10
+    while rig.executor.saving:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+    rig.executor.shutdown()
+
+
+def test_ranks_that_do_not_come_are_named(torch_engine, monkeypatch) -> None:
+    monkeypatch.setattr("tensorrt_llm.llmapi.Executor", Mock())
+    with pytest.raises(ChannelError, match=r"after 0.2 s ranks \[\] of 2 have loaded the connector"):
+        start_engine(
+            TensorRtLlmSettings(
+                model="tiny",
+                tensor_parallel_size=2,
+                max_tokens_per_step=64,
+                max_context_tokens=100,
+                max_running=1,
+                staging_bytes=4096,
+                lease_s=1.0,
+                start_timeout_s=0.2,
+            ),
+            torch_engine.layout,
+            4,
+        )

@@ -94,6 +94,9 @@ class Executor:
                     self._workers[rank].register_kv_caches(self.pools[rank])
         ModelSource.started.append(self)
         self.error: BaseException | None = None
+        self.before_layer: Callable[[int], None] = lambda _: None
+        """Tests hold the forward pass here."""
+        self.before_free: Callable[[Request], None] = lambda _: None
         self._thread = threading.Thread(target=self._run, name="double-executor", daemon=True)
         self._thread.start()
 
@@ -215,6 +218,7 @@ class Executor:
 
     def _forward(self, chunks: list[tuple[Request, int, int]]) -> None:
         def after_layer(layer: int) -> None:
+            self.before_layer(layer)
             for request, first, end in chunks:
                 data = bytes(self._kv.read_wire(layer, self._slots(request, first, end)))
                 self.stream.enqueue(lambda r=request, f=first, d=data: self._write(layer, r, f, d))
@@ -296,6 +300,7 @@ class Executor:
             self._free(self.saving.pop(request_id))
 
     def _free(self, request: Request) -> None:
+        self.before_free(request)
         if self._kv_config.enable_block_reuse and request.num_computed == len(request.tokens):
             salt = chain_salt("double", request.cache_salt or "")
             self.blocks.publish(request.tokens, request.block_ids, salt)
