@@ -8,8 +8,8 @@ cached when it is timed, but for the comparison with transformers, where each si
 - `ptpv_vs_stepwise_l20_predicted`: the same searches, on this CPU's logits, with steps that take what is
   predicted of an L20 (`python -m megakernel predict`) for this model.
 - `vs_transformers`: constrained beam search of transformers on the same values in float32, prompt included.
-- `restricted_vs_full_head`: what a head over all tokens adds to a step of 20 rows over what one of the
-  children of 20 nodes of the catalogue adds.
+- `restricted_vs_full_head`: what a step of 20 rows takes beside its layers with a head over all tokens, over
+  what it does with one of the children of 20 nodes of the catalogue: see targeting_head.py.
 - `trie_share_of_step`: bookkeeping of trie and beams over the time of steps; `..._1m` for a million items.
 - `compile_1m_s`, `compile_1m_mb`: see catalogue_compile.py, which runs in a process of its own.
 
@@ -34,13 +34,14 @@ sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "kernels"))
 from benchmarks.decode_ours import OurModel
 from benchmarks.decode_peers import Transformers, open_if_installed
 from benchmarks.harness import parser, write_figures
+from benchmarks.targeting_head import head_times
 from benchmarks.targeting_ours import OurTargeting, compiled
 from cluster.catalogue.file import Catalogue
 from cluster.catalogue.sample import sample_briefs, sample_jsonl
 from cluster.catalogue.trie import ROOT
 from cluster.placement.predict import StepTable, step_ms
 from cluster.text import Tokenizer
-from decode_workers.step_batch import NO_PARENT, Int32Array, StepBatch
+from decode_workers.step_batch import Int32Array
 from headrace.served_model import served_model
 from megakernel.model.load import PACKAGED_MODEL
 
@@ -154,41 +155,11 @@ class Comparison:
         )
 
     def measure_head(self) -> None:
-        """A step of 20 rows that asks for all tokens' sum, for nodes' children alone, and for nothing."""
         print(f"heads of {BEAMS} rows", flush=True)
-        none, restricted, full = [], [], []
-        for _ in range(HEAD_ROUNDS_QUICK if self.is_quick else HEAD_ROUNDS):
-            for what, into in (("none", none), ("restricted", restricted), ("full", full)):
-                batch = self.head_batch(what)
-                started_s = time.perf_counter()
-                self.ours.executor.run(batch)
-                into.append((time.perf_counter() - started_s) * 1e3)
-        # Each beside its neighbours: a step takes ten times as long as what is to be found.
-        over = [f - n for f, n in zip(full, none, strict=True)]
-        under = [r - n for r, n in zip(restricted, none, strict=True)]
-        full_ms, restricted_ms = statistics.median(over), statistics.median(under)
-        note = f"(full {full_ms:.3f} ms, restricted {restricted_ms:.3f} ms a step)"
-        self.figures.put("restricted_vs_full_head", full_ms / max(restricted_ms, 1e-3), note)
-
-    def head_batch(self, what: str) -> StepBatch:
-        rows = BEAMS
-        is_restricted = what == "restricted"
-        children = self.children(rows)
-        starts = np.cumsum([0, *map(len, children)], dtype=np.int32)
-        return StepBatch(
-            token_ids=np.arange(rows, dtype=np.int32),
-            positions=np.full(rows, 16, dtype=np.int32),
-            slots=np.arange(16, 16 + rows, dtype=np.int32),
-            parents=np.full(rows, NO_PARENT, dtype=np.int32),
-            sequence_starts=np.array([0, rows], dtype=np.int32),
-            context_lengths=np.array([16], dtype=np.int32),
-            block_tables=np.arange(1, dtype=np.int32)[None],
-            needs_logits=np.full(rows, is_restricted),
-            needs_best=np.ones(rows, dtype=np.bool_) if what == "full" else None,
-            needs_log_sums=what == "full",
-            allowed_starts=starts if is_restricted else None,
-            allowed_token_ids=np.concatenate(children) if is_restricted else None,
-        )
+        rounds = HEAD_ROUNDS_QUICK if self.is_quick else HEAD_ROUNDS
+        full, restricted = head_times(self.model.artifact.load(), self.children(BEAMS), rounds)
+        note = f"(full {full}, restricted {restricted})"
+        self.figures.put("restricted_vs_full_head", full.head_ms / restricted.head_ms, note)
 
     def children(self, count: int) -> list[Int32Array]:
         """Tokens of the children of random nodes that have several."""

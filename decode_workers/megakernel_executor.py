@@ -83,7 +83,7 @@ class MegaKernelExecutor:
         """Raises StepError for rows that cannot be, and for good once a worker has failed."""
         output = self._runtime.step(_rows(batch))
         return StepResult(
-            rows=handed_out(batch),
+            rows=handed_out(batch) if len(output.logits) else np.empty(0, dtype=np.int32),
             logits=output.logits,
             reductions=None if batch.needs_best is None else output.reductions,
             allowed_logits=None if batch.allowed_starts is None else output.allowed_logits,

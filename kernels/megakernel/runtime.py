@@ -252,8 +252,9 @@ def _ask_head(step: StepInput, rows: Rows, vocab_size: int) -> StepOutput:
             raise StepError(
                 f"allowed_starts end at {rows.allowed_starts[-1]} of {num_allowed} allowed tokens"
             )
-        has_allowed = np.diff(rows.allowed_starts) > 0
-        num_logits -= int(np.count_nonzero(rows.needs_logits[is_logit_row] & has_allowed))
+        if num_logits:
+            is_open = rows.allowed_starts[:-1] == rows.allowed_starts[1:]
+            num_logits = int(np.count_nonzero(rows.needs_logits[is_logit_row] & is_open))
     logits = np.empty((num_logits, vocab_size), dtype=np.float32)
     allowed_logits = np.empty(num_allowed, dtype=np.float32)
     values = np.empty((num_best, 2 + rows.top_k), dtype=np.float32)

@@ -128,6 +128,17 @@ def test_what_is_asked_for_is_the_same_bits_as_the_full_heads(runtimes, wishes, 
         np.testing.assert_allclose(output.reductions.log_sums, definition.log_sums, rtol=1e-6, atol=1e-5)
 
 
+@settings(max_examples=40, deadline=None, suppress_health_check=SLOW_FIXTURES)
+@given(st.lists(SLICE.filter(len), min_size=1, max_size=BUCKET))
+def test_restricted_rows_alone_are_the_same_bits_too(runtimes, slices):
+    for runtime in runtimes:
+        every = runtime.run(asked(len(slices)))
+        output = runtime.step(asked(len(slices), **allowed_tokens(*slices)))
+        expected = [every[row, tokens] for row, tokens in enumerate(slices)]
+        assert np.array_equal(output.allowed_logits, np.concatenate(expected))
+        assert output.logits.shape == (0, VOCAB_SIZE)
+
+
 def test_native_is_the_vms(stored, runtimes):
     program = build_program(stored.shape, recipe(3))
     everything = list(range(VOCAB_SIZE))

@@ -48,7 +48,7 @@ inline void span_stats(const float* logits, int count, int first, bool needs_log
 
 template <int kVocab, int kSpan>
 struct PutLogits {
-    static constexpr int kColumns = mk::kGroup;
+    static constexpr int kColumns = mk::kGroup, kNumGroups = mk::divide_up(kVocab, mk::kGroup);
     const Step& step;
     int r0;
 
@@ -79,19 +79,36 @@ struct PutLogits {
     }
 };
 
-// Calls visit(group, next group or -1, first wish, end of wishes) for the groups of columns [n0, n1) that any
-// restricted row wants.
-template <class Visit>
-inline void for_each_wanted_group(const Step& step, int n0, int n1, Visit visit) {
-    const std::vector<int32_t>& starts = step.head.group_starts;
-    const auto find = [&](int group) {
-        while (group < n1 / mk::kGroup && starts[group] == starts[group + 1]) group++;
-        return group < n1 / mk::kGroup ? group : -1;
+// Of HeadRows::wanted_groups.
+struct WantedRange {
+    int first, end;
+};
+
+// Those in columns [n0, n1).
+inline WantedRange wanted_in(const HeadRows& head, int n0, int n1) {
+    const std::vector<int32_t>& groups = head.wanted_groups;
+    const auto place = [&](int n) {
+        return static_cast<int>(std::lower_bound(groups.begin(), groups.end(), n / mk::kGroup) - groups.begin());
     };
-    for (int group = find(n0 / mk::kGroup), next; group >= 0; group = next) {
-        next = find(group + 1);
-        visit(group, next, starts[group], starts[group + 1]);
-    }
+    return {place(n0), place(n1)};
+}
+
+// As large a share of all of them as columns [n0, n1) are of `num_groups` groups: frequent tokens have low ids, so
+// that the worker with the lowest columns would have most of the work.
+inline WantedRange wanted_share(const HeadRows& head, int n0, int n1, int num_groups) {
+    const auto place = [&](int n) {
+        return static_cast<int>(int64_t{n / mk::kGroup} * static_cast<int64_t>(head.wanted_groups.size()) / num_groups);
+    };
+    return {place(n0), place(n1)};
+}
+
+// Which an instruction over columns [n0, n1) computes. Where full rows run too it has just read the weights of its
+// own columns, and a K-tile's sums are read by whoever has the columns.
+template <class Sink>
+inline WantedRange wanted_of(const HeadRows& head, int n0, int n1) {
+    if constexpr (requires { Sink::kNumGroups; })
+        if (head.num_full == 0) return wanted_share(head, n0, n1, Sink::kNumGroups);
+    return wanted_in(head, n0, n1);
 }
 
 // How many of the wishes from `at` on a kernel can take at once: 8, 4, 2 or 1 consecutive rows of one panel.
@@ -113,25 +130,29 @@ inline void put_wish(const Sink& sink, const Wish& wish, int n, int r, const flo
         sink(n, r, std::integral_constant<int, 1>{}, tile);
 }
 
-// What restricted rows among logit rows [r0, r1) want of columns [n0, n1): a group's weights once for all of
-// them, the next wanted group's on their way meanwhile.
+// What restricted rows among logit rows [r0, r1) want, as much of it as falls to columns [n0, n1): a group's
+// weights once for all of them, the next wanted group's on their way meanwhile.
 template <mk::Format F, int K, int K0, int K1, class Sink>
 inline void restricted_linear(const Step& step, const uint8_t* packed, int n0, int n1, int r0, int r1,
                               mk::Input<F> x, const Sink& sink) {
-    const std::vector<Wish>& wishes = step.head.wishes;
-    for_each_wanted_group(step, n0, n1, [&](int group, int next, int at, int end) {
-        const uint8_t* upcoming = packed + std::max(next, 0) * mk::group_bytes(F, K);
+    const HeadRows& head = step.head;
+    const std::vector<Wish>& wishes = head.wishes;
+    const WantedRange wanted = wanted_of<Sink>(head, n0, n1);
+    for (int i = wanted.first; i < wanted.end; i++) {
+        const bool is_last = i + 1 == static_cast<int>(head.wanted_groups.size());
+        const uint8_t* upcoming = packed + (is_last ? 0 : head.wanted_groups[i + 1]) * mk::group_bytes(F, K);
         mk::Stream next_group(upcoming + mk::group_bytes(F, K) * K0 / K, upcoming + mk::group_bytes(F, K), upcoming);
-        mk::Stream* stream = next < 0 ? nullptr : &next_group;
+        mk::Stream* stream = is_last ? nullptr : &next_group;
+        const int n = head.wanted_groups[i] * mk::kGroup, end = head.wish_starts[i + 1];
+        int at = head.wish_starts[i];
         while (at < end && wishes[at].logit_row < r0) at++;
         while (at < end && wishes[at].logit_row < r1) {
             const int r = wishes[at].logit_row - r0, count = rows_at_once(wishes, at, end, r0, r1);
             const auto put = [&](int n, int, auto num_rows, const float* tile) {
-                for (int i = 0; i < num_rows(); i++)
-                    put_wish(sink, wishes[at + i], n, r + i, tile + i * mk::kGroup);
+                for (int j = 0; j < num_rows(); j++)
+                    put_wish(sink, wishes[at + j], n, r + j, tile + j * mk::kGroup);
             };
             const auto run = [&](auto num_rows) {
-                const int n = group * mk::kGroup;
                 mk::detail::row_group<F, K, mk::kGroup, K0, K1, num_rows()>(packed, n, x, r, stream, put);
             };
             switch (count) {
@@ -143,7 +164,7 @@ inline void restricted_linear(const Step& step, const uint8_t* packed, int n0, i
             at += count;
             stream = nullptr;
         }
-    });
+    }
 }
 
 }  // namespace headrace

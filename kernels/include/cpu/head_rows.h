@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
+#include <utility>
 #include <vector>
 
 #include "cpu/packed.h"
@@ -40,8 +41,9 @@ struct Wish {
 struct HeadRows {
     std::vector<LogitRow> rows;  // the full ones, then the restricted ones
     int num_full = 0;
-    // By group of columns: wishes [group_starts[g], group_starts[g + 1]) of restricted rows, rows ascending.
-    std::vector<int32_t> group_starts;
+    // Groups of columns that restricted rows want, ascending: wishes [wish_starts[i], wish_starts[i + 1]) are those
+    // of wanted_groups[i], rows ascending.
+    std::vector<int32_t> wanted_groups, wish_starts;
     std::vector<Wish> wishes;
     std::vector<int32_t> reduced;  // logit rows that need the best, in order of the step's rows
     std::vector<Wish> gathered;    // allowed tokens of full rows
@@ -68,6 +70,8 @@ class HeadReader {
         head_.input = input;
         if (const char* problem = check_starts(num_rows)) return problem;
         head_.rows.clear();
+        head_.wanted_groups.clear();
+        head_.wish_starts.clear();
         head_.wishes.clear();
         head_.reduced.clear();
         head_.gathered.clear();
@@ -144,11 +148,18 @@ class HeadReader {
     // A counting sort: rows come ascending, so they stay so within a group.
     void sort_by_group() {
         const int num_groups = static_cast<int>(mk::divide_up(vocab_size_, mk::kGroup));
-        head_.group_starts.assign(num_groups + 2, 0);
-        for_each_wish([&](int group, Wish) { head_.group_starts[group + 2]++; });
-        for (int group = 2; group < num_groups + 2; group++) head_.group_starts[group] += head_.group_starts[group - 1];
-        head_.wishes.resize(head_.group_starts[num_groups + 1]);
-        for_each_wish([&](int group, Wish wish) { head_.wishes[head_.group_starts[group + 1]++] = wish; });
+        places_.assign(num_groups, 0);
+        for_each_wish([&](int group, Wish) { places_[group]++; });
+        int32_t num_wishes = 0;
+        for (int group = 0; group < num_groups; group++) {
+            if (places_[group] == 0) continue;
+            head_.wanted_groups.push_back(group);
+            head_.wish_starts.push_back(num_wishes);
+            num_wishes += std::exchange(places_[group], num_wishes);
+        }
+        head_.wish_starts.push_back(num_wishes);
+        head_.wishes.resize(num_wishes);
+        for_each_wish([&](int group, Wish wish) { head_.wishes[places_[group]++] = wish; });
         for (const Wish& row : restricted_) head_.rows.push_back({row.logit_row, nullptr, nullptr});
     }
 
@@ -168,6 +179,7 @@ class HeadReader {
     float *const logits_, *const stats_;
     HeadRows& head_;
     std::vector<Wish> restricted_;  // with the step's row in place of a logit row
+    std::vector<int32_t> places_;   // by group: how many wishes, then where the next goes
     char problem_[kErrorBytes] = "";
 };
 

@@ -264,17 +264,19 @@ __attribute__((noinline)) void reduce(const Step& step, Floats2d parts, int num_
             sink(n, r, std::integral_constant<int, 1>{}, static_cast<const float*>(tile));
         }
     if constexpr (requires { sink.put_stats(n0, n1, rows); }) sink.put_stats(n0, n1, rows);
-    if constexpr (std::is_same_v<Rows, Wanted>)
-        if (rows_in<Rows>(step, r0, r1) > rows)
-            for_each_wanted_group(step, n0, n1, [&](int group, int, int first, int end) {
-                for (int at = first; at < end; at++) {
-                    const Wish& wish = step.head.wishes[at];
-                    if (wish.logit_row < r0 || wish.logit_row >= r1) continue;
-                    const int n = group * mk::kGroup;
-                    sum_parts<mk::kGroup>(parts.row(step, wish.logit_row) + n, num_parts, out_columns, tile);
-                    sink.put_allowed(wish, n, tile);
-                }
-            });
+    if constexpr (std::is_same_v<Rows, Wanted>) {
+        if (rows_in<Rows>(step, r0, r1) == rows) return;
+        const HeadRows& head = step.head;
+        const WantedRange wanted = wanted_in(head, n0, n1);
+        for (int i = wanted.first; i < wanted.end; i++)
+            for (int at = head.wish_starts[i]; at < head.wish_starts[i + 1]; at++) {
+                const Wish& wish = head.wishes[at];
+                if (wish.logit_row < r0 || wish.logit_row >= r1) continue;
+                const int n = head.wanted_groups[i] * mk::kGroup;
+                sum_parts<mk::kGroup>(parts.row(step, wish.logit_row) + n, num_parts, out_columns, tile);
+                sink.put_allowed(wish, n, tile);
+            }
+    }
 }
 
 // Weight k of output row `row`, exactly as the format defines it.
