@@ -56,8 +56,9 @@ class RouterConfig(Section, frozen=True, kw_only=True):
 
 
 class PrefillConfig(Section, frozen=True, kw_only=True):
-    engine: Literal["auto", "megakernel", "torch"] = "auto"
-    """`auto`: the megakernel where it decodes on the CPU too, else PyTorch."""
+    engine: Literal["auto", "megakernel", "tensorrt", "torch"] = "auto"
+    """`tensorrt` is TensorRT-LLM. `auto`: that where it is installed, there is a GPU, and the model is a
+    Hugging Face folder; else the megakernel where it decodes on the CPU too, else PyTorch."""
     num_replicas: Annotated[int, Meta(ge=0)] = 1
     num_threads: Positive | None = None
     """None: all cores of the machine."""
@@ -65,6 +66,10 @@ class PrefillConfig(Section, frozen=True, kw_only=True):
     """None: chosen from the model and the memory at hand."""
     max_tokens_per_step: Positive = 256
     max_queued_requests: Positive = 256
+    tensor_parallel_size: Positive = 1
+    """GPUs of one TensorRT-LLM engine; other engines have one."""
+    staging_mb: Positive = 256
+    """Host memory that TensorRT-LLM's KV passes through, pinned: as much as hand-offs under way hold."""
 
 
 class DecodeConfig(Section, frozen=True, kw_only=True):

@@ -9,6 +9,7 @@ from cluster.config import HeadraceConfig
 from headrace.execution import Execution, Facts, Obstacle, choose, kv_format_of
 from headrace.gpu import GpuUnusableError, gpu_machine, gpu_obstacle
 from headrace.host import has_cuda, num_cores
+from headrace.tensorrt import tensorrt_obstacle
 from megakernel.artifact import Progress
 from megakernel.artifact_folder import Artifact, Wanted, open_artifact
 from megakernel.build import BuildError, find_compiler
@@ -55,6 +56,7 @@ def facts_of(config: HeadraceConfig, fingerprint: str) -> Facts:
         has_cuda=has_cuda(),
         obstacle=_compiler_obstacle(config, fingerprint),
         gpu_obstacle=gpu_obstacle() if may_use_gpu else None,
+        tensorrt_obstacle=tensorrt_obstacle(config.model.source),
     )
 
 

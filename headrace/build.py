@@ -33,6 +33,11 @@ from megakernel.schedule_error import ScheduleError
 from prefill_workers.engine import PrefillEngine
 from prefill_workers.worker import PrefillWorker
 
+_MAX_RUNNING = 64
+"""Prompts that TensorRT-LLM computes at once, at most."""
+_START_TIMEOUT_S = 60.0
+"""For its ranks to load the connector, once the engine says that it has started."""
+
 
 class BuiltPrefill(msgspec.Struct, frozen=True):
     worker: PrefillWorker
@@ -92,6 +97,8 @@ def _drafter(config: DecodeConfig) -> Drafter | None:
 
 
 def _engine(config: HeadraceConfig, served: ServedModel, artifact: str | None) -> PrefillEngine:
+    if config.prefill.engine == "tensorrt":
+        return _tensorrt_engine(config, served)
     num_blocks = _num_blocks(config.prefill.kv_pool_tokens, config.decode.block_size_tokens)
     if config.prefill.engine == "megakernel":
         from prefill_workers.megakernel_engine import MegaKernelPrefillEngine
@@ -119,6 +126,38 @@ def _engine(config: HeadraceConfig, served: ServedModel, artifact: str | None) -
         device=_device(torch.cuda.is_available()),
         kv_dtype=kv_format_of(config),
     )
+
+
+def _tensorrt_engine(config: HeadraceConfig, served: ServedModel) -> PrefillEngine:
+    """Its ranks open the weights; only their shape is read here."""
+    from prefill_workers.trtllm_engine import BLOCK_TOKENS, TensorRtLlmSettings, start_engine
+
+    shape = _opened(config, served).weights.shape
+    layout = KvLayout(
+        model_fingerprint=served.card.fingerprint,
+        num_layers=shape.num_layers,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        dtype=kv_format_of(config),
+        block_size_tokens=BLOCK_TOKENS,
+    )
+    prefill = config.prefill
+    settings = TensorRtLlmSettings(
+        model=config.model.source,
+        tensor_parallel_size=prefill.tensor_parallel_size,
+        max_tokens_per_step=prefill.max_tokens_per_step,
+        max_context_tokens=served.card.max_context_tokens,
+        max_running=_MAX_RUNNING,
+        staging_bytes=prefill.staging_mb << 20,
+        lease_s=_lease_s(config),
+        start_timeout_s=_START_TIMEOUT_S,
+    )
+    return start_engine(settings, layout, _num_blocks(prefill.kv_pool_tokens, BLOCK_TOKENS))
+
+
+def _lease_s(config: HeadraceConfig) -> float:
+    """Longer than a hand-off takes that ends: then blocks are let go by whom it ends."""
+    return config.decode.stall_timeout_s + config.decode.handoff_timeout_s + config.transfer.timeout_s
 
 
 def _executor(config: HeadraceConfig, served: ServedModel, artifact: str | None) -> StepExecutor:

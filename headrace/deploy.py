@@ -43,16 +43,16 @@ def application(workload: Workload) -> serve.Application:
     config = workload.config
     common = (config, workload.served, workload.redis_url)
     gpus = workload.gpus_per_worker
-    roles: list[tuple[type, str, int, str | None]] = [
-        (DecodeReplica, "DecodeWorker", config.decode.num_replicas, workload.artifacts.decode)
+    decode, prefill, artifacts = config.decode, config.prefill, workload.artifacts
+    roles: list[tuple[type, str, int, float, str | None]] = [
+        (DecodeReplica, "DecodeWorker", decode.num_replicas, gpus, artifacts.decode)
     ]
-    if config.prefill.num_replicas:
-        roles.append(
-            (PrefillReplica, "PrefillWorker", config.prefill.num_replicas, workload.artifacts.prefill)
-        )
+    if prefill.num_replicas:
+        prefill_gpus = gpus * prefill.tensor_parallel_size
+        roles.append((PrefillReplica, "PrefillWorker", prefill.num_replicas, prefill_gpus, artifacts.prefill))
     workers = [
-        _deployment(replica, name, num_replicas, gpus).bind(*common, workload.worker_host, artifact)
-        for replica, name, num_replicas, artifact in roles
+        _deployment(replica, name, num_replicas, num_gpus).bind(*common, workload.worker_host, artifact)
+        for replica, name, num_replicas, num_gpus, artifact in roles
     ]
     bound = _ABOVE_OUR_BOUND * config.router.max_inflight_requests
     router = _deployment(serve.ingress()(RouterReplica), "Router", config.router.num_replicas)

@@ -33,6 +33,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """To the megakernel on the CPU. None as far as is known: building the artifact may show one."""
     gpu_obstacle: Obstacle | None
     """To the megakernel on a GPU, likewise."""
+    tensorrt_obstacle: Obstacle | None
+    """To TensorRT-LLM, but for a GPU."""
 
 
 class Execution(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,7 +59,7 @@ class Execution(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def choose(config: HeadraceConfig, facts: Facts) -> Execution:
-    """Raises ExecutionError where the megakernel is asked for by name and cannot run."""
+    """Raises ExecutionError where the megakernel or TensorRT-LLM is asked for by name and cannot run."""
     obstacle = _block_obstacle(config) or facts.obstacle
     gpu_obstacle = _kv_obstacle(config) or facts.gpu_obstacle
     executor, engine = config.decode.executor, config.prefill.engine
@@ -65,6 +67,7 @@ def choose(config: HeadraceConfig, facts: Facts) -> Execution:
         ("decode.executor", executor, "megakernel", obstacle),
         ("decode.executor", executor, "megakernel-cuda", gpu_obstacle),
         ("prefill.engine", engine, "megakernel", obstacle),
+        ("prefill.engine", engine, "tensorrt", facts.tensorrt_obstacle),
     ):
         if value == wanted and found is not None:
             raise ExecutionError(
@@ -79,8 +82,15 @@ def choose(config: HeadraceConfig, facts: Facts) -> Execution:
         else:
             told = gpu_obstacle if facts.has_cuda else obstacle
             executor = "megakernel" if told is None else "torch"
-    if engine == "auto":
+    if engine == "auto" and facts.has_cuda and facts.tensorrt_obstacle is None:
+        engine = "tensorrt"
+    elif engine == "auto":
         engine = "megakernel" if executor == "megakernel" else "torch"
+    if engine != "tensorrt" and config.prefill.tensor_parallel_size > 1:
+        raise ExecutionError(
+            f"`prefill.tensor_parallel_size` is {config.prefill.tensor_parallel_size}, and prefill runs in "
+            f"{engine}, on one device. Fix: leave it out, or set `prefill.engine` to tensorrt"
+        )
     dtype = config.model.kv_dtype
     if dtype == "auto":
         dtype = "float16" if executor in ("megakernel", "megakernel-cuda") else "float32"

@@ -161,6 +161,9 @@ class ChunkedPrefillEngine:
         if running is not None:
             self._pool.release(running.block_ids)
 
+    def close(self) -> None:
+        """There is nothing beside it."""
+
     def _compute(self, scheduled: list[tuple[_Running, Chunk]]) -> None:
         def export(layer: int) -> None:
             for running, chunk in scheduled:

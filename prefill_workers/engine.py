@@ -64,3 +64,7 @@ class PrefillEngine(Protocol):
 
     @property
     def free_kv_tokens(self) -> int: ...
+
+    def close(self) -> None:
+        """End what it has beside this thread. Nothing is called behind it."""
+        ...

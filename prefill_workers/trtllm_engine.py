@@ -15,6 +15,8 @@ from tensorrt_llm.llmapi import KvCacheConfig, KvCacheConnectorConfig
 from cluster.kv_layout import KvLayout
 from prefill_workers.export_engine import ExportEngine, Submission
 
+BLOCK_TOKENS = 32
+"""Of its pool."""
 _CONNECTOR = KvCacheConnectorConfig(
     connector_module="prefill_workers.trtllm_connector",
     connector_scheduler_class="ExportScheduler",

@@ -59,6 +59,7 @@ class PrefillWorker:
         self._transport: GrpcKvTransport | None = None
         self._prefill: PrefillServicer | None = None
         self._is_stopping = False
+        self._is_engine_closed = False
         self._health = health.aio.HealthServicer()
         self._health_task: asyncio.Task[None] | None = None
 
@@ -101,12 +102,19 @@ class PrefillWorker:
             await self._prefill.stop(grace_s)
         if not await asyncio.to_thread(self._loop.stop, self._stall_timeout_s):
             logger.error("the prefill engine is stuck in a step; its thread is left behind")
+        else:
+            await asyncio.to_thread(self._close_engine)
         if self._prefill is not None:
             await self._prefill.stop(CLEANUP_TIMEOUT_S)
         if self._server is not None:
             await self._server.stop(CLEANUP_TIMEOUT_S)
         if self._transport is not None:
             await self._transport.close()
+
+    def _close_engine(self) -> None:
+        if not self._is_engine_closed:
+            self._is_engine_closed = True
+            self._engine.close()
 
     def status(self) -> WorkerStatus:
         load = self._loop.load()

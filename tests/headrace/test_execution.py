@@ -4,12 +4,19 @@ from cluster.config import config_from_mapping
 from headrace.execution import ExecutionError, Facts, Obstacle, choose, summary
 
 NO_COMPILER = Obstacle("no C++ compiler", "install g++")
+NO_TENSORRT = Obstacle("tensorrt_llm is not installed", "install it")
 NO_GPU = Obstacle("there is no NVIDIA GPU", "none on this machine")
+TENSORRT = {"tensorrt_obstacle": None}
 A_GPU = {"has_cuda": True, "gpu_obstacle": None}
 
 
-def chosen(config=None, *, has_cuda=False, obstacle=None, gpu_obstacle=NO_GPU):
-    facts = Facts(has_cuda=has_cuda, obstacle=obstacle, gpu_obstacle=gpu_obstacle)
+def chosen(config=None, *, has_cuda=False, obstacle=None, gpu_obstacle=NO_GPU, tensorrt_obstacle=NO_TENSORRT):
+    facts = Facts(
+        has_cuda=has_cuda,
+        obstacle=obstacle,
+        gpu_obstacle=gpu_obstacle,
+        tensorrt_obstacle=tensorrt_obstacle,
+    )
     return choose(config_from_mapping(config or {}), facts)
 
 
@@ -60,6 +67,14 @@ def chosen(config=None, *, has_cuda=False, obstacle=None, gpu_obstacle=NO_GPU):
         ({"decode": {"executor": "megakernel"}}, A_GPU, "decode megakernel, prefill megakernel, KV float16"),
         ({"decode": {"executor": "torch"}}, A_GPU, "decode torch, prefill torch, KV float32"),
         ({"model": {"kv_dtype": "float32"}}, A_GPU, "decode torch, prefill torch, KV float32"),
+        ({}, A_GPU | TENSORRT, "decode megakernel-cuda, prefill tensorrt, KV float16"),
+        (
+            {"prefill": {"engine": "torch"}},
+            A_GPU | TENSORRT,
+            "decode megakernel-cuda, prefill torch, KV float16",
+        ),
+        ({}, TENSORRT, "decode megakernel, prefill megakernel, KV float16"),
+        ({"prefill": {"engine": "tensorrt"}}, TENSORRT, "decode megakernel, prefill tensorrt, KV float16"),
         ({"model": {"artifact": "/a"}}, A_GPU, "decode torch, prefill torch, KV float32"),
         (
             {"model": {"artifact": "/a"}},
@@ -70,6 +85,13 @@ def chosen(config=None, *, has_cuda=False, obstacle=None, gpu_obstacle=NO_GPU):
 )
 def test_choices(config, facts, expected):
     assert summary(chosen(config, **facts).config) == expected
+
+
+def test_tensor_parallel_prefill_is_tensorrts_alone():
+    config = {"prefill": {"tensor_parallel_size": 2}}
+    with pytest.raises(ExecutionError, match="runs in megakernel, on one device"):
+        chosen(config)
+    assert chosen(config, **A_GPU, **TENSORRT).config.prefill.tensor_parallel_size == 2
 
 
 def test_nothing_is_left_to_be_chosen():

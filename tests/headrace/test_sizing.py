@@ -73,6 +73,13 @@ def test_gpus_are_shared_evenly(num_gpus, replicas, expected):
     assert gpus_per_worker(num_gpus, config) * (replicas + 1) <= num_gpus
 
 
+def test_every_rank_has_a_gpu_of_its_own():
+    config = config_from_mapping({"prefill": {"tensor_parallel_size": 2}})
+    assert gpus_per_worker(3, config) == 1.0
+    with pytest.raises(SizingError, match="need 3 GPUs, and there are 2"):
+        gpus_per_worker(2, config)
+
+
 @given(
     memory_mib=st.integers(256, 2**20),
     bytes_per_token=st.integers(1024, 2**20),

@@ -57,6 +57,8 @@ class KvEngine:
     def layout(self) -> KvLayout:
         return LAYOUT
 
+    def close(self) -> None: ...
+
     @property
     def free_kv_tokens(self) -> int:
         held = sum(len(running.job.token_ids) for running in self.jobs.values())
