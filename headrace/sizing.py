@@ -24,17 +24,17 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
 
 def gpus_per_worker(num_gpus: float, config: HeadraceConfig) -> float:
     """A whole one each where there are enough, else equal shares, in thousandths; every rank of a
-    tensor-parallel engine counts as a worker. Raises SizingError where such an engine would have to share."""
+    tensor-parallel engine counts as a worker. Raises SizingError where such a rank would have to share."""
     num_workers = (
         config.decode.num_replicas + config.prefill.num_replicas * config.prefill.tensor_parallel_size
     )
     if num_gpus >= num_workers:
         return 1.0
-    if config.prefill.tensor_parallel_size > 1:
+    if num_gpus and config.prefill.tensor_parallel_size > 1:
         raise SizingError(
             f"decode and prefill workers with `prefill.tensor_parallel_size` "
-            f"{config.prefill.tensor_parallel_size} need {num_workers} GPUs, and there are {num_gpus:g}; lower "
-            "it, or the numbers of replicas"
+            f"{config.prefill.tensor_parallel_size} need {num_workers} GPUs, and there are {num_gpus:g}; "
+            "lower it, or the numbers of replicas"
         )
     return int(1000 * num_gpus / num_workers) / 1000
 
