@@ -2,14 +2,14 @@
 
 What a hand-off holds, and until when:
 
-    its blocks, on every rank      until the worker says Settled, or its lease is over
+    its blocks, on every rank      until its request ends: the next forward pass waits for what is read of them
     its region of staging memory   until every rank said Released: a copy may be under way when it is settled
 
 `release` says Settled: behind the decode worker's acknowledgement, a failure or a cancel, however it ended.
+Where no word comes, a rank settles an export itself once its lease is over.
 """
 
 import itertools
-import os
 import queue
 import tempfile
 import time
@@ -25,11 +25,12 @@ from cluster.transfer import KvChunk
 from prefill_workers.engine import ExportChunk, PrefillDone, PrefillFailed, PrefillJob
 from prefill_workers.layer_copies import piece_offset
 from prefill_workers.rank_channel import (
-    EXPORT_VARIABLE,
+    ChannelError,
     Export,
     ExportFailed,
     ExportSettings,
     FromRank,
+    Hello,
     LayerReady,
     Opened,
     RankHub,
@@ -69,8 +70,8 @@ class Submitter(Protocol):
     def shutdown(self) -> None: ...
 
 
-StartSubmitter = Callable[[], Submitter]
-"""Called once the ranks' surroundings are set up: they connect while it runs."""
+StartSubmitter = Callable[[ExportSettings], Submitter]
+"""Hands the settings on to the ranks, which connect while it runs."""
 
 
 class _Job(msgspec.Struct, eq=False):
@@ -128,17 +129,18 @@ class ExportEngine:
         settings = ExportSettings(
             socket_path=socket_path,
             staging_path=self._arena.path,
+            num_ranks=num_ranks,
             num_layers=layout.num_layers,
             num_kv_heads=layout.num_kv_heads,
             head_dim=layout.head_dim,
             tokens_per_block=layout.block_size_tokens,
             wire_dtype=layout.dtype,
         )
-        os.environ[EXPORT_VARIABLE] = msgspec.json.encode(settings).decode()
         self._submitter: Submitter | None = None
         try:
-            self._submitter = start()
+            self._submitter = start(settings)
             workers = self._hub.wait_for(num_ranks, start_timeout_s)
+            self._check_pools(workers)
         except BaseException:
             self.close()
             raise
@@ -211,7 +213,16 @@ class ExportEngine:
         self._hub.close()
         self._arena.close()
         self._folder.cleanup()
-        os.environ.pop(EXPORT_VARIABLE, None)
+
+    def _check_pools(self, workers: list[Hello]) -> None:
+        """An engine takes less than it was asked for where memory is short: a long prompt would never run."""
+        smallest = min(workers, key=lambda hello: hello.num_blocks)
+        if smallest.num_blocks < self._num_blocks:
+            size = self._layout.block_size_tokens
+            raise ChannelError(
+                f"rank {smallest.rank} has KV blocks for {smallest.num_blocks * size} tokens, and "
+                f"{self._num_blocks * size} were asked for: lower prefill.kv_pool_tokens, or free GPU memory"
+            )
 
     def _num_bytes(self, job: PrefillJob) -> int:
         return (len(job.token_ids) - job.first_token) * self._layout.bytes_per_token

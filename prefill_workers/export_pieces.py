@@ -48,6 +48,7 @@ class ExportPieces:
 
     def begin(self, request_id: int, number: int) -> None:
         """A request that carries the number of an export; others have none, and none of their KV is sent."""
+        self._forget_settled()
         export = self._find_export(number)
         if export is not None:
             self._requests[request_id] = _Request(number=number, num_exported=export.first_token)
@@ -55,10 +56,14 @@ class ExportPieces:
     def step(self, scheduled: list[ScheduledRequest]) -> list[Piece]:
         return [piece for request in scheduled if (piece := self._piece(request)) is not None]
 
-    def end(self, request_id: int) -> bool:
-        """Whether the request's blocks must stay: its export is still under way."""
-        request = self._requests.pop(request_id, None)
-        return request is not None and self._find_export(request.number) is not None
+    def end(self, request_id: int) -> None:
+        self._requests.pop(request_id, None)
+
+    def _forget_settled(self) -> None:
+        """Of a request that was cancelled or failed, not every version of TensorRT-LLM tells the end."""
+        for request_id, request in list(self._requests.items()):
+            if self._find_export(request.number) is None:
+                del self._requests[request_id]
 
     def _piece(self, scheduled: ScheduledRequest) -> Piece | None:
         request = self._requests.get(scheduled.request_id)

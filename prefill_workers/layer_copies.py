@@ -1,8 +1,10 @@
 """Copies pieces of KV, layer by layer, from a rank's pool into the staging memory, and says what is there.
 
 A layer's hook is called when its work is enqueued, not when it is done: a copy waits for an event behind
-that work, on a stream of its own, so that the forward pass never waits for a copy. None begins for an export
-that is settled, and `Released` is told when none is under way: then its memory may have other uses.
+that work, on a stream of its own. A forward pass waits only, by `fence`, for the pool to be read as far as it
+was asked for: on a GPU that takes a gather within its memory, and then blocks may have another owner. None
+begins for an export that is settled, and `Released` is told when none is under way: then its region of the
+staging memory may have other uses.
 """
 
 import queue
@@ -19,14 +21,25 @@ from prefill_workers.pool_layout import RankPool, wire_dtype
 from prefill_workers.rank_channel import Export, ExportFailed, FromRank, LayerReady, Released
 
 
-class Event(Protocol):
-    def synchronize(self) -> None: ...
-
-
 class Stream(Protocol):
     """torch.cuda.Stream, as far as it is used of a forward pass's."""
 
     def record_event(self) -> Any: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+
+class _HostRead:
+    """An event of a copy that the host makes."""
+
+    def __init__(self) -> None:
+        self._has_happened = threading.Event()
+
+    def happen(self) -> None:
+        self._has_happened.set()
+
+    def synchronize(self) -> None:
+        self._has_happened.wait()
 
 
 Finish = Callable[[], None]
@@ -34,7 +47,7 @@ Finish = Callable[[], None]
 
 
 class LayerCopies:
-    """`enqueue` is called from the engine's thread, `settle` from any."""
+    """`enqueue` and `fence` are called from the engine's thread, `settle` from any."""
 
     def __init__(
         self,
@@ -55,6 +68,8 @@ class LayerCopies:
         self._side: Any = None
         if pool.device.type == "cuda":
             self._side = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
+        self._last_read: Any = None
+        """Event behind what was asked for of the pool since the last fence."""
         self._lock = threading.Lock()
         self._num_running: Counter[int] = Counter()
         self._settled: set[int] = set()
@@ -76,6 +91,12 @@ class LayerCopies:
             finish = _raiser(error)
         self._queue.put((piece, layer, finish))
 
+    def fence(self, stream: Stream) -> None:
+        """What comes next on `stream` may overwrite whatever was to be copied."""
+        if self._last_read is not None:
+            stream.wait_event(self._last_read)
+            self._last_read = None
+
     def settle(self, number: int) -> None:
         with self._lock:
             if self._num_running[number]:
@@ -83,10 +104,6 @@ class LayerCopies:
                 return
             del self._num_running[number]
         self._tell(Released(number, self._rank))
-
-    def is_running(self, number: int) -> bool:
-        with self._lock:
-            return self._num_running[number] > 0
 
     def close(self) -> None:
         self._queue.put(None)
@@ -96,10 +113,14 @@ class LayerCopies:
         own = self._pool.own_heads(self._wire(piece, layer, export))
         block_ids = torch.tensor(piece.block_ids)
         if self._side is None:
+            self._last_read = read = _HostRead()
 
             def copy() -> None:
-                computed.synchronize()
-                self._pool.read(layer, block_ids, piece.first_token, own)
+                try:
+                    computed.synchronize()
+                    self._pool.read(layer, block_ids, piece.first_token, own)
+                finally:
+                    read.happen()
 
             return copy
         return self._start_on_gpu(piece, layer, block_ids, own, computed)
@@ -113,6 +134,7 @@ class LayerCopies:
             on_device = torch.empty(own.shape, dtype=own.dtype, device=self._pool.device)
             ids = block_ids.pin_memory().to(self._pool.device, non_blocking=True)
             self._pool.read(layer, ids, piece.first_token, on_device)
+            self._last_read = self._side.record_event()
             # A strided destination would be copied in step with the host.
             landing = own if own.is_contiguous() else torch.empty(own.shape, dtype=own.dtype, pin_memory=True)
             landing.copy_(on_device, non_blocking=True)

@@ -1,8 +1,8 @@
 """What the prefill worker and the ranks of its TensorRT-LLM engine tell each other, by a Unix socket.
 
-The ranks are processes that TensorRT-LLM starts; they hear of the socket by an environment variable. Every
-message is one packet, so none comes in part. Where the worker dies, its ranks read an end of file, and let go
-of what they hold for it.
+The ranks are processes that TensorRT-LLM starts; they hear of the socket by the arguments that it hands to
+them. Every message is one packet, so none comes in part. Where the worker dies, its ranks read an end of file,
+and let go of what they hold for it.
 """
 
 import contextlib
@@ -11,38 +11,45 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import msgspec
 
 from cluster.kv_layout import KvDtype
 
-EXPORT_VARIABLE = "TRTLLM_HEADRACE_EXPORT"
-"""TensorRT-LLM hands on to its ranks what begins with TRTLLM."""
+_VARIABLE = "TRTLLM_HEADRACE_EXPORT"
 _MAX_MESSAGE_BYTES = 65536
 _SEND_TIMEOUT_S = 5.0
 _LEASE_PERIOD_S = 0.5
 
 
 class ExportSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """What a rank must know before its first request; JSON in EXPORT_VARIABLE."""
+    """What a rank must know before its first request.
+
+    It travels as one of the variables that an engine is given for its ranks' environment, and is read from the
+    engine's arguments: ranks are spawned with an environment that is older than this process's.
+    """
 
     socket_path: str
     staging_path: str
+    num_ranks: int
     num_layers: int
     num_kv_heads: int
     head_dim: int
     tokens_per_block: int
     wire_dtype: KvDtype
 
+    def to_variables(self) -> dict[str, str]:
+        return {_VARIABLE: msgspec.json.encode(self).decode()}
+
     @classmethod
-    def from_environment(cls) -> "ExportSettings":
+    def from_variables(cls, variables: Mapping[str, str] | None) -> "ExportSettings":
         """Raises ChannelError."""
-        text = os.environ.get(EXPORT_VARIABLE)
+        text = (variables or {}).get(_VARIABLE)
         if text is None:
             raise ChannelError(
-                f"{EXPORT_VARIABLE} is not set: this connector runs in an engine that a Headrace prefill "
-                "worker starts"
+                f"the engine's arguments have no {_VARIABLE}: this connector runs in an engine that a Headrace "
+                "prefill worker starts"
             )
         return msgspec.json.decode(text, type=cls)
 
@@ -64,11 +71,11 @@ class Export(msgspec.Struct, frozen=True, kw_only=True, tag="export"):
     offset: int
     """Of its region in the staging memory."""
     lease_s: float
-    """Blocks are let go after this long, whatever is heard."""
+    """Nothing is copied for it after this long, whatever is heard."""
 
 
 class Settled(msgspec.Struct, frozen=True, tag="settled"):
-    """To every rank: acknowledged, failed or cancelled. Blocks may go, and nothing more is written."""
+    """To every rank: acknowledged, failed or cancelled. Nothing more is written."""
 
     number: int
 
@@ -81,6 +88,8 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     """`worker` or `scheduler`."""
     is_exporting: bool = True
     """False: its heads are exported by another rank."""
+    num_blocks: int = 0
+    """Of a worker's pool."""
 
 
 class Started(msgspec.Struct, frozen=True, tag="started"):
@@ -109,7 +118,7 @@ class LayerReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
 
 
 class Released(msgspec.Struct, frozen=True, tag="released"):
-    """The rank holds no block for the export any more."""
+    """No copy of the rank's is under way for the export any more."""
 
     number: int
     rank: int

@@ -2,10 +2,14 @@
 
 TensorRT-LLM imports this module in the processes of its ranks, by `KvCacheConnectorConfig`. Rank 0 has the
 scheduler, which says each step what KV it brings; every rank has a worker, which copies its heads of that.
-With whom they talk, and where copies go, is in an environment variable (`rank_channel.py`).
+With whom they talk, and where copies go, is in the engine's arguments (`rank_channel.py`).
 
 A request is known by its sampling seed: the prefill worker's own number for its export, which exists before
-the request does. One token is sampled, and thrown away, so a seed has no other use.
+the request does. One token is sampled, greedily, and thrown away, so a seed has no other use.
+
+TensorRT-LLM is never asked to keep the blocks of a request that has ended: releases to 1.2 can pin the wrong
+block, or pin it for good, and later ones free those of a cancelled request without a word. A step waits instead
+until what earlier steps computed is read (`LayerCopies.fence`).
 """
 
 from typing import TYPE_CHECKING, Any
@@ -15,7 +19,7 @@ import torch
 from cluster.kv_layout import KvLayout
 from prefill_workers.export_pieces import ExportPieces, Piece
 from prefill_workers.layer_copies import LayerCopies
-from prefill_workers.pool_layout import RankPool, RankShard, rank_shard
+from prefill_workers.pool_layout import PoolLayoutError, RankPool, RankShard, rank_shard
 from prefill_workers.rank_channel import ExportSettings, Hello, RankClient, Started
 from prefill_workers.staging import open_staging
 
@@ -29,10 +33,10 @@ except ImportError:  # before it moved
         KvCacheConnectorScheduler,
         KvCacheConnectorWorker,
     )
-from tensorrt_llm._utils import mpi_rank, mpi_world_size
+from tensorrt_llm._utils import mpi_rank
 
 if TYPE_CHECKING:
-    from tensorrt_llm._torch.pyexecutor.llm_request import LlmRequest
+    from tensorrt_llm.bindings.internal.batch_manager import LlmRequest
 
 _LAYERWISE_TOKENS = 256
 """A shorter piece is copied behind its forward pass: less to launch between layers."""
@@ -44,7 +48,7 @@ class ExportScheduler(KvCacheConnectorScheduler):  # type: ignore[misc]
     def __init__(self, llm_args: Any) -> None:
         super().__init__(llm_args)
         hello = Hello(rank=mpi_rank(), role="scheduler")
-        self._client = RankClient(ExportSettings.from_environment(), hello)
+        self._client = RankClient(ExportSettings.from_variables(llm_args.env_overrides), hello)
         self._pieces = ExportPieces(self._client.export)
 
     def get_num_new_matched_tokens(self, request: "LlmRequest", num_computed_tokens: int) -> tuple[int, bool]:
@@ -62,7 +66,9 @@ class ExportScheduler(KvCacheConnectorScheduler):  # type: ignore[misc]
         return self._pieces.step([*scheduler_output.new_requests, *scheduler_output.cached_requests])
 
     def request_finished(self, request: "LlmRequest", cache_block_ids: list[int]) -> bool:  # noqa: ARG002
-        return self._pieces.end(request.request_id)
+        """Its blocks may go."""
+        self._pieces.end(request.request_id)
+        return False
 
 
 class ExportWorker(KvCacheConnectorWorker):  # type: ignore[misc]
@@ -70,16 +76,15 @@ class ExportWorker(KvCacheConnectorWorker):  # type: ignore[misc]
 
     def __init__(self, llm_args: Any) -> None:
         super().__init__(llm_args)
-        self._settings = ExportSettings.from_environment()
+        self._settings = ExportSettings.from_variables(llm_args.env_overrides)
         self._rank = mpi_rank()
-        self._shard: RankShard = rank_shard(self._rank, mpi_world_size(), self._settings.num_kv_heads)
+        self._shard: RankShard = rank_shard(
+            self._rank, self._settings.num_ranks, self._settings.num_kv_heads
+        )
         self._copies: LayerCopies | None = None
-        self._numbers: dict[int, int] = {}
-        """Of requests that pieces were seen of."""
-        self._saving: set[int] = set()
-        """Requests that have ended, and whose blocks the engine keeps for us."""
 
     def register_kv_caches(self, kv_cache_tensor: torch.Tensor) -> None:
+        """Raises PoolLayoutError, ChannelError, or OSError."""
         settings = self._settings
         pool = RankPool(
             kv_cache_tensor,
@@ -87,18 +92,26 @@ class ExportWorker(KvCacheConnectorWorker):  # type: ignore[misc]
             head_dim=settings.head_dim,
             tokens_per_block=settings.tokens_per_block,
         )
+        if pool.num_layers != settings.num_layers:
+            raise PoolLayoutError(f"the KV pool has {pool.num_layers} layers, the model {settings.num_layers}")
         staging = open_staging(settings.staging_path)
         if kv_cache_tensor.is_cuda:
             _pin(staging)
-        hello = Hello(rank=self._rank, role="worker", is_exporting=self._shard.is_exported)
+        hello = Hello(
+            rank=self._rank,
+            role="worker",
+            is_exporting=self._shard.is_exported,
+            num_blocks=kv_cache_tensor.shape[0],
+        )
         self._client = RankClient(settings, hello, on_settled=self._settle)
         self._copies = LayerCopies(
             pool, staging, _layout_of(settings), self._rank, self._client.export, self._client.tell
         )
 
-    def start_load_kv(self, stream: torch.cuda.Stream) -> None:  # noqa: ARG002
-        for piece in self._pieces:
-            self._numbers[piece.request_id] = piece.number
+    def start_load_kv(self, stream: torch.cuda.Stream) -> None:
+        """Nothing is loaded. Blocks that earlier steps filled may have other owners in this one."""
+        if self._copies is not None:
+            self._copies.fence(stream)
 
     def wait_for_layer_load(self, layer_idx: int, stream: torch.cuda.Stream) -> None:
         """Nothing is loaded."""
@@ -109,7 +122,7 @@ class ExportWorker(KvCacheConnectorWorker):  # type: ignore[misc]
                 self._export(piece, layer_idx, stream)
 
     def wait_for_save(self, stream: torch.cuda.Stream) -> None:
-        """Copies go on behind it: their blocks are kept until `get_finished` says otherwise."""
+        """Copies go on behind it."""
         for piece in self._pieces:
             if not _is_layerwise(piece):
                 for layer in range(self._settings.num_layers):
@@ -117,15 +130,11 @@ class ExportWorker(KvCacheConnectorWorker):  # type: ignore[misc]
 
     def get_finished(
         self,
-        finished_gen_req_ids: list[int],
+        finished_gen_req_ids: list[int],  # noqa: ARG002
         started_loading_req_ids: list[int],  # noqa: ARG002
     ) -> tuple[list[int], list[int]]:
-        self._saving.update(finished_gen_req_ids)
-        done = [request_id for request_id in self._saving if self._is_released(request_id)]
-        self._saving.difference_update(done)
-        for request_id in done:
-            self._numbers.pop(request_id, None)
-        return done, []
+        """Nothing that TensorRT-LLM waits for."""
+        return [], []
 
     @property
     def _pieces(self) -> list[Piece]:
@@ -139,12 +148,6 @@ class ExportWorker(KvCacheConnectorWorker):  # type: ignore[misc]
     def _settle(self, number: int) -> None:
         if self._copies is not None:
             self._copies.settle(number)
-
-    def _is_released(self, request_id: int) -> bool:
-        number = self._numbers.get(request_id)
-        if number is None or self._copies is None:
-            return True
-        return self._client.export(number) is None and not self._copies.is_running(number)
 
 
 def _export_number(request: "LlmRequest") -> int | None:

@@ -1,19 +1,26 @@
 """Starts TensorRT-LLM as a prefill engine: its arguments, its requests, its errors.
 
 Beside the connector this is the only module that imports `tensorrt_llm`, and neither is imported where
-another engine is chosen. What the interface is, and of which versions it was read: docs/tensorrt-llm.md.
+another engine is chosen. What of its interface is used, and of which versions it was read, is in
+trtllm_signatures.toml; docs/tensorrt-llm.md has the rest.
 """
 
-import queue
-from collections.abc import Sequence
-from typing import Any
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 import msgspec
 from tensorrt_llm import LLM, SamplingParams
+from tensorrt_llm._utils import mpi_disabled
 from tensorrt_llm.llmapi import KvCacheConfig, KvCacheConnectorConfig
 
 from cluster.kv_layout import KvLayout
 from prefill_workers.export_engine import ExportEngine, Submission
+from prefill_workers.rank_channel import ChannelError, ExportSettings
+
+_T = TypeVar("_T")
 
 BLOCK_TOKENS = 32
 """Of its pool."""
@@ -41,8 +48,13 @@ class TensorRtLlmSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 def start_engine(settings: TensorRtLlmSettings, layout: KvLayout, num_blocks: int) -> ExportEngine:
     """`layout.block_size_tokens` is the pool's. Raises ChannelError, or what TensorRT-LLM raises."""
+    if mpi_disabled():
+        raise ChannelError(
+            "with TLLM_DISABLE_MPI=1 TensorRT-LLM starts its ranks without MPI, and then none but rank 0 hears "
+            "what its connector plans: unset it"
+        )
 
-    def start() -> _Submitter:
+    def start(export: ExportSettings) -> _Submitter:
         return _Submitter(
             LLM(
                 model=settings.model,
@@ -67,6 +79,7 @@ def start_engine(settings: TensorRtLlmSettings, layout: KvLayout, num_blocks: in
                     dtype=settings.kv_dtype,
                 ),
                 kv_connector_config=_CONNECTOR,
+                env_overrides=export.to_variables(),
             )
         )
 
@@ -82,32 +95,70 @@ def start_engine(settings: TensorRtLlmSettings, layout: KvLayout, num_blocks: in
 
 
 class _Submitter:
+    """Requests are made and awaited in an event loop: `result(timeout)` of an output waits without one."""
+
     def __init__(self, llm: Any) -> None:
         self._llm = llm
+        self._loop = _LoopThread()
 
     def submit(self, token_ids: Sequence[int], number: int, salt: str) -> Submission:
-        sampling = SamplingParams(
-            max_tokens=1, seed=number, temperature=0.0, end_id=-1, pad_id=-1, detokenize=False
-        )
-        output = self._llm.generate_async(list(token_ids), sampling, streaming=False, cache_salt=salt or None)
-        return _Submission(output)
+        # No token ends it, and without temperature it is greedy.
+        sampling = SamplingParams(max_tokens=1, seed=number, end_id=-1, pad_id=-1, detokenize=False)
+
+        async def begin() -> Any:
+            return self._llm.generate_async(
+                list(token_ids), sampling, streaming=False, cache_salt=salt or None
+            )
+
+        return _Submission(self._loop, self._loop.start(begin()).result())
 
     def shutdown(self) -> None:
         self._llm.shutdown()
+        self._loop.close()
 
 
 class _Submission:
     """Its token is thrown away: the decode worker samples its own."""
 
-    def __init__(self, output: Any) -> None:
+    def __init__(self, loop: "_LoopThread", output: Any) -> None:
+        self._loop = loop
         self._output = output
+        self._ended = loop.start(output.aresult())
 
     def poll(self) -> bool:
-        try:
-            self._output.result(timeout=0)
-        except (queue.Empty, TimeoutError):
+        if not self._ended.done():
             return False
+        self._ended.result()
         return True
 
     def abort(self) -> None:
-        self._output.abort()
+        self._loop.call(self._output.abort)
+        # A request that had not begun ends without an answer.
+        self._ended.cancel()
+
+
+class _LoopThread:
+    """An event loop that other threads hand work to."""
+
+    def __init__(self) -> None:
+        self._is_ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="trtllm", daemon=True)
+        self._thread.start()
+        self._is_ready.wait()
+
+    def start(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def call(self, work: Callable[[], None]) -> None:
+        self._loop.call_soon_threadsafe(work)
+
+    def close(self) -> None:
+        """What has not ended is cancelled."""
+        self._loop.call_soon_threadsafe(self._is_closed.set)
+        self._thread.join()
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._is_closed = asyncio.Event()
+        self._is_ready.set()
+        await self._is_closed.wait()

@@ -27,10 +27,12 @@ else:
         pytest.skip("a real TensorRT-LLM is installed", allow_module_level=True)
 
 from tensorrt_llm.executor import ModelSource  # noqa: E402 - where the double is was not known before
+from tensorrt_llm.llmapi import KvCacheConfig, TorchLlmArgs  # noqa: E402
 
 from prefill_workers.export_engine import EngineLostError, ExportEngine  # noqa: E402
 from prefill_workers.pool_layout import RankPool  # noqa: E402
 from prefill_workers.rank_channel import ChannelError  # noqa: E402
+from prefill_workers.trtllm_connector import ExportScheduler  # noqa: E402
 from prefill_workers.trtllm_engine import TensorRtLlmSettings, start_engine  # noqa: E402
 
 WEIGHTS = tiny_weights(1, num_layers=3, num_kv_heads=2, max_context_tokens=4096)
@@ -62,14 +64,6 @@ class Rig:
             TensorRtLlmSettings(**{**settings, **changes}), layout, self.num_blocks
         )
         self.executor = ModelSource.started[-1]
-        self.executor.before_free = self.check_free
-        self.freed_too_early: list[int] = []
-
-    def check_free(self, request) -> None:
-        """The invariant: no block is freed whose hand-off has not ended, however it ended."""
-        number = request.sampling_config.seed
-        if any(running.number == number and not running.failure for running in self.engine._jobs.values()):
-            self.freed_too_early.append(number)
 
     def run(self, jobs, cancel: Callable[[], bool] = lambda: False) -> dict:
         """All of them at once; what each exported, and how it ended. Released at its end, or in between."""
@@ -97,14 +91,18 @@ class Rig:
             self.engine.step()
 
     def assert_nothing_is_held(self) -> None:
-        self.until(lambda: not self.engine.has_work() and not self.executor.saving)
+        self.until(lambda: not self.engine.has_work())
         self.until(lambda: not self.executor._running and not self.executor._waiting)
         assert self.engine.free_kv_tokens == self.num_blocks * BLOCK
         assert self.engine.can_admit(job("as long as the pool", random_tokens(500)))
         assert self.executor.blocks.num_used_blocks == 0
         self.executor.blocks.check()
         assert self.executor.error is None
-        assert self.freed_too_early == []
+        last = job("behind them all", random_tokens(5, 99))
+        self.engine.admit(last, lambda _: None)
+        self.until(lambda: self.engine._jobs[last.request_id].is_reported)
+        assert self.executor._scheduler._pieces._requests == {}
+        self.engine.release(last.request_id)
 
 
 def keep(exported: Exported):
@@ -182,25 +180,43 @@ def test_cancels_at_any_time_leave_nothing_and_harm_nobody(rig, torch_engine, se
     rig.assert_nothing_is_held()
 
 
-def test_blocks_stay_until_the_hand_off_has_ended(rig) -> None:
-    one = job("one", random_tokens(100))
-    rig.engine.admit(one, keep(Exported(rig.engine.layout)))
-    rig.until(lambda: rig.engine._jobs[one.request_id].is_reported)
-    rig.until(lambda: bool(rig.executor.saving))
-    for _ in range(20):
+@pytest.mark.parametrize("rig", [{"num_blocks": 2}], indirect=True)
+def test_a_step_waits_until_what_it_overwrites_is_read(rig, torch_engine, monkeypatch) -> None:
+    """Blocks of a request that has ended are another's at once: its forward pass must not be early."""
+    read, may_read, is_reading = RankPool.read, threading.Event(), threading.Event()
+
+    def late(self, layer, block_ids, first_token, own) -> None:
+        if own.shape[1] == 60:
+            is_reading.set()
+            assert may_read.wait(10)
+        read(self, layer, block_ids, first_token, own)
+
+    monkeypatch.setattr(RankPool, "read", late)
+    first, second = job("first", random_tokens(60)), job("second", random_tokens(63, 1))
+    exported = {one.request_id: Exported(rig.engine.layout) for one in (first, second)}
+    rig.engine.admit(first, keep(exported["first"]))
+    rig.until(is_reading.is_set)
+    rig.until(lambda: not rig.executor._running)
+    assert rig.executor.blocks.num_used_blocks == 0
+    rig.engine.admit(second, keep(exported["second"]))
+    for _ in range(5):
         rig.engine.step()
-    assert rig.executor.blocks.num_used_blocks == 4, "100 tokens and one that is sampled, in blocks of 32"
-    rig.engine.release(one.request_id)
-    rig.assert_nothing_is_held()
+    assert exported["second"].chunks == []
+    may_read.set()
+    for one in (first, second):
+        running = rig.engine._jobs[one.request_id]
+        rig.until(lambda running=running: running.is_reported)
+        assert running.failure is None
+        kv = exported[one.request_id].kv(0, len(one.token_ids))
+        np.testing.assert_array_equal(kv, expected(torch_engine, one))
 
 
 @pytest.mark.parametrize("rig", [{"lease_s": 0.3, "tensor_parallel_size": 2}], indirect=True)
-def test_a_lease_that_is_over_lets_go_without_a_word(rig) -> None:
+def test_a_lease_that_is_over_ends_an_export_without_a_word(rig) -> None:
     one = job("one", random_tokens(100))
     rig.engine.admit(one, keep(Exported(rig.engine.layout)))
-    rig.until(lambda: bool(rig.executor.saving))
-    rig.until(lambda: not rig.executor.saving)
-    assert rig.engine._jobs[one.request_id].failure is not None
+    rig.until(lambda: rig.engine._jobs[one.request_id].failure is not None)
+    assert "its lease is over" in rig.engine._jobs[one.request_id].failure
     rig.engine.release(one.request_id)
     rig.assert_nothing_is_held()
 
@@ -263,13 +279,46 @@ def test_a_rank_that_is_gone_ends_the_engine(rig) -> None:
 def test_ranks_let_go_where_the_worker_is_gone(torch_engine) -> None:
     rig = Rig(torch_engine.layout)
     rig.engine.admit(job("one", random_tokens(100)), keep(Exported(rig.engine.layout)))
-    rig.until(lambda: bool(rig.executor.saving))
+    clients = [rig.executor._scheduler._client, *(worker._client for worker in rig.executor._workers)]
+    assert all(client.export(1) is not None for client in clients)
     rig.engine._hub.close()
     deadline_s = time.monotonic() + 10
-    while rig.executor.saving:
+    while any(client.export(1) is not None for client in clients):
         assert time.monotonic() < deadline_s
         time.sleep(0.01)
     rig.executor.shutdown()
+
+
+def test_a_pool_that_is_smaller_than_asked_for_is_refused(torch_engine, monkeypatch) -> None:
+    config = "prefill_workers.trtllm_engine.KvCacheConfig"
+    short = KvCacheConfig(max_tokens=10 * BLOCK, tokens_per_block=BLOCK, dtype="float32")
+    monkeypatch.setattr(config, lambda **_: short)
+    with pytest.raises(ChannelError, match="KV blocks for 320 tokens, and 6400 were asked for"):
+        Rig(torch_engine.layout)
+
+
+def test_without_mpi_it_says_why_it_does_not_start(torch_engine, monkeypatch) -> None:
+    monkeypatch.setenv("TLLM_DISABLE_MPI", "1")
+    with pytest.raises(ChannelError, match="unset it"):
+        Rig(torch_engine.layout)
+
+
+def test_a_connector_outside_of_headrace_says_so() -> None:
+    with pytest.raises(ChannelError, match="a Headrace prefill worker starts"):
+        ExportScheduler(TorchLlmArgs(model="tiny"))
+
+
+def test_a_step_does_not_wait_for_a_request(rig) -> None:
+    """`result(timeout=0)` would."""
+    may_go_on = threading.Event()
+    rig.executor.before_layer = lambda _: may_go_on.wait(10)
+    one = job("one", random_tokens(10))
+    rig.engine.admit(one, keep(Exported(rig.engine.layout)))
+    assert rig.engine.step() == []
+    may_go_on.set()
+    rig.until(lambda: rig.engine._jobs[one.request_id].is_reported)
+    rig.engine.release(one.request_id)
+    rig.assert_nothing_is_held()
 
 
 def test_ranks_that_do_not_come_are_named(torch_engine, monkeypatch) -> None:

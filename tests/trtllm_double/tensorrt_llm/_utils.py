@@ -1,6 +1,7 @@
 """Ranks are turns of one thread here: whose turn it is."""
 
 import contextlib
+import os
 import threading
 from collections.abc import Iterator
 
@@ -11,15 +12,16 @@ def mpi_rank() -> int:
     return getattr(_turn, "rank", 0)
 
 
-def mpi_world_size() -> int:
-    return getattr(_turn, "world_size", 1)
+def mpi_disabled() -> bool:
+    return os.environ.get("TLLM_DISABLE_MPI") == "1"
 
 
 @contextlib.contextmanager
 def turn_of(rank: int, world_size: int) -> Iterator[None]:
-    before = mpi_rank(), mpi_world_size()
-    _turn.rank, _turn.world_size = rank, world_size
+    assert 0 <= rank < world_size
+    before = mpi_rank()
+    _turn.rank = rank
     try:
         yield
     finally:
-        _turn.rank, _turn.world_size = before
+        _turn.rank = before

@@ -1,6 +1,7 @@
 """The loop: fetch, schedule, tell the connector, run layer by layer, ask what is saved."""
 
 import itertools
+import pickle
 import queue
 import threading
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from megakernel.model.torch_llama import TorchLlama
 from megakernel.model.weights import Weights
 from tensorrt_llm._torch.pyexecutor.kv_cache_connector import RequestData, SchedulerOutput
 from tensorrt_llm._utils import turn_of
+from tensorrt_llm.bindings.internal.batch_manager import LlmRequest
 from tensorrt_llm.stream import Stream
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -40,16 +42,17 @@ class Request:
     tokens: list[int]
     sampling_config: Any
     cache_salt: str | None
-    answers: "queue.Queue[str | None]"
+    answers: Any
     request_id: int = 0
     block_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_cached: int = 0
     is_cancelled: bool = False
 
-    def get_tokens(self, beam: int) -> list[int]:
-        assert beam == 0
-        return self.tokens
+    @property
+    def bound(self) -> LlmRequest:
+        """What of it a connector may read."""
+        return LlmRequest(self.request_id, self.sampling_config)
 
 
 class Executor:
@@ -57,15 +60,12 @@ class Executor:
         self,
         weights: Weights,
         connector: tuple[Callable[[Any], Any], Callable[[Any], Any]] | None,
-        *,
-        num_ranks: int,
-        kv: Any,
-        max_num_tokens: int,
-        is_chunked: bool,
+        args: Any,
     ) -> None:
-        shape = weights.shape
+        shape, kv, num_ranks = weights.shape, args.kv_cache_config, args.tensor_parallel_size
         self._shape, self._kv_config = shape, kv
-        self._num_ranks, self._max_num_tokens, self._is_chunked = num_ranks, max_num_tokens, is_chunked
+        self._num_ranks, self._max_num_tokens = num_ranks, args.max_num_tokens
+        self._is_chunked = args.enable_chunked_prefill
         self._size = kv.tokens_per_block
         self.num_blocks = kv.max_tokens // self._size
         self.blocks = BlockPool(self.num_blocks, self._size)
@@ -81,22 +81,20 @@ class Executor:
         self._running: list[Request] = []
         self._known: dict[int, int] = {}
         """Of requests that the connector has heard of, how many of its blocks."""
-        self.saving: dict[int, Request] = {}
-        self._new_saving: list[int] = []
-        self._saved_by: dict[int, set[int]] = {}
+        self._fresh: list[int] = []
+        """Blocks that the next step's forward pass overwrites."""
         self._scheduler, self._workers = None, []
         if connector is not None:
             with turn_of(0, num_ranks):
-                self._scheduler = connector[0](None)
+                self._scheduler = connector[0](args)
             for rank in range(num_ranks):
                 with turn_of(rank, num_ranks):
-                    self._workers.append(connector[1](None))
+                    self._workers.append(connector[1](args))
                     self._workers[rank].register_kv_caches(self.pools[rank])
         ModelSource.started.append(self)
         self.error: BaseException | None = None
         self.before_layer: Callable[[int], None] = lambda _: None
         """Tests hold the forward pass here."""
-        self.before_free: Callable[[Request], None] = lambda _: None
         self._thread = threading.Thread(target=self._run, name="double-executor", daemon=True)
         self._thread.start()
 
@@ -122,7 +120,7 @@ class Executor:
             raise
 
     def _fetch(self) -> bool:
-        is_busy = self._running or self._waiting or self.saving
+        is_busy = self._running or self._waiting
         try:
             while True:
                 arrived = self._arrived.get(timeout=0.001 if is_busy else None)
@@ -144,14 +142,16 @@ class Executor:
             request.num_computed = end
             if end == len(request.tokens):
                 self._finish(request)
-        self._end_saved()
+        for rank, worker in enumerate(self._workers):
+            with turn_of(rank, self._num_ranks):
+                assert worker.get_finished([], []) == ([], []), "nobody asked"
 
     def _drop_cancelled(self) -> None:
         for request in [one for one in self._waiting if one.is_cancelled]:
-            self._waiting.remove(request)
-            request.answers.put("cancelled")
+            self._waiting.remove(request)  # and no answer
         for request in [one for one in self._running if one.is_cancelled]:
-            self._finish(request, "cancelled")
+            # Versions differ in whether the connector hears of it.
+            self._finish(request, is_told=request.request_id % 2 == 0)
 
     def _schedule(self) -> list[tuple[Request, int, int]]:
         """(request, first token, end) within the budget: whole prompts, or chunks where that is on."""
@@ -182,18 +182,17 @@ class Executor:
             except OutOfBlocksError:
                 self.blocks.release(match.block_ids)
                 return
-            for pool in self.pools:
-                pool[fresh] = torch.nan
+            self._fresh += fresh
             self._waiting.pop(0)
             request.block_ids = [*match.block_ids, *fresh]
             request.num_computed = request.num_cached = match.num_tokens
             self._running.append(request)
             if self._scheduler is not None:
-                matched = self._scheduler.get_num_new_matched_tokens(request, request.num_computed)
+                matched = self._scheduler.get_num_new_matched_tokens(request.bound, request.num_computed)
                 if matched == (0, True):
                     raise RuntimeError("load_kv_async must be False when num_tokens is 0!")
                 assert matched == (0, False), "the double loads nothing"
-                self._scheduler.update_state_after_alloc(request, request.block_ids)
+                self._scheduler.update_state_after_alloc(request.bound, request.block_ids)
 
     def _tell_connector(self, chunks: list[tuple[Request, int, int]]) -> None:
         if self._scheduler is None:
@@ -213,10 +212,14 @@ class Executor:
         metadata = self._scheduler.build_connector_meta(output)
         for rank, worker in enumerate(self._workers):
             with turn_of(rank, self._num_ranks):
-                worker.bind_connector_meta(metadata)
+                worker.bind_connector_meta(pickle.loads(pickle.dumps(metadata)))
                 worker.start_load_kv(self.stream)
 
     def _forward(self, chunks: list[tuple[Request, int, int]]) -> None:
+        fresh, self._fresh = self._fresh, []
+        for pool in self.pools:
+            self.stream.enqueue(lambda p=pool: p.index_fill_(0, torch.tensor(fresh, dtype=torch.int64), torch.nan))
+
         def after_layer(layer: int) -> None:
             self.before_layer(layer)
             for request, first, end in chunks:
@@ -272,35 +275,16 @@ class Executor:
         blocks = np.array(request.block_ids, dtype=np.int64)
         return blocks[tokens // self._size] * self._size + tokens % self._size
 
-    def _finish(self, request: Request, error: str | None = None) -> None:
+    def _finish(self, request: Request, *, is_told: bool = True) -> None:
         self._running.remove(request)
         self._known.pop(request.request_id, None)
-        is_saving = False
-        if self._scheduler is not None:
-            is_saving = self._scheduler.request_finished(request, request.block_ids)
-        if is_saving:
-            self.saving[request.request_id] = request
-            self._new_saving.append(request.request_id)
-        else:
-            self._free(request)
-        request.answers.put(error)
-
-    def _end_saved(self) -> None:
-        """Once every rank has said so."""
-        new, self._new_saving = self._new_saving, []
-        for rank, worker in enumerate(self._workers):
-            with turn_of(rank, self._num_ranks):
-                saved, loaded = worker.get_finished(list(new), [])
-            assert not loaded
-            for request_id in saved:
-                assert request_id in self.saving, "said of a request that was not passed in"
-                self._saved_by.setdefault(request_id, set()).add(rank)
-        for request_id in [r for r, ranks in self._saved_by.items() if len(ranks) == self._num_ranks]:
-            del self._saved_by[request_id]
-            self._free(self.saving.pop(request_id))
+        if self._scheduler is not None and is_told:
+            is_kept = self._scheduler.request_finished(request.bound, request.block_ids)
+            assert not is_kept, "the double keeps no blocks for a connector: not every version does so safely"
+        self._free(request)
+        request.answers.put(None)
 
     def _free(self, request: Request) -> None:
-        self.before_free(request)
         if self._kv_config.enable_block_reuse and request.num_computed == len(request.tokens):
             salt = chain_salt("double", request.cache_salt or "")
             self.blocks.publish(request.tokens, request.block_ids, salt)

@@ -5,6 +5,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 
 class Event:
@@ -36,6 +37,9 @@ class Stream:
         event = Event()
         self._work.put(event.happen)
         return event
+
+    def wait_event(self, event: Any) -> None:
+        self._work.put(event.synchronize)
 
     def synchronize(self) -> None:
         self.record_event().synchronize()
