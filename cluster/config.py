@@ -88,8 +88,8 @@ class DecodeConfig(Section, frozen=True, kw_only=True):
     """Steps that a GPU may run without the host in between, while all sequences are greedy and none waits
     to join; 1: none. None either unless `speculation` is off."""
     speculation: Literal["auto", "off"] = "auto"
-    """`auto`: drafts of what a request's own text, its campaign's earlier outputs and its tenant's phrases
-    suggest, where they are expected to pay. Tokens are the same either way."""
+    """`auto`: drafts of what a request's own text, its campaign's earlier outputs and the phrases that it
+    names suggest, where they are expected to pay. Tokens are the same either way."""
     draft_history_nodes: Annotated[int, Meta(ge=1024, le=100_000_000)] = 262_144
     """Of earlier outputs, about 130 bytes each; the least recently used go first."""
     draft_history_nodes_per_tenant: Annotated[int, Meta(ge=1024, le=100_000_000)] = 65_536
@@ -126,7 +126,8 @@ class CatalogueConfig(Section, frozen=True, kw_only=True):
     max_catalogues: Positive = 1000
     """Of all API keys together."""
     max_open: Positive = 16
-    """A worker keeps this many catalogues open, those used last, and as many filtered choices of them."""
+    """A worker keeps this many catalogues open, for targeting and as phrases together, and as many filtered
+    choices of them. One more, and the tenant that has the most loses the one it used longest ago."""
     fetch_host: str | None = None
     """What workers on other machines call a router by. None: the host it listens on, this machine's own where
     that is all interfaces."""

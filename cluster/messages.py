@@ -148,6 +148,8 @@ class GenerateRequest(Record, frozen=True, kw_only=True):
     """Requests of a tenant that name the same one are expected to say similar things."""
     speculate: bool = True
     """False: no drafts for it, and none learned from it."""
+    phrases: CatalogueRef | None = None
+    """What it may say: drafts are made of its items, too, once a worker has it. Nobody waits for it."""
 
 
 class TokenLogprob(Record, frozen=True, kw_only=True):

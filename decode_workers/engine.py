@@ -14,7 +14,14 @@ from collections.abc import Sequence as SequenceOf
 from typing import Protocol
 
 from cluster.config import DecodeConfig
-from cluster.messages import DecodeEvent, FailureCode, FinishReason, StepCost, TokensEmitted
+from cluster.messages import (
+    DecodeEvent,
+    FailureCode,
+    FinishReason,
+    GenerateRequest,
+    StepCost,
+    TokensEmitted,
+)
 from cluster.metrics import DecodeMetrics
 from cluster.model_card import ModelCard
 from cluster.placement.predict import StepTable, step_ms, step_table
@@ -42,6 +49,10 @@ logger = logging.getLogger(__name__)
 
 class Drafter(Protocol):
     """Proposes trees below sequences' last tokens. It changes how fast tokens come, never which."""
+
+    def expect(self, request: GenerateRequest) -> None:
+        """It has arrived, and may be drafted for. From any thread; never blocks."""
+        ...
 
     def draft(
         self, grants: SequenceOf[RowGrant], spare_rows: int, table: StepTable | None

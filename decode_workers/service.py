@@ -25,6 +25,7 @@ from cluster.model_card import ModelCard
 from cluster.wire import conversions
 from cluster.wire import headrace_pb2 as pb
 from cluster.wire import headrace_pb2_grpc as pb_grpc
+from decode_workers.engine import Drafter
 from decode_workers.inbox import Inbox
 from decode_workers.roster import Roster
 from decode_workers.targeting.item_chooser import ItemChooser, NoItemsError
@@ -94,6 +95,7 @@ class DecodeService(pb_grpc.DecodeServicer):
         card: ModelCard,
         max_commands_waiting: int,
         chooser: ItemChooser | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         """`roster` is only named in calls that the engine's thread runs. Without `chooser` targeting requests
         are refused."""
@@ -102,6 +104,7 @@ class DecodeService(pb_grpc.DecodeServicer):
         self._card = card
         self._max_commands_waiting = max_commands_waiting
         self._chooser = chooser
+        self._drafter = drafter
         self._choosing: dict[RequestId, asyncio.Task[None]] = {}
         """Targeting requests whose catalogue is being opened."""
         self._streams: set[_Stream] = set()
@@ -227,6 +230,8 @@ class DecodeService(pb_grpc.DecodeServicer):
             self._idle.clear()
             stream.request_ids.add(request_id)
             if request.targeting is None:
+                if self._drafter is not None:
+                    self._drafter.expect(request)
                 self._inbox.post(partial(self._roster.submit, request))
             else:
                 choosing = asyncio.create_task(self._choose(request, request.targeting))
@@ -241,7 +246,7 @@ class DecodeService(pb_grpc.DecodeServicer):
             self.deliver([_failed(request_id, FailureCode.INVALID, message, is_retryable=False)])
             return
         try:
-            items = await asyncio.to_thread(self._chooser.choose, params)
+            items = await asyncio.to_thread(self._chooser.choose, params, request.tenant)
         except NoItemsError as error:
             code = FailureCode.UNAVAILABLE if error.is_retryable else FailureCode.INVALID
             self.deliver([_failed(request_id, code, str(error), is_retryable=error.is_retryable)])

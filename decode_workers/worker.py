@@ -92,6 +92,7 @@ class DecodeWorker:
             card,
             max_commands_waiting=2 * config.max_queued_requests,
             chooser=None if catalogues is None else ItemChooser(catalogues),
+            drafter=drafter,
         )
         self._thread = EngineThread(
             self._engine, self._inbox, self._deliver, self._crash, config.stall_timeout_s

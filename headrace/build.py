@@ -16,6 +16,7 @@ from cluster.kv_layout import KvLayout
 from cluster.model_card import ServedModel
 from cluster.text import Tokenizer
 from decode_workers.drafting.history import History
+from decode_workers.drafting.phrase_files import PhraseFiles
 from decode_workers.drafting.speculator import Speculator
 from decode_workers.engine import Drafter
 from decode_workers.executor import StepExecutor
@@ -78,22 +79,24 @@ def decode_worker(
     Raises ModelChangedError, ExecutionError where the GPU does not do, or what opening model or artifact
     raises.
     """
+    tokenizer = Tokenizer.of(served)
+    catalogues = LocalCatalogues(fetched_catalogues, fetch_catalogue, max_open=config.catalogue.max_open)
     return DecodeWorker(
         _executor(config, served, artifact),
-        Tokenizer.of(served),
+        tokenizer,
         served.card,
         config.decode,
         epoch=epoch,
         host=host,
-        catalogues=LocalCatalogues(fetched_catalogues, fetch_catalogue, max_open=config.catalogue.max_open),
-        drafter=_drafter(config.decode),
+        catalogues=catalogues,
+        drafter=_drafter(config.decode, PhraseFiles(catalogues, tokenizer, served.card.vocab_size)),
     )
 
 
-def _drafter(config: DecodeConfig) -> Drafter | None:
+def _drafter(config: DecodeConfig, phrases: PhraseFiles) -> Drafter | None:
     if config.speculation == "off":
         return None
-    return Speculator(History(config.draft_history_nodes, config.draft_history_nodes_per_tenant))
+    return Speculator(History(config.draft_history_nodes, config.draft_history_nodes_per_tenant), phrases)
 
 
 def _engine(config: HeadraceConfig, served: ServedModel, artifact: str | None) -> PrefillEngine:

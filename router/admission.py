@@ -13,7 +13,7 @@ from typing import TypeVar, cast
 
 from cluster.config import RouterConfig
 from cluster.ids import SessionId
-from cluster.messages import Record, SamplingParams, TargetingParams
+from cluster.messages import CatalogueRef, Record, SamplingParams, TargetingParams
 from cluster.metrics import RouterMetrics
 from cluster.model_card import ModelCard
 from cluster.placement.choose import HopPolicy
@@ -69,6 +69,7 @@ class Ask(Record, frozen=True, kw_only=True):
     """Set: items of a catalogue are asked for, not text; one prompt, one choice."""
     campaign: str = ""
     speculate: bool = True
+    phrases: CatalogueRef | None = None
 
     @property
     def num_sequences(self) -> int:

@@ -247,6 +247,7 @@ def common_wanted(request: CommonFields, *, max_tokens: int | None, num_logprobs
         deadline_ms=request.deadline_ms,
         campaign=request.campaign,
         speculation=request.speculation,
+        phrases=request.phrases,
     )
 
 

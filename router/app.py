@@ -80,13 +80,23 @@ class Router:
             card, directory, self._pool, self._channels, self.metrics, openapi_document(card, limits)
         )
         max_body_bytes = config.router.max_body_bytes
+        self._catalogues = Catalogues(catalogue_folder, served, config.catalogue, self._fetch_address)
         completions = CompletionEndpoint(
-            CompletionsApi(encoder, limits), generation, limits, self.metrics, max_body_bytes=max_body_bytes
+            CompletionsApi(encoder, limits),
+            generation,
+            self._catalogues,
+            limits,
+            self.metrics,
+            max_body_bytes=max_body_bytes,
         )
         chat = CompletionEndpoint(
-            ChatApi(encoder), generation, limits, self.metrics, max_body_bytes=max_body_bytes
+            ChatApi(encoder),
+            generation,
+            self._catalogues,
+            limits,
+            self.metrics,
+            max_body_bytes=max_body_bytes,
         )
-        self._catalogues = Catalogues(catalogue_folder, served, config.catalogue, self._fetch_address)
         self._uploads = Uploads(self._catalogues, config.catalogue)
         targeting = Targeting(encoder, self._catalogues, generation, limits)
         targeting_endpoint = TargetingEndpoint(targeting, limits, self.metrics, max_body_bytes=max_body_bytes)
@@ -102,7 +112,7 @@ class Router:
             exception_handlers={HTTPException: http_error, Exception: defect},
         )
         self.asgi.router.redirect_slashes = False
-        service = InferenceService(encoder, generation, limits, self.metrics)
+        service = InferenceService(encoder, generation, self._catalogues, limits, self.metrics)
         self._grpc = InferenceServer(
             service,
             TargetingService(targeting, limits, self.metrics),

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from cluster.messages import Record, SamplingParams
+from cluster.messages import CatalogueRef, Record, SamplingParams
 from router.admission import (
     Ask,
     Caller,
@@ -33,6 +33,8 @@ class SamplingAsk(Record, frozen=True, kw_only=True):
     deadline_ms: int | None = None
     campaign: str | None = None
     speculation: bool | None = None
+    phrases: str | None = None
+    """A catalogue's name."""
 
 
 def build_ask(
@@ -43,8 +45,9 @@ def build_ask(
     *,
     received_unix_ns: int,
     param: str,
+    phrases: CatalogueRef | None = None,
 ) -> Ask:
-    """`param` names where the prompts came from. Raises RequestError."""
+    """`param` names where the prompts came from; `phrases`: what `wanted` names. Raises RequestError."""
     num_choices = wanted.num_choices or 1
     check_sequences(len(prompts), num_choices, limits)
     max_tokens = tuple(max_tokens_for(len(prompt), wanted.max_tokens, limits, param) for prompt in prompts)
@@ -63,6 +66,7 @@ def build_ask(
         prefill_hop=caller.prefill_hop,
         campaign=campaign or "",
         speculate=wanted.speculation is not False,
+        phrases=phrases,
     )
 
 

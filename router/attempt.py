@@ -120,6 +120,7 @@ class Attempt:
             targeting=ask.targeting,
             campaign=ask.campaign,
             speculate=ask.speculate,
+            phrases=ask.phrases,
         )
 
     def _digest(self, events: list[_Event]) -> tuple[list[SequenceEvent], SequenceFailed | None]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import difflib
+import logging
 import re
 from collections import OrderedDict
 from collections.abc import Callable
@@ -16,14 +17,16 @@ from cluster.catalogue.store import CatalogueInfo, CatalogueStore, ConflictError
 from cluster.config import CatalogueConfig
 from cluster.messages import CatalogueRef, Record
 from cluster.model_card import ServedModel
+from router.catalogue_names import MAX_NAME_CHARS, NAME_PATTERN
 from router.compile_messages import CompileJob
 from router.errors import RequestError, invalid, unavailable
-from router.targeting_api import MAX_NAME_CHARS, NAME_PATTERN
 
 ALL_INTERFACES = ("0.0.0.0", "::", "")  # noqa: S104 - what is recognised, not bound
 MAX_KEPT_FACTS = 256
 MAX_NAMED = 5
 _NAME = re.compile(NAME_PATTERN)
+
+_log = logging.getLogger(__name__)
 
 
 class CatalogueFacts(Record, frozen=True, kw_only=True):
@@ -66,26 +69,44 @@ class Catalogues:
         self._store = CatalogueStore(folder)
         self._facts: OrderedDict[str, _FileFacts] = OrderedDict()
 
-    async def find(self, tenant: str, name: str) -> CatalogueFacts:
-        """The version served now. Raises RequestError: 404 that names the nearest."""
-        check_name(name)
+    async def find(self, tenant: str, name: str, param: str = "catalogue") -> CatalogueFacts:
+        """The version served now; `param` is the field that names it. Raises RequestError: 404 that names the
+        nearest."""
+        check_name(name, param)
         try:
             info = self._store.get(name, tenant)
             return self._facts_of(info)
         except (UnknownCatalogueError, FileNotFoundError):
             # The second: a version removed between the two reads has a successor, or none.
-            raise await self._not_found(tenant, name) from None
+            raise await self._not_found(tenant, name, param) from None
         except (OSError, CatalogueFileError) as error:
             message = f"catalogue `{name}` cannot be read: {error}"
             raise unavailable(message, code="catalogue_damaged") from None
 
-    def check_model(self, facts: CatalogueFacts) -> None:
+    async def phrases(self, tenant: str, name: str | None) -> CatalogueRef | None:
+        """Of a request's `phrases`; None, too, where the catalogue cannot be read: they only speed it up.
+
+        Raises RequestError as `find` and `check_model` do.
+        """
+        if name is None:
+            return None
+        try:
+            facts = await self.find(tenant, name, "phrases")
+        except RequestError as error:
+            if error.status < 500:
+                raise
+            _log.warning("a request goes on without its phrases: %s", error.message)
+            return None
+        self.check_model(facts, "phrases")
+        return facts.ref
+
+    def check_model(self, facts: CatalogueFacts, param: str = "catalogue") -> None:
         """Raises RequestError for one that was compiled for another model."""
         card = self._served.card
         if facts.fingerprint != card.fingerprint:
             message = f"catalogue `{facts.ref.name}` was compiled for another model than {card.name!r}: "
             code = "catalogue_of_another_model"
-            raise RequestError(409, message + "upload it again", param="catalogue", code=code)
+            raise RequestError(409, message + "upload it again", param=param, code=code)
 
     async def all_of(self, tenant: str) -> list[CatalogueFacts]:
         """By name. Raises RequestError."""
@@ -168,21 +189,21 @@ class Catalogues:
             created_unix_s=int(info.created_unix_s),
         )
 
-    async def _not_found(self, tenant: str, name: str) -> RequestError:
+    async def _not_found(self, tenant: str, name: str, param: str = "catalogue") -> RequestError:
         names = [info.ref.name for info in await asyncio.to_thread(self._store.list, tenant)]
         near = difflib.get_close_matches(name, names, n=MAX_NAMED, cutoff=0.0)
         hint = f"the nearest are {', '.join(f'`{one}`' for one in near)}" if near else "there is none yet"
         message = f"the catalogue `{name}` does not exist; {hint}"
-        return RequestError(404, message, param="catalogue", code="catalogue_not_found")
+        return RequestError(404, message, param=param, code="catalogue_not_found")
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, param: str = "catalogue") -> None:
     """Raises RequestError."""
     if _NAME.fullmatch(name) is None:
         raise invalid(
-            "catalogue",
-            f"{name[:80]!r} cannot name a `catalogue`: 1 to {MAX_NAME_CHARS} of a-z, 0-9, dot, dash and "
-            "underscore, a letter or digit first",
+            param,
+            f"`{param}`: {name[:80]!r} cannot name a catalogue: 1 to {MAX_NAME_CHARS} of a-z, 0-9, dot, dash "
+            "and underscore, a letter or digit first",
             code="invalid_value",
         )
 

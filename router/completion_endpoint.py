@@ -17,6 +17,7 @@ from cluster.timeline import Stage, Timeline
 from router.admission import Ask, Caller, Limits, check_model, remaining_s
 from router.answers import Api, CollectedChoice, wants_usage
 from router.asks import build_ask
+from router.catalogues import Catalogues
 from router.chunks import DONE, ChunkWriter, error_event
 from router.errors import RequestError, internal
 from router.generation import EventBatches, Generation, total_usage
@@ -64,12 +65,14 @@ class CompletionEndpoint(Generic[R]):
         self,
         api: Api[R],
         generation: Generation,
+        catalogues: Catalogues,
         limits: Limits,
         metrics: RouterMetrics,
         *,
         max_body_bytes: int,
     ) -> None:
         self._api = api
+        self._catalogues = catalogues
         self._generation = generation
         self._limits = limits
         self._metrics = metrics
@@ -106,6 +109,7 @@ class CompletionEndpoint(Generic[R]):
         timeline.stamp(Stage.VALIDATED)
         async with ClientWatch(receive) as client:
             prompts = await self._api.prompts(request)
+            phrases = await self._catalogues.phrases(caller.tenant, wanted.phrases)
             ask = build_ask(
                 prompts,
                 wanted,
@@ -113,6 +117,7 @@ class CompletionEndpoint(Generic[R]):
                 self._limits,
                 received_unix_ns=timeline.stamps_ns[Stage.RECEIVED],
                 param=self._api.param,
+                phrases=phrases,
             )
             timeline.stamp(Stage.TOKENIZED)
             request_id = new_request_id()

@@ -75,6 +75,7 @@ class Generation:
                         targeting=ask.targeting,
                         campaign=ask.campaign,
                         speculate=ask.speculate,
+                        phrases=ask.phrases,
                     )
                 )
         return sequences

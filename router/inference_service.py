@@ -17,6 +17,7 @@ from cluster.wire.conversions import token_to_proto, usage_to_proto
 from cluster.wire.headrace_pb2_grpc import InferenceServicer
 from router.admission import Ask, Limits, check_model, check_token_ids
 from router.asks import SamplingAsk, build_ask
+from router.catalogues import Catalogues
 from router.errors import RequestError, internal, invalid
 from router.generation import Generation
 from router.grpc_calls import abort, chat_messages, metadata_of, session_metadata
@@ -28,6 +29,7 @@ from router.openai_api import (
     MaxTokens,
     MinP,
     NumLogprobs,
+    Phrases,
     Stop,
     Temperature,
     TopK,
@@ -57,6 +59,7 @@ class InferenceFields(Body, frozen=True, kw_only=True):
     logprobs: NumLogprobs | None = None
     deadline_ms: DeadlineMs | None = None
     campaign: Campaign | None = None
+    phrases: Phrases | None = None
     stop: Stop | None = None
     user: User | None = None
 
@@ -73,7 +76,13 @@ def sampling_fields(request: pb.InferenceRequest) -> SamplingAsk:
         if isinstance(value, float) and not math.isfinite(value):
             raise invalid(name, f"`{name}` must be a finite number, got {value}", code="invalid_value")
     fields = _fields.convert(
-        {**given, "stop": list(request.stop), "user": request.user, "campaign": request.campaign}
+        {
+            **given,
+            "stop": list(request.stop),
+            "user": request.user,
+            "campaign": request.campaign,
+            "phrases": request.phrases or None,
+        }
     )
     return SamplingAsk(
         max_tokens=fields.max_tokens,
@@ -88,6 +97,7 @@ def sampling_fields(request: pb.InferenceRequest) -> SamplingAsk:
         deadline_ms=fields.deadline_ms,
         campaign=fields.campaign or None,
         speculation=request.speculation if request.HasField("speculation") else None,
+        phrases=fields.phrases,
     )
 
 
@@ -98,10 +108,16 @@ def _plain(value: int | float) -> int | float:
 
 class InferenceService(InferenceServicer):
     def __init__(
-        self, encoder: PromptEncoder, generation: Generation, limits: Limits, metrics: RouterMetrics
+        self,
+        encoder: PromptEncoder,
+        generation: Generation,
+        catalogues: Catalogues,
+        limits: Limits,
+        metrics: RouterMetrics,
     ) -> None:
         self._encoder = encoder
         self._generation = generation
+        self._catalogues = catalogues
         self._limits = limits
         self._metrics = metrics
 
@@ -136,9 +152,17 @@ class InferenceService(InferenceServicer):
         wanted = sampling_fields(request)
         timeline.stamp(Stage.VALIDATED)
         param, prompt = await self._prompt(request)
+        phrases = await self._catalogues.phrases(caller.tenant, wanted.phrases)
         timeline.stamp(Stage.TOKENIZED)
-        received_ns = timeline.stamps_ns[Stage.RECEIVED]
-        return build_ask([prompt], wanted, caller, self._limits, received_unix_ns=received_ns, param=param)
+        return build_ask(
+            [prompt],
+            wanted,
+            caller,
+            self._limits,
+            received_unix_ns=timeline.stamps_ns[Stage.RECEIVED],
+            param=param,
+            phrases=phrases,
+        )
 
     async def _prompt(self, request: pb.InferenceRequest) -> tuple[str, list[int]]:
         """The token ids, and the field they came from."""

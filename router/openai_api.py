@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from router.catalogue_names import CatalogueName
+
 MAX_CHOICES = 16
 MAX_PROMPTS = 16
 MAX_STOPS = 16
@@ -50,6 +52,10 @@ Campaign = Annotated[
 Speculation = Annotated[
     bool,
     Meta(description="false: no drafts. They change how fast tokens come, never which; the default is true"),
+]
+Phrases = Annotated[
+    CatalogueName,
+    Meta(description="A catalogue of phrases that the answer may hold: drafts are made of them"),
 ]
 User = Annotated[str, Meta(max_length=512)]
 NumLogprobs = Annotated[int, Meta(ge=0, le=20)]
@@ -95,6 +101,7 @@ class CommonFields(Body, frozen=True, kw_only=True):
     deadline_ms: DeadlineMs | None = None
     campaign: Campaign | None = None
     speculation: Speculation | None = None
+    phrases: Phrases | None = None
 
     # Accepted at the value that asks for nothing.
     frequency_penalty: Off | None = None

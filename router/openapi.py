@@ -203,7 +203,7 @@ def _completion_path(
             "requestBody": {"required": True, "content": _json_content(request)},
             "responses": {
                 "200": _response("The answer; with `stream`, server-sent events ended by [DONE]", content),
-                **_errors("400", "404", "408", "413", "415", "429", "503"),
+                **_errors("400", "404", "408", "409", "413", "415", "429", "503"),
             },
         }
     }

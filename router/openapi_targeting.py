@@ -5,9 +5,8 @@ from typing import Any
 
 import msgspec
 
+from router.catalogue_names import MAX_NAME_CHARS, NAME_PATTERN
 from router.targeting_api import (
-    MAX_NAME_CHARS,
-    NAME_PATTERN,
     CatalogueBody,
     CatalogueDeletedBody,
     CatalogueListBody,

@@ -2,6 +2,7 @@
 
 from cluster.ids import ChainHash, RequestId, SessionId
 from cluster.messages import (
+    CatalogueRef,
     EmittedToken,
     FinishReason,
     Record,
@@ -39,6 +40,7 @@ class SequenceAsk(Record, frozen=True, kw_only=True):
     targeting: TargetingParams | None = None
     campaign: str = ""
     speculate: bool = True
+    phrases: CatalogueRef | None = None
 
 
 class TextEmitted(Record, frozen=True):

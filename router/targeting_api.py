@@ -16,16 +16,13 @@ from cluster.targeting_limits import (
     MAX_CONDITIONS,
     MAX_DIVERSITY,
 )
+from router.catalogue_names import CatalogueName
 from router.openai_answers import Answer, ErrorFacts, UsageBody, WithFacts
 from router.openai_api import MAX_MESSAGES, Body, DeadlineMs, Message, Seed, User
 
 DEFAULT_K = 20
 DEFAULT_BEAMS = 20
-MAX_NAME_CHARS = 64
-NAME_PATTERN = "^[a-z0-9][a-z0-9._-]{0,63}$"
-"""As the store has it."""
 
-CatalogueName = Annotated[str, Meta(min_length=1, max_length=MAX_NAME_CHARS)]
 K = Annotated[int, Meta(ge=1, le=MAX_BEAMS, description=f"Items wanted; default {DEFAULT_K}")]
 Beams = Annotated[
     int,

@@ -15,13 +15,14 @@ from cluster.wire.errors import WireError
 from cluster.wire.headrace_pb2_grpc import TargetingServicer
 from cluster.wire.targeting_conversions import conditions_from_proto, targeting_result_to_proto
 from router.admission import Limits, check_model
+from router.catalogue_names import CatalogueName
 from router.errors import RequestError, internal, invalid
 from router.grpc_calls import abort, chat_messages, metadata_of, session_metadata
 from router.http import caller_of
 from router.openai_api import Body, DeadlineMs
 from router.request_body import BodyDecoder
 from router.targeting import Selection, Targeting, TargetingFields
-from router.targeting_api import Beams, CatalogueName, Diversity, K, Scoring
+from router.targeting_api import Beams, Diversity, K, Scoring
 
 ROUTE = "grpc_targeting"
 OPTIONAL_NUMBERS = ("k", "beams", "diversity", "deadline_ms")

@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,7 +16,7 @@ from pathlib import Path
 from cluster.catalogue.file import Catalogue
 from cluster.catalogue.file_format import CatalogueFileError, DamagedCatalogueError, read_preamble
 from cluster.catalogue.store import SUFFIX
-from cluster.messages import CatalogueRef
+from cluster.messages import CatalogueRef, Record
 
 Fetch = Callable[[CatalogueRef, Path], None]
 """Write the file of a reference to a path. What it raises, `open` raises."""
@@ -27,6 +27,12 @@ MAX_NOTED_FILES = 1024
 
 _Identity = tuple[int, int, int, int]
 """Of a file whose checksum was compared: device, inode, size, time of change. It is not compared again."""
+
+
+class _Opened(Record, frozen=True):
+    tenant: str
+    """Who had it opened."""
+    catalogue: Catalogue
 
 
 def _identity(path: Path) -> _Identity:
@@ -45,40 +51,59 @@ class LocalCatalogues:
         max_open: int = 8,
         max_cached_bytes: int = 8 * 1024**3,
     ) -> None:
-        """Beyond `max_open`, the catalogue asked for longest ago is let go; who still uses it keeps it."""
+        """Beyond `max_open`, the tenant that has the most open loses the one asked for longest ago; who still
+        uses it keeps it."""
         self._folder = cache_folder
         self._fetch = fetch
         self.max_open = max_open
         self._max_cached_bytes = max_cached_bytes
         self._lock = threading.Lock()
-        self._open: OrderedDict[str, Catalogue] = OrderedDict()
+        self._open: OrderedDict[str, _Opened] = OrderedDict()
+        self._calls: list[Callable[[str], None]] = []
         self._opening: dict[str, tuple[threading.Lock, int]] = {}
         self._verified: OrderedDict[_Identity, None] = OrderedDict()
 
-    def open(self, ref: CatalogueRef) -> Catalogue:
+    def when_let_go(self, call: Callable[[str], None]) -> None:
+        """With each one's checksum, by the thread that opens another: for those who keep what uses it."""
+        self._calls.append(call)
+
+    def find(self, checksum: str) -> Catalogue | None:
+        """An open one, asked for now; never blocks."""
+        with self._lock:
+            opened = self._open.get(checksum)
+            if opened is None:
+                return None
+            self._open.move_to_end(checksum)
+            return opened.catalogue
+
+    def open(self, ref: CatalogueRef, tenant: str = "") -> Catalogue:
         """At once for an open one; the first time it reads the whole file, and may fetch it.
 
         Raises OSError and CatalogueFileError where no whole file can be had, and what `fetch` raises.
         """
         if not _CHECKSUM.fullmatch(ref.checksum):
             raise CatalogueFileError(f"{ref.checksum!r} is no checksum of a catalogue: 32 hex digits")
-        if (found := self._found(ref.checksum)) is not None:
+        if (found := self.find(ref.checksum)) is not None:
             return found
         with self._opening_alone(ref.checksum):
-            if (found := self._found(ref.checksum)) is not None:
+            if (found := self.find(ref.checksum)) is not None:
                 return found
-            catalogue = self._opened(ref)
+            opened = _Opened(tenant, self._opened(ref))
             with self._lock:
-                self._open[ref.checksum] = catalogue
-                while len(self._open) > self.max_open:
-                    self._open.popitem(last=False)
-            return catalogue
+                self._open[ref.checksum] = opened
+                let_go = [self._take_one() for _ in range(len(self._open) - self.max_open)]
+            for checksum in let_go:
+                for call in self._calls:
+                    call(checksum)
+            return opened.catalogue
 
-    def _found(self, checksum: str) -> Catalogue | None:
-        with self._lock:
-            if (catalogue := self._open.get(checksum)) is not None:
-                self._open.move_to_end(checksum)
-            return catalogue
+    def _take_one(self) -> str:
+        """Out of the open ones; under the lock."""
+        num_open = Counter(opened.tenant for opened in self._open.values())
+        most = max(num_open.values())
+        checksum = next(one for one, opened in self._open.items() if num_open[opened.tenant] == most)
+        del self._open[checksum]
+        return checksum
 
     @contextmanager
     def _opening_alone(self, checksum: str) -> Iterator[None]:

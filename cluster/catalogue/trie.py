@@ -52,6 +52,7 @@ class Trie(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 
     def child(self, node: int, token: int) -> int | None:
         """The child of `node` that `token` leads to."""
-        begin, end = int(self.first_child[node]), int(self.first_child[node + 1])
-        found = begin + int(np.searchsorted(self.token[begin:end], token))
+        begin, end = self.first_child[node : node + 2].tolist()
+        # A number of another type would have all of the children converted to it.
+        found: int = begin + int(self.token[begin:end].searchsorted(np.int32(token)))
         return found if found < end and self.token[found] == token else None

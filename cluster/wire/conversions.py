@@ -28,6 +28,8 @@ from cluster.messages import (
 from cluster.wire import headrace_pb2 as pb
 from cluster.wire.errors import WireError as WireError
 from cluster.wire.targeting_conversions import (
+    catalogue_ref_from_proto,
+    catalogue_ref_to_proto,
     targeting_params_from_proto,
     targeting_params_to_proto,
     targeting_result_from_proto,
@@ -96,6 +98,7 @@ def generate_request_to_proto(request: GenerateRequest) -> pb.GenerateRequest:
         targeting=None if request.targeting is None else targeting_params_to_proto(request.targeting),
         campaign=request.campaign,
         speculate=request.speculate,
+        phrases=None if request.phrases is None else catalogue_ref_to_proto(request.phrases),
     )
 
 
@@ -112,6 +115,7 @@ def generate_request_from_proto(message: pb.GenerateRequest) -> GenerateRequest:
         targeting=targeting_params_from_proto(message.targeting) if message.HasField("targeting") else None,
         campaign=message.campaign,
         speculate=message.speculate if message.HasField("speculate") else True,
+        phrases=catalogue_ref_from_proto(message.phrases) if message.HasField("phrases") else None,
     )
 
 

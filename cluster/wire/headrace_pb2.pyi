@@ -27,7 +27,7 @@ class TokenIds(_message.Message):
     def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class InferenceRequest(_message.Message):
-    __slots__ = ("model", "prompt", "chat", "token_ids", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "ignore_eos", "logprobs", "session_id", "user", "deadline_ms", "campaign", "speculation")
+    __slots__ = ("model", "prompt", "chat", "token_ids", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "ignore_eos", "logprobs", "session_id", "user", "deadline_ms", "campaign", "speculation", "phrases")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
@@ -46,6 +46,7 @@ class InferenceRequest(_message.Message):
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     CAMPAIGN_FIELD_NUMBER: _ClassVar[int]
     SPECULATION_FIELD_NUMBER: _ClassVar[int]
+    PHRASES_FIELD_NUMBER: _ClassVar[int]
     model: str
     prompt: str
     chat: ChatMessages
@@ -64,7 +65,8 @@ class InferenceRequest(_message.Message):
     deadline_ms: int
     campaign: str
     speculation: bool
-    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., chat: _Optional[_Union[ChatMessages, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., ignore_eos: _Optional[bool] = ..., logprobs: _Optional[int] = ..., session_id: _Optional[str] = ..., user: _Optional[str] = ..., deadline_ms: _Optional[int] = ..., campaign: _Optional[str] = ..., speculation: _Optional[bool] = ...) -> None: ...
+    phrases: str
+    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., chat: _Optional[_Union[ChatMessages, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., ignore_eos: _Optional[bool] = ..., logprobs: _Optional[int] = ..., session_id: _Optional[str] = ..., user: _Optional[str] = ..., deadline_ms: _Optional[int] = ..., campaign: _Optional[str] = ..., speculation: _Optional[bool] = ..., phrases: _Optional[str] = ...) -> None: ...
 
 class InferenceResponse(_message.Message):
     __slots__ = ("request_id", "first_index", "tokens", "text", "finish_reason", "usage")
@@ -235,7 +237,7 @@ class Hello(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., model: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., router_id: _Optional[str] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "sampling", "tenant", "session_id", "deadline_unix_ns", "handoff_id", "emitted_token_ids", "campaign", "speculate", "targeting")
+    __slots__ = ("request_id", "prompt_token_ids", "sampling", "tenant", "session_id", "deadline_unix_ns", "handoff_id", "emitted_token_ids", "campaign", "speculate", "phrases", "targeting")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -246,6 +248,7 @@ class GenerateRequest(_message.Message):
     EMITTED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     CAMPAIGN_FIELD_NUMBER: _ClassVar[int]
     SPECULATE_FIELD_NUMBER: _ClassVar[int]
+    PHRASES_FIELD_NUMBER: _ClassVar[int]
     TARGETING_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -257,8 +260,9 @@ class GenerateRequest(_message.Message):
     emitted_token_ids: _containers.RepeatedScalarFieldContainer[int]
     campaign: str
     speculate: bool
+    phrases: CatalogueRef
     targeting: TargetingParams
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., tenant: _Optional[str] = ..., session_id: _Optional[str] = ..., deadline_unix_ns: _Optional[int] = ..., handoff_id: _Optional[str] = ..., emitted_token_ids: _Optional[_Iterable[int]] = ..., campaign: _Optional[str] = ..., speculate: _Optional[bool] = ..., targeting: _Optional[_Union[TargetingParams, _Mapping]] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., tenant: _Optional[str] = ..., session_id: _Optional[str] = ..., deadline_unix_ns: _Optional[int] = ..., handoff_id: _Optional[str] = ..., emitted_token_ids: _Optional[_Iterable[int]] = ..., campaign: _Optional[str] = ..., speculate: _Optional[bool] = ..., phrases: _Optional[_Union[CatalogueRef, _Mapping]] = ..., targeting: _Optional[_Union[TargetingParams, _Mapping]] = ...) -> None: ...
 
 class CatalogueRef(_message.Message):
     __slots__ = ("name", "version", "checksum", "num_bytes", "path", "fetch_address")

@@ -48,7 +48,7 @@ class InferenceServicer:
 
     def Generate(self, request, context):
         """Streams a completion. Errors: INVALID_ARGUMENT names the field and its range; NOT_FOUND an
-        unknown model; RESOURCE_EXHAUSTED with retry-after-ms in the trailers; UNAVAILABLE.
+        unknown model or catalogue; RESOURCE_EXHAUSTED with retry-after-ms in the trailers; UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -124,7 +124,7 @@ class TargetingServicer:
     """
 
     def Select(self, request, context):
-        """Errors as Inference.Generate has them; NOT_FOUND an unknown catalogue too.
+        """Errors as Inference.Generate has them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,124 +1,147 @@
-"""Phrases that a tenant uploads: what goes on once an output ends with the beginning of one.
+"""Phrases out of a catalogue: what goes on once a text ends with the beginning of an item.
 
-Source of fallbacks: A. Aho, M. Corasick, Efficient string matching, CACM 18 (1975).
+The catalogue's trie is read in place, whatever its size. Its items were tokenized each by itself; within a
+sentence one begins with other tokens, that have the space before it in them. So each word of a text is also
+looked for as the tokens of its text without that space.
 """
 
-from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
-from operator import itemgetter
+from functools import lru_cache
 
+from cluster.catalogue.trie import Int32Array, Trie
 from cluster.messages import Record
+from cluster.text import Tokenizer
 from decode_workers.drafting.place import Guess
 
-ROOT = 0
-MAX_PHRASE_TOKENS = 65_536
-"""Of all phrases of a tenant together."""
 MOST_GUESSES = 4
+MOST_BEGUN = 8
+"""Beginnings of items that a text is followed in, the longest: one that repeats itself is in very many."""
+MOST_WORD_TOKENS = 6
+"""Of a first word whose tokens differ within a sentence."""
+LOOKBACK = 16
+"""Tokens looked at where a text was not followed so far: a prompt's last ones, say."""
+MAX_WORDS_REMEMBERED = 16_384
+ENDS = 1
+"""Height of an inner node behind which items only end."""
+_NO_TOKENS = ()
 
 
-class TooManyPhrasesError(ValueError):
-    """More tokens than a tenant's phrases may have. For whoever uploads them."""
+class Phrases(Record, frozen=True, gc=False):
+    """Of one catalogue: its arrays."""
 
+    trie: Trie
+    root_child: Int32Array
+    """[vocabulary] the root's child by token; -1 where there is none."""
 
-class PhraseTrie:
-    """Immutable once built. Raises TooManyPhrasesError."""
-
-    __slots__ = ("_children", "_depths", "_fallbacks", "_weights")
-
-    def __init__(self, phrases: Iterable[SequenceOf[int]]) -> None:
-        self._children: list[dict[int, int]] = [{}]
-        self._depths = [0]
-        self._weights = [0]
-        """[nodes] phrases that begin so."""
-        num_tokens = 0
-        for phrase in phrases:
-            num_tokens += len(phrase)
-            if num_tokens > MAX_PHRASE_TOKENS:
-                raise TooManyPhrasesError(f"phrases of more than {MAX_PHRASE_TOKENS} tokens in all")
-            self._add(phrase)
-        self._fallbacks = [ROOT] * len(self._children)
-        self._link()
-
-    @property
-    def num_nodes(self) -> int:
-        """The root not counted."""
-        return len(self._children) - 1
-
-    def follow(self, node: int, token: int) -> int:
-        """The longest beginning of a phrase that the node's text and `token` end with."""
-        while True:
-            child = self._children[node].get(token)
-            if child is not None:
-                return child
-            if node == ROOT:
-                return ROOT
-            node = self._fallbacks[node]
-
-    def place(self, node: int, length: int = 0) -> "PhrasePlace | None":
-        """None where nothing can follow; `length` where more is known to match."""
-        while node != ROOT and not self._children[node]:
-            node = self._fallbacks[node]
-        return None if node == ROOT else PhrasePlace(self, node, max(length, self._depths[node]))
-
-    def guesses(self, place: "PhrasePlace") -> list[Guess]:
-        node = place.node
-        children = [(token, self._weights[child]) for token, child in self._children[node].items()]
-        total = self._weights[node]
-        best = sorted(children, key=itemgetter(1), reverse=True)[:MOST_GUESSES]
-        return [Guess(token, weight / total, self._after(place, token)) for token, weight in best]
-
-    def _after(self, place: "PhrasePlace", token: int) -> "PhrasePlace":
-        node = self.follow(place.node, token)
-        return self.place(node, place.length + 1) or PhrasePlace(self, ROOT, 0)
-
-    def _add(self, phrase: SequenceOf[int]) -> None:
-        node = ROOT
-        for token in phrase:
-            child = self._children[node].get(token)
+    def begin(self, token_ids: SequenceOf[int]) -> int | None:
+        """The node of a path from the root, where some item goes on with more text behind it."""
+        node = int(self.root_child[token_ids[0]]) if token_ids[0] < len(self.root_child) else -1
+        if node < 0 or self.trie.height[node] <= ENDS:
+            return None
+        for token_id in token_ids[1:]:
+            child = self.follow(node, token_id)
             if child is None:
-                child = len(self._children)
-                self._children[node][token] = child
-                self._children.append({})
-                self._depths.append(self._depths[node] + 1)
-                self._weights.append(0)
+                return None
             node = child
-            self._weights[node] += 1
+        return node
 
-    def _link(self) -> None:
-        """Breadth first: a fallback is always shorter."""
-        waiting = deque(self._children[ROOT].values())
-        while waiting:
-            node = waiting.popleft()
-            for token, child in self._children[node].items():
-                self._fallbacks[child] = self.follow(self._fallbacks[node], token)
-                waiting.append(child)
+    def follow(self, node: int, token_id: int) -> int | None:
+        """The node's child, where some item goes on with more text behind it."""
+        child = self.trie.child(node, token_id)
+        return None if child is None or self.trie.height[child] <= ENDS else child
 
 
 class PhrasePlace(Record, frozen=True, gc=False):
-    trie: PhraseTrie
+    """An inner node below the root: what goes on there, by the items below."""
+
+    trie: Trie
     node: int
     length: int
 
     def guesses(self) -> list[Guess]:
-        return self.trie.guesses(self) if self.node != ROOT else []
+        """The end of an item is not among them."""
+        trie, total = self.trie, int(self.trie.num_items[self.node])
+        return [
+            Guess(int(trie.token[child]), weight / total, PhrasePlace(trie, child, self.length + 1))
+            for child, weight in _heaviest(trie, self.node)
+        ]
 
 
-class PhraseBook:
-    """Each tenant's phrases; of more than `max_tenants`, the least recently set go."""
+def _heaviest(trie: Trie, node: int) -> Iterator[tuple[int, int]]:
+    """(inner child, items below it), of equals the lower token first. A pass over all children for each."""
+    begin, end = trie.first_child[node : node + 2].tolist()
+    weights = trie.num_items[begin:end] * (trie.height[begin:end] > 0)
+    for _ in range(min(MOST_GUESSES, end - begin)):
+        at = int(weights.argmax())
+        weight = int(weights[at])
+        if weight == 0:
+            break
+        yield begin + at, weight
+        weights[at] = 0
 
-    def __init__(self, max_tenants: int = 256) -> None:
-        self._max_tenants = max_tenants
-        self._tries: OrderedDict[str, PhraseTrie] = OrderedDict()
 
-    def set(self, tenant: str, phrases: Iterable[SequenceOf[int]]) -> None:
-        """Instead of those before. Raises TooManyPhrasesError, having changed nothing."""
-        trie = PhraseTrie(phrases)
-        self._tries.pop(tenant, None)
-        if trie.num_nodes:
-            self._tries[tenant] = trie
-        if len(self._tries) > self._max_tenants:
-            self._tries.popitem(last=False)
+class BareWords:
+    """What words of a text are at the beginning of another: their tokens without the space before them."""
 
-    def get(self, tenant: str) -> PhraseTrie | None:
-        return self._tries.get(tenant)
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.of = lru_cache(maxsize=MAX_WORDS_REMEMBERED)(self._new)
+
+    def grown(self, word: tuple[int, ...], token_id: int) -> tuple[int, ...]:
+        """The word that a text ends with, when `token_id` comes behind `word`; empty where it is none."""
+        if self._tokenizer.token_bytes(token_id).startswith(b" "):
+            return (token_id,)
+        return (*word, token_id) if 0 < len(word) < MOST_WORD_TOKENS else _NO_TOKENS
+
+    def _new(self, word: tuple[int, ...]) -> SequenceOf[int]:
+        """Empty where nothing, or no whole character, is left."""
+        raw = b"".join([self._tokenizer.token_bytes(token_id) for token_id in word])
+        try:
+            return self._tokenizer.encode(raw[1:].decode(), allow_special=False)
+        except UnicodeDecodeError:
+            return _NO_TOKENS
+
+
+class PhraseText:
+    """Where one text is in a catalogue: which items' beginnings it ends with."""
+
+    __slots__ = ("_begun", "_num_followed", "_word")
+
+    def __init__(self) -> None:
+        self._begun: list[tuple[int, int]] = []
+        """(tokens of the text, inner node), the longest first."""
+        self._word: tuple[int, ...] = _NO_TOKENS
+        self._num_followed = 0
+
+    def find(self, phrases: Phrases, bare_words: BareWords, tokens: SequenceOf[int]) -> list[PhrasePlace]:
+        """After the longest beginnings that `tokens` ends with: several only where they are spelled so.
+
+        The next call is for the same text, grown, and the same catalogue.
+        """
+        end = len(tokens)
+        if end - self._num_followed > LOOKBACK:
+            self._begun, self._word, self._num_followed = [], _NO_TOKENS, end - LOOKBACK
+        for at in range(self._num_followed, end):
+            self._follow(phrases, bare_words, tokens[at])
+        self._num_followed = end
+        return [
+            PhrasePlace(phrases.trie, node, length)
+            for length, node in self._begun
+            if length == self._begun[0][0]
+        ]
+
+    def _follow(self, phrases: Phrases, bare_words: BareWords, token_id: int) -> None:
+        begun: list[tuple[int, int]] = []
+        for length, node in self._begun:
+            child = phrases.follow(node, token_id)
+            if child is not None:
+                begun.append((length + 1, child))
+        self._word = bare_words.grown(self._word, token_id)
+        bare = bare_words.of(self._word) if self._word else _NO_TOKENS
+        for length, path in ((len(self._word), bare), (1, (token_id,))):
+            new = phrases.begin(path) if path else None
+            if new is not None and (length, new) not in begun:
+                begun.append((length, new))
+        begun.sort(reverse=True)
+        self._begun = begun[:MOST_BEGUN]

@@ -15,7 +15,7 @@ class Source(IntEnum):
     HISTORY = 1
     """Earlier outputs of its campaign."""
     PHRASES = 2
-    """What its tenant uploaded."""
+    """Items of the catalogue that its request names."""
 
 
 class Place(Protocol):

@@ -1,18 +1,20 @@
 """The drafter that serves: guesses of all sources, measured against what came, within the step's budget.
 
-A function of the requests and the tokens that it saw, in their order: no clock, no chance. It changes how
-fast tokens come, never which.
+A function of the requests and the tokens that it saw, in their order, and of which phrases were open: no
+clock, no chance. It changes how fast tokens come, never which.
 """
 
 from collections.abc import Sequence as SequenceOf
 
+from cluster.messages import GenerateRequest
 from cluster.placement.predict import StepTable
 from decode_workers.draft_tree import NO_DRAFT, DraftTree
 from decode_workers.drafting.budget import StepCosts, spend
 from decode_workers.drafting.draft_state import DraftState
 from decode_workers.drafting.growth import Found, TreeGrowth
 from decode_workers.drafting.history import DEPTH, History, HistoryPlace
-from decode_workers.drafting.phrases import PhraseBook
+from decode_workers.drafting.phrase_files import PhraseFiles
+from decode_workers.drafting.phrases import PhrasePlace
 from decode_workers.drafting.place import Source
 from decode_workers.drafting.rates import RateBook, Rates
 from decode_workers.scheduler import RowGrant
@@ -22,12 +24,17 @@ from decode_workers.sequence import Sequence
 class Speculator:
     """`Drafter` of one engine; owned by its thread."""
 
-    def __init__(self, history: History, phrases: PhraseBook | None = None) -> None:
+    def __init__(self, history: History, phrases: PhraseFiles | None = None) -> None:
+        """Without `phrases` requests that name some are drafted from the other sources."""
         self._history = history
-        self._phrases = phrases or PhraseBook()
+        self._phrases = phrases
         self._rates = RateBook()
         self._table: StepTable | None = None
         self._costs = StepCosts(None)
+
+    def expect(self, request: GenerateRequest) -> None:
+        if self._phrases is not None and request.phrases is not None and request.speculate:
+            self._phrases.want(request.phrases, request.tenant)
 
     def draft(
         self, grants: SequenceOf[RowGrant], spare_rows: int, table: StepTable | None
@@ -63,8 +70,6 @@ class Speculator:
             token = tokens[at]
             if state.expected:
                 _compare(state, token, rates)
-            if state.phrases is not None:
-                state.phrase_node = state.phrases.follow(state.phrase_node, token)
             self._history.append(request.tenant, request.campaign, state.writer, token)
         state.num_learned = len(tokens)
         state.expected = ()
@@ -97,18 +102,24 @@ class Speculator:
             length = known.length + streaks[Source.HISTORY]
             place = HistoryPlace(known.known, known.young_node, known.old_node, length)
             found.append(Found(Source.HISTORY, place))
-        if state.phrases is not None:
-            begun = state.phrases.place(state.phrase_node)
-            if begun is not None:
-                found.append(Found(Source.PHRASES, begun))
+        found += [Found(Source.PHRASES, place) for place in self._find_phrases(sequence, state)]
         return found
+
+    def _find_phrases(self, sequence: Sequence, state: DraftState) -> SequenceOf[PhrasePlace]:
+        ref = sequence.request.phrases
+        if self._phrases is None or ref is None:
+            return ()
+        phrases = self._phrases.find(ref)
+        if phrases is None:
+            return ()
+        return state.phrases.find(phrases, self._phrases.bare_words, sequence.tokens)
 
     def _state(self, sequence: Sequence) -> DraftState:
         state = sequence.drafts
         if state is None:
             request = sequence.request
             num_known = sequence.num_prompt + len(request.emitted_token_ids)
-            state = sequence.drafts = DraftState(num_known, self._phrases.get(request.tenant))
+            state = sequence.drafts = DraftState(num_known)
             # How outputs begin is learned too: behind the end of their prompts.
             for token in sequence.tokens[max(0, num_known - DEPTH + 1) : num_known]:
                 self._history.append(request.tenant, request.campaign, state.writer, token)

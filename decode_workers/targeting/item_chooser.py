@@ -20,27 +20,29 @@ class NoItemsError(Exception):
 
 
 class ItemChooser:
-    """Keeps as many choices, which hold their catalogues open, as the catalogues given may be open: with a
-    filter, 16 bytes an item each. Safe to call from several threads."""
+    """Keeps choices of the catalogues that are open, as many as those may be: with a filter, 16 bytes an item
+    each. Safe to call from several threads."""
 
     def __init__(self, catalogues: LocalCatalogues) -> None:
         self._catalogues = catalogues
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[str, str, tuple[Condition, ...]], ChosenItems] = OrderedDict()
         self._widths: OrderedDict[str, tuple[int, ...]] = OrderedDict()
+        catalogues.when_let_go(self._forget)
 
-    def choose(self, params: TargetingParams) -> ChosenItems:
+    def choose(self, params: TargetingParams, tenant: str = "") -> ChosenItems:
         """The first time it takes as long as the catalogue's file takes to come. Raises NoItemsError."""
         ref = params.catalogue
         key = (ref.checksum, params.scoring, params.where)
-        with self._lock:
-            kept = self._kept.get(key)
-            if kept is not None:
-                self._kept.move_to_end(key)
-                return kept
-            widths = self._widths.get(ref.checksum)
         try:
-            chosen = choose_items(self._catalogues.open(ref), params, widths)
+            catalogue = self._catalogues.open(ref, tenant)
+            with self._lock:
+                kept = self._kept.get(key)
+                if kept is not None:
+                    self._kept.move_to_end(key)
+                    return kept
+                widths = self._widths.get(ref.checksum)
+            chosen = choose_items(catalogue, params, widths)
         except ConditionError as error:
             raise NoItemsError(f"catalogue {ref.name}: {error}", is_retryable=False) from None
         except (FetchError, CatalogueFileError, OSError) as error:
@@ -51,4 +53,11 @@ class ItemChooser:
                 self._kept.popitem(last=False)
             while len(self._widths) > self._catalogues.max_open:
                 self._widths.popitem(last=False)
+        if self._catalogues.find(ref.checksum) is not catalogue:
+            self._forget(ref.checksum)  # let go while its items were chosen
         return chosen
+
+    def _forget(self, checksum: str) -> None:
+        with self._lock:
+            for key in [key for key in self._kept if key[0] == checksum]:
+                del self._kept[key]

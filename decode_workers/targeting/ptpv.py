@@ -29,6 +29,9 @@ _NEARLY = 1.1
 
 _FEWEST_AT_ONCE = 8
 """The step table does not count what steps cost beside rows."""
+_RUN_IN_VAIN = 0.5
+"""A round of all beams at once runs so many more rows than one node at a time does: 157 against 104 over the
+sample catalogue, at 20 beams; with 8 and 16 at once 107 and 131."""
 
 
 @lru_cache(maxsize=256)
@@ -38,9 +41,14 @@ def chunk_rows(table: StepTable) -> int:
     return next(rows for rows in table.rows if step_ms(table, rows) / rows <= _NEARLY * best)
 
 
-def nodes_at_once(table: StepTable) -> int:
-    """Nodes of a best-first search that run before the next are chosen: each may prune others."""
-    return max(chunk_rows(table), _FEWEST_AT_ONCE)
+@lru_cache(maxsize=256)
+def nodes_at_once(table: StepTable, beams: int) -> int:
+    """Nodes that run before the next are chosen: the fewer, the more of the others each may prune."""
+
+    def predicted_ms(count: int) -> float:
+        return step_ms(table, count) / count * (1 + _RUN_IN_VAIN * count / beams)
+
+    return min([*(rows for rows in table.rows if _FEWEST_AT_ONCE <= rows < beams), beams], key=predicted_ms)
 
 
 def plan_parallel(

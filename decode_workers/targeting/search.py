@@ -77,7 +77,7 @@ class TargetingSearch:
         self._nodes_at_once = params.beams
         if step_table is not None and wanted.is_renormalised:
             # Where every token of the vocabulary counts, paths fall so steeply that no beam is ever pruned.
-            self._nodes_at_once = nodes_at_once(step_table)
+            self._nodes_at_once = nodes_at_once(step_table, params.beams)
         self.went_best_first = False
         self.went_parallel = False
         self.num_steps = 0

@@ -1,12 +1,15 @@
 """Each source of drafts beside a search that scans the whole text."""
 
 from collections import Counter
+from collections.abc import Iterator
+from functools import cache
 
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decode_workers.drafting import phrases as phrases_module
+from cluster.text import Tokenizer
 from decode_workers.drafting.history import (
     CAMPAIGN_NODES,
     DEPTH,
@@ -19,9 +22,17 @@ from decode_workers.drafting.history import (
 )
 from decode_workers.drafting.ngrams import LONGEST, MOST_COUNTED, NgramIndex
 from decode_workers.drafting.ngrams import SHORTEST as SHORTEST_NGRAM
-from decode_workers.drafting.phrases import PhraseBook, PhraseTrie, TooManyPhrasesError
+from decode_workers.drafting.phrases import (
+    LOOKBACK,
+    MOST_BEGUN,
+    MOST_GUESSES,
+    MOST_WORD_TOKENS,
+    BareWords,
+    PhraseText,
+)
 from decode_workers.drafting.place import Place
 from decode_workers.drafting.suffix_trie import NONE, ROOT, START, SuffixTrie
+from tests.decode_workers.draft_support import phrases_of
 
 texts = st.lists(st.integers(0, 3), max_size=60)
 pieces = st.lists(st.lists(st.integers(0, 3), max_size=25), max_size=5)
@@ -231,46 +242,153 @@ def test_an_older_generation_weighs_half() -> None:
 # Phrases.
 
 
-@given(st.lists(texts, max_size=6), texts)
-def test_phrases_go_on_after_their_longest_beginning(phrases: list[list[int]], text: list[int]) -> None:
-    trie = PhraseTrie(phrases)
-    node = ROOT
-    for token in text:
-        node = trie.follow(node, token)
-    place = trie.place(node)
-    beginnings = {tuple(phrase[:size]) for phrase in phrases for size in range(1, len(phrase))}
-    fitting = [
-        run for size in range(len(text), 0, -1) if (run := tuple(text[len(text) - size :])) in beginnings
-    ]
-    if not fitting:
-        assert place is None
-        return
-    longest = fitting[0]
-    assert place is not None
-    assert place.length == len(longest)
-    begun = [phrase for phrase in phrases if tuple(phrase[: len(longest)]) == longest]
-    following = Counter(phrase[len(longest)] for phrase in begun if len(phrase) > len(longest))
-    shares = {guess.token_id: guess.share for guess in place.guesses()}
-    assert shares == pytest.approx({token: count / len(begun) for token, count in following.items()})
+@cache
+def spaced_tokenizer() -> Tokenizer:
+    """Letters, and words with the space before them: " abb" is one token, "abb" two, "bb" one."""
+    merges = [("Ġ", "a"), ("Ġa", "b"), ("b", "b"), ("Ġa", "bb"), ("Ġ", "b")]
+    texts = ["<|end|>", "a", "b", "x", "Ġ", *(left + right for left, right in merges)]
+    made = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab={text: i for i, text in enumerate(texts)}, merges=merges)
+    )
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.add_special_tokens(["<|end|>"])
+    return Tokenizer(made.to_str().encode())
+
+
+END, NUM_TOKENS = 0, 10
+item_texts = st.lists(st.text("ab ", min_size=1, max_size=9), min_size=1, max_size=12)
+said = st.lists(st.lists(st.integers(1, NUM_TOKENS - 1), max_size=LOOKBACK + 4), max_size=4)
+Begun = tuple[int, int, tuple[int, ...]]
+"""(tokens of the text, tokens of the path, the path): as nodes are numbered."""
+
+
+class SlowPhrases:
+    """Looks at every item for every token, and keeps what begins them by its tokens."""
+
+    def __init__(self, items: set[tuple[int, ...]], tokenizer: Tokenizer) -> None:
+        self._items = items
+        self._tokenizer = tokenizer
+        self._text: list[int] = []
+        self._begun: list[Begun] = []
+
+    def say(self, piece: list[int]) -> None:
+        """The text grows, and is looked at."""
+        if len(piece) > LOOKBACK:
+            piece, self._text, self._begun = piece[-LOOKBACK:], [], []
+        for token in piece:
+            self._text.append(token)
+            longer = [(size + 1, len(path) + 1, (*path, token)) for size, _, path in self._begun]
+            new = [(size, len(path), path) for size, path in self._beginnings()]
+            going = {one for one in longer + new if self._following(one[2])}
+            self._begun = sorted(going, reverse=True)[:MOST_BEGUN]
+
+    def _beginnings(self) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """Of the last token, and of the word that the text ends with, without its space."""
+        yield 1, (self._text[-1],)
+        texts = [self._tokenizer.token_text(token) for token in self._text]
+        for size in range(1, min(MOST_WORD_TOKENS, len(texts)) + 1):
+            if texts[-size].startswith(" "):
+                bare = "".join(texts[-size:])[1:]
+                yield size, tuple(self._tokenizer.encode(bare, allow_special=False))
+                return
+
+    def _following(self, path: tuple[int, ...]) -> Counter[int]:
+        if not path:
+            return Counter()
+        return Counter(
+            item[len(path)] for item in self._items if item[: len(path)] == path and len(item) > len(path)
+        )
+
+    def guessed(self) -> list[tuple[int, dict[int, float]]]:
+        """(tokens that match, what share goes on with which) of each place."""
+        places = []
+        for size, depth, path in self._begun:
+            if size == self._begun[0][0]:
+                total = sum(item[:depth] == path for item in self._items)
+                best = sorted(self._following(path).items(), key=lambda one: (-one[1], one[0]))
+                places.append((size, {token: count / total for token, count in best[:MOST_GUESSES]}))
+        return places
+
+
+def tokens_of(texts: list[str]) -> set[tuple[int, ...]]:
+    encoded = spaced_tokenizer().encode_batch(texts)
+    return {tuple(tokens) for tokens in encoded}
+
+
+@given(item_texts, said)
+def test_phrases_go_on_after_their_longest_beginnings(texts: list[str], pieces: list[list[int]]) -> None:
+    items, tokenizer = tokens_of(texts), spaced_tokenizer()
+    phrases, bare_words = phrases_of(items, END), BareWords(tokenizer)
+    slow, found, text = SlowPhrases(items, tokenizer), PhraseText(), list[int]()
+    for piece in pieces:
+        text += piece
+        slow.say(piece)
+        places = found.find(phrases, bare_words, text)
+        assert [
+            (place.length, {guess.token_id: guess.share for guess in place.guesses()}) for place in places
+        ] == slow.guessed()
+
+
+@given(st.text("ab ", min_size=1, max_size=12).filter(lambda text: not text.startswith(" ")))
+@pytest.mark.parametrize("before", ["", "x"])
+def test_an_item_is_foreseen_behind_its_first_word_wherever_it_is_said(before: str, item: str) -> None:
+    """At the beginning of a text, and within a sentence, where the first word has other tokens."""
+    tokenizer = spaced_tokenizer()
+    (path,) = tokens_of([item])
+    phrases, bare_words, text = phrases_of([path], END), BareWords(tokenizer), PhraseText()
+    said = tokenizer.encode(f"{before} {item}" if before else item, allow_special=False)
+    first_word = item.partition(" ")[0]
+    num_before = len(tokenizer.encode(before, allow_special=False))
+    num_first = len(tokenizer.encode(f" {first_word}" if before else first_word, allow_special=False))
+    for end in range(num_before + num_first, len(said)):
+        places = text.find(phrases, bare_words, said[:end])
+        assert said[end:] in [chain(place, len(said)) for place in places]
 
 
 def test_a_phrase_is_proposed_to_its_end_and_not_beyond() -> None:
-    trie = PhraseTrie([[1, 2, 3, 4]])
-    assert chain(trie.place(trie.follow(ROOT, 1)), 9) == [2, 3, 4]
+    phrases, bare_words = phrases_of([[11, 12, 13, 14]]), BareWords(spaced_tokenizer())
+    (place,) = PhraseText().find(phrases, bare_words, [17, 11])
+    assert (place.length, chain(place, 9)) == (1, [12, 13, 14])
+    assert PhraseText().find(phrases, bare_words, [11, 12, 13, 14]) == []
 
 
-def test_phrases_are_bounded_and_a_tenants_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(phrases_module, "MAX_PHRASE_TOKENS", 5)
-    book = PhraseBook(max_tenants=2)
-    book.set("a", [[1, 2, 3]])
-    with pytest.raises(TooManyPhrasesError, match="5 tokens"):
-        book.set("a", [[1, 2, 3], [4, 5, 6]])
-    kept = book.get("a")
-    assert kept is not None
-    assert kept.num_nodes == 3
-    assert book.get("b") is None
-    book.set("b", [[1]])
-    book.set("c", [[1]])
-    assert book.get("a") is None
-    book.set("c", [])
-    assert book.get("c") is None
+def test_a_shorter_beginning_goes_on_when_a_longer_one_ends() -> None:
+    phrases, bare_words = phrases_of([[11, 12, 13, 14], [12, 13, 15, 16]]), BareWords(spaced_tokenizer())
+    text = PhraseText()
+    (place,) = text.find(phrases, bare_words, [11, 12, 13])
+    assert (place.length, chain(place, 9)) == (3, [14])
+    (place,) = text.find(phrases, bare_words, [11, 12, 13, 15])
+    assert (place.length, chain(place, 9)) == (3, [16])
+
+
+def test_what_a_text_began_long_before_it_was_looked_at_is_not_found() -> None:
+    item = list(range(11, 41))
+    phrases, bare_words = phrases_of([item]), BareWords(spaced_tokenizer())
+    (place,) = PhraseText().find(phrases, bare_words, item[:LOOKBACK])
+    assert place.length == LOOKBACK
+    assert PhraseText().find(phrases, bare_words, item[: LOOKBACK + 1]) == []
+    text = PhraseText()
+    for end in (LOOKBACK, 20, 29):
+        (place,) = text.find(phrases, bare_words, item[:end])
+        assert place.length == end
+    assert text.find(phrases, bare_words, item * 2) == []
+
+
+def test_the_heaviest_of_very_many_follow() -> None:
+    """Equal ones by their tokens."""
+    following = [token for token in range(2, 3_000) for _ in range(3 if token == 2_999 else 1 + token % 2)]
+    items = [(11, token, at) for at, token in enumerate(following, 3_000)]
+    phrases = phrases_of(items, end_token=0)
+    (place,) = PhraseText().find(phrases, BareWords(spaced_tokenizer()), [11])
+    assert [guess.token_id for guess in place.guesses()] == [2_999, 3, 5, 7]
+    assert place.guesses()[0].share == 3 / len(items)
+
+
+def test_a_text_that_repeats_itself_is_followed_in_few_beginnings() -> None:
+    phrases, bare_words = phrases_of([[11] * 60]), BareWords(spaced_tokenizer())
+    text = PhraseText()
+    for end in range(1, 60):
+        (place,) = text.find(phrases, bare_words, [11] * end)
+        assert place.length == end
+        assert len(text._begun) <= MOST_BEGUN

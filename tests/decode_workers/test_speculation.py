@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 from cluster.config import DecodeConfig
 from cluster.messages import EmittedToken, FinishReason, SamplingParams, TokensEmitted
 from decode_workers.draft_tree import DraftTree
-from decode_workers.drafting.phrases import PhraseBook
 from decode_workers.sampler import gumbel
 from decode_workers.sequence import Sequence
 from decode_workers.step_batch import NO_PARENT, Float32Array, StepBatch
 from decode_workers.verify import verify
-from tests.decode_workers.draft_support import RandomRows, Serving
+from tests.decode_workers.draft_support import HeldPhrases, RandomRows, Serving, phrases_of, ref_of
 from tests.decode_workers.support import (
     EOS,
     MAX_CONTEXT_TOKENS,
@@ -88,11 +87,27 @@ def test_drafts_change_nothing_alone_or_in_company(seed: int, at_once: int, max_
     for request_id, (prompt, sampling) in requests.items():
         plain.submit(request_of(request_id, prompt, sampling))
         plain.run()
-    drafter = RandomRows(seed)
+    dice = random.Random(seed)
+    # Parts of what will be said, with other ends too; let go and opened again along the way.
+    said = [[*prompt, *plain.tokens(request_id)] for request_id, (prompt, _) in requests.items()]
+    parts = [text[at : at + dice.randint(2, 12)] for text in said for at in range(0, len(text), 5)]
+    parts += [[*part[: len(part) // 2], dice.randrange(256)] for part in parts]
+    phrases = HeldPhrases(lambda: dice.random() < 0.7, some=phrases_of(parts), other=phrases_of(parts[::2]))
+    drafter = RandomRows(seed, phrases)
     config = DecodeConfig(max_rows_per_step=max_rows, max_running_sequences=at_once)
     rig = EngineRig(chatty(seed), config, drafter)
     for request_id, (prompt, sampling) in requests.items():
-        rig.submit(request_of(request_id, prompt, sampling, campaign="c", speculate=request_id != "r3"))
+        name = dice.choice(("some", "other", "none such", None))
+        rig.submit(
+            request_of(
+                request_id,
+                prompt,
+                sampling,
+                campaign="c",
+                speculate=request_id != "r3",
+                phrases=None if name is None else ref_of(name),
+            )
+        )
     rig.run()
     for request_id in requests:
         assert outcome(rig, request_id) == outcome(plain, request_id), request_id
@@ -149,17 +164,58 @@ def test_a_campaigns_earlier_outputs_are_drafted_for_its_tenant_alone() -> None:
     assert drafted("stranger", tenant="u", campaign="c") <= 3
 
 
-def test_uploaded_phrases_are_drafted() -> None:
+def test_phrases_that_a_request_names_are_drafted_for_it() -> None:
     plain = EngineRig()
     plain.submit(request_of("a", [5, 6], greedy(30, ignore_eos=True)))
     plain.run()
-    phrases = PhraseBook()
-    phrases.set("t", [plain.tokens("a")])
+    phrases = HeldPhrases(said=phrases_of([plain.tokens("a")]), unsaid=phrases_of([[1, 2, 3]]))
+
+    def num_steps(**changes: object) -> int:
+        rig = EngineRig(drafter=Serving(phrases))
+        rig.submit(request_of("a", [5, 6], greedy(30, ignore_eos=True), **changes))
+        rig.run()
+        assert rig.tokens("a") == plain.tokens("a")
+        return len(rig.executor.batches)
+
+    assert num_steps(phrases=ref_of("said")) < 10
+    assert num_steps(phrases=ref_of("said"), speculate=False) == 30
+    for others in (ref_of("unsaid"), ref_of("not open"), None):
+        assert num_steps(phrases=others) > 25
+
+
+def test_phrases_that_come_late_are_drafted_from_then_on() -> None:
+    plain = EngineRig()
+    plain.submit(request_of("a", [5, 6], greedy(60, ignore_eos=True)))
+    plain.run()
+    rig = EngineRig()
+    phrases = HeldPhrases(lambda: len(rig.executor.batches) >= 25, said=phrases_of([plain.tokens("a")[20:]]))
     rig = EngineRig(drafter=Serving(phrases))
-    rig.submit(request_of("a", [5, 6], greedy(30, ignore_eos=True), tenant="t"))
+    rig.submit(request_of("a", [5, 6], greedy(60, ignore_eos=True), phrases=ref_of("said")))
     rig.run()
     assert rig.tokens("a") == plain.tokens("a")
-    assert len(rig.executor.batches) < 10
+    assert 25 < len(rig.executor.batches) < 40
+
+
+def test_a_prompts_end_may_begin_a_phrase() -> None:
+    plain = EngineRig()
+    plain.submit(request_of("a", [5, 6, 7], greedy(12, ignore_eos=True)))
+    plain.run()
+    phrases = HeldPhrases(said=phrases_of([[5, 6, 7, *plain.tokens("a")]]))
+    rig = EngineRig(drafter=Serving(phrases))
+    rig.submit(request_of("a", [5, 6, 7], greedy(12, ignore_eos=True), phrases=ref_of("said")))
+    rig.run()
+    assert rig.tokens("a") == plain.tokens("a")
+    assert len(rig.executor.batches) < 4
+
+
+def test_phrases_are_wanted_for_requests_that_are_drafted_for() -> None:
+    phrases = HeldPhrases()
+    drafter = Serving(phrases)
+    drafter.expect(request_of("a", [1], tenant="t", phrases=ref_of("one")))
+    drafter.expect(request_of("b", [1], tenant="t", phrases=ref_of("two"), speculate=False))
+    drafter.expect(request_of("c", [1], tenant="t"))
+    assert phrases.wanted == [("one", "t")]
+    Serving().expect(request_of("d", [1], phrases=ref_of("one")))
 
 
 @pytest.mark.parametrize(
@@ -192,11 +248,10 @@ def test_an_end_inside_an_accepted_path_is_kept(
         executor.spoil = force
         return EngineRig(executor, drafter=drafter)
 
-    phrases = PhraseBook()
-    phrases.set("", [[*said, EOS, EOS]])
+    phrases = HeldPhrases(said=phrases_of([[*said, EOS, EOS]], end_token=EOS + 1))
     plain, rig = rig_of(None), rig_of(Serving(phrases))
     for one in (plain, rig):
-        one.submit(request_of("a", [1], sampling))
+        one.submit(request_of("a", [1], sampling, phrases=ref_of("said")))
         one.run()
     assert outcome(rig, "a") == outcome(plain, "a")
     assert (rig.reason("a"), rig.text("a")) == (reason, text)

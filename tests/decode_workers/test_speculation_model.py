@@ -16,12 +16,11 @@ from cluster.messages import (
 )
 from cluster.model_card import ModelCard
 from cluster.text import Tokenizer
-from decode_workers.drafting.phrases import PhraseBook
 from decode_workers.engine import DecodeEngine, Drafter
 from decode_workers.executor import StepExecutor
 from decode_workers.inbox import Inbox
 from decode_workers.torch_executor import TorchExecutor
-from tests.decode_workers.draft_support import RandomRows, Serving
+from tests.decode_workers.draft_support import HeldPhrases, RandomRows, Serving, phrases_of, ref_of
 from tests.decode_workers.support import CARD, TOKENIZER, NoHandoffs, drawn, greedy
 from tests.tiny_model import tiny_weights
 
@@ -62,19 +61,21 @@ class Model(msgspec.Struct, frozen=True):
         return outcomes
 
 
-def drafters(seed: int, said: Outcomes) -> list[Serving]:
+def drafters(seed: int, said: Outcomes, tokenizer: Tokenizer) -> list[Serving]:
     """All sources with the real budget, and with random ones; some phrases are parts of what will be said."""
     rng = random.Random(seed)
-    phrases = PhraseBook()
     texts = [[token.token_id for token in tokens] for tokens, _, _ in said.values()]
-    phrases.set("", [text[at : at + 6] for text in texts for at in (rng.randrange(1 + len(text)),)])
+    parts = [text[at : at + 6] for text in texts for at in (rng.randrange(1 + len(text)),)]
+    phrases = HeldPhrases(tokenizer=tokenizer, some=phrases_of(parts, end_token=1 << 20))
     return [Serving(phrases, table=None), RandomRows(seed, phrases)]
 
 
 def check(model: Model, asked: Asked, at_once: tuple[int, int, int, int]) -> None:
     """`at_once`: requests in company, two runs by drafter; 0: not run."""
     plain = model.outcomes(asked, 1, None)
-    for drafter, companies in zip(drafters(3, plain), (at_once[:2], at_once[2:]), strict=True):
+    for drafter, companies in zip(
+        drafters(3, plain, model.tokenizer), (at_once[:2], at_once[2:]), strict=True
+    ):
         for together in filter(None, companies):
             # The second time the history has it all: as much is accepted as can be.
             assert model.outcomes(asked, together, drafter) == plain
@@ -88,6 +89,7 @@ def requests(prompts: list[list[int]], samplings: list[SamplingParams]) -> Asked
             prompt_token_ids=tuple(prompt),
             sampling=msgspec.structs.replace(samplings[i % len(samplings)], seed=i),
             campaign=f"c{i % 3}",
+            phrases=ref_of("some"),
         )
         for i, prompt in enumerate(prompts)
     ]

@@ -14,7 +14,7 @@ from cluster.placement.predict import StepTable
 from decode_workers.sampler import BadLogitsError
 from decode_workers.step_batch import BoolArray
 from decode_workers.targeting.forest import OutOfSlotsError
-from decode_workers.targeting.ptpv import chunk_rows
+from decode_workers.targeting.ptpv import chunk_rows, nodes_at_once
 from decode_workers.targeting.search import TargetingSearch
 from decode_workers.targeting.slots import level_widths, slots_needed
 from decode_workers.targeting.wanted import WantedTrie
@@ -24,7 +24,7 @@ from tests.decode_workers.tries import Path
 FLAT = StepTable(rows=(1, 64), ms=(1.0, 1.0))
 """64 rows cost what one does: whatever is left is verified at once."""
 CPU_LIKE = StepTable(rows=(1, 2, 4, 8, 16, 32, 64), ms=(2.4, 2.4, 2.4, 3.2, 5.8, 11.4, 22.0))
-LINEAR = StepTable(rows=(1, 64), ms=(1.0, 64.0))
+LINEAR = StepTable(rows=(1, 8, 64), ms=(1.0, 8.0, 64.0))
 """A row costs the same in any step: under `catalogue` scoring nodes run best first."""
 SEEDS = st.integers(0, 2**63)
 
@@ -150,7 +150,7 @@ def test_best_first_is_never_worse_than_stepwise(count: int, seed: int) -> None:
     k, beams, noise = dice.choice([1, 2, 5]), dice.choice([2, 5, 20]), dice.choice([None, None, 7])
     extra = dice.choice([0, 3, 64])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("decode_workers.targeting.search.nodes_at_once", lambda _: count)
+        patch.setattr("decode_workers.targeting.search.nodes_at_once", lambda *_: count)
         search, driver = start(case, LINEAR, beams=beams, extra_slots=extra, k=k, noise_seed=noise)
     driver.run(some_rows(dice))
     stepwise, stepwise_driver = start(case, None, beams=beams, k=k, noise_seed=noise)
@@ -175,7 +175,7 @@ def chained_case(seed: int) -> Case:
 
 def test_best_first_begins_anew_round_by_round_where_slots_are_few(monkeypatch) -> None:
     """Wherever stepwise has enough."""
-    monkeypatch.setattr("decode_workers.targeting.search.nodes_at_once", lambda _: 1)
+    monkeypatch.setattr("decode_workers.targeting.search.nodes_at_once", lambda *_: 1)
     begun_anew = 0
     for seed in range(12):
         case = chained_case(seed)
@@ -332,6 +332,16 @@ def test_a_chunk_is_as_large_as_pays() -> None:
     assert chunk_rows(CPU_LIKE) == 16
     assert chunk_rows(StepTable(rows=(1, 2, 4), ms=(1.0, 2.0, 4.0))) == 1
     assert chunk_rows(StepTable(rows=(1, 8), ms=(0.0, 0.0))) == 1
+
+
+def test_nodes_run_together_as_far_as_that_makes_them_cheaper() -> None:
+    assert nodes_at_once(FLAT, 20) == 20
+    assert nodes_at_once(LINEAR, 20) == 8
+    assert nodes_at_once(CPU_LIKE, 20) == 8
+    assert nodes_at_once(CPU_LIKE, 64) == 16
+    assert nodes_at_once(CPU_LIKE, 4) == 4
+    l20 = StepTable(rows=(1, 2, 4, 8, 16, 32, 64), ms=(0.40, 0.40, 0.41, 0.42, 0.53, 0.69, 1.01))
+    assert nodes_at_once(l20, 20) == 20
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -55,7 +55,7 @@ async def test_the_document_is_served_and_names_every_route(cluster, document):
     assert set(served_document["paths"]) == routes
     for path in ("/v1/completions", "/v1/chat/completions"):
         operation = served_document["paths"][path]["post"]
-        assert set(operation["responses"]) == {"200", "400", "404", "408", "413", "415", "429", "503"}
+        assert set(operation["responses"]) == {"200", "400", "404", "408", "409", "413", "415", "429", "503"}
         assert set(operation["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
         names = {parameter["name"] for parameter in operation["parameters"]}
         assert {"x-session-id", "x-headrace-deadline-ms", "x-request-id"} <= names

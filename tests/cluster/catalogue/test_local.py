@@ -130,6 +130,37 @@ def test_few_are_open_and_an_old_one_comes_back_from_the_cache(
     assert router.fetched == ["a", "b", "c"]
 
 
+def test_the_tenant_with_the_most_open_loses_its_oldest(router: Router, tmp_path: Path) -> None:
+    refs = {name: router.ref(name, is_seen=True) for name in "abcdefg"}
+    local = LocalCatalogues(tmp_path / "cache", router.fetch, max_open=3)
+    let_go: list[str] = []
+    names = {ref.checksum: name for name, ref in refs.items()}
+    local.when_let_go(lambda checksum: let_go.append(names[checksum]))
+
+    def are_open() -> str:
+        return "".join(name for name, ref in refs.items() if local.find(ref.checksum) is not None)
+
+    local.open(refs["a"], "one")
+    for name in "bcd":
+        local.open(refs[name], "two")
+    assert (are_open(), let_go) == ("acd", ["b"])
+    assert local.find(refs["c"].checksum) is not None, "used again: `d` is the older one now"
+    local.open(refs["e"], "two")
+    assert (are_open(), let_go) == ("ace", ["b", "d"])
+    local.open(refs["f"], "three")
+    assert (are_open(), let_go) == ("aef", ["b", "d", "c"])
+    local.open(refs["g"], "four")
+    assert (are_open(), let_go) == ("efg", ["b", "d", "c", "a"]), "of one each, the oldest"
+
+
+def test_what_is_not_open_is_not_found(local: LocalCatalogues, router: Router) -> None:
+    ref = router.ref("a")
+    assert local.find(ref.checksum) is None
+    assert router.fetched == []
+    opened = local.open(ref)
+    assert local.find(ref.checksum) is opened
+
+
 def test_the_cache_is_bounded(router: Router, tmp_path: Path) -> None:
     refs = [router.ref(name) for name in "abc"]
     local = LocalCatalogues(tmp_path / "cache", router.fetch, max_cached_bytes=2 * refs[0].num_bytes)
