@@ -4,6 +4,7 @@ import itertools
 import pickle
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -108,6 +109,12 @@ class Executor:
         self._arrived.put(None)
         self._thread.join()
         self.stream.close()
+
+    def is_idle_within(self, timeout_s: float) -> bool:
+        end_s = time.monotonic() + timeout_s
+        while (self._running or self._waiting) and time.monotonic() < end_s:
+            time.sleep(0.01)
+        return not self._running and not self._waiting
 
     def _run(self) -> None:
         try:
@@ -218,7 +225,9 @@ class Executor:
     def _forward(self, chunks: list[tuple[Request, int, int]]) -> None:
         fresh, self._fresh = self._fresh, []
         for pool in self.pools:
-            self.stream.enqueue(lambda p=pool: p.index_fill_(0, torch.tensor(fresh, dtype=torch.int64), torch.nan))
+            self.stream.enqueue(
+                lambda p=pool: p.index_fill_(0, torch.tensor(fresh, dtype=torch.int64), torch.nan)
+            )
 
         def after_layer(layer: int) -> None:
             self.before_layer(layer)
