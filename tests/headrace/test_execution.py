@@ -93,7 +93,7 @@ def test_why_prefill_is_not_in_tensorrt_is_said_where_there_is_a_gpu():
     assert chosen(**A_GPU, **TENSORRT).prefill_obstacle is None
     assert chosen({"prefill": {"engine": "torch"}}, **A_GPU).prefill_obstacle is None
     with pytest.raises(
-        ExecutionError, match="`prefill.engine` is tensorrt, which cannot run here: tensorrt_llm"
+        ExecutionError, match="tensorrt, which cannot run here: tensorrt_llm is not installed"
     ):
         chosen({"prefill": {"engine": "tensorrt"}})
 
