@@ -7,9 +7,9 @@ With whom they talk, and where copies go, is in the engine's arguments (`rank_ch
 A request is known by its sampling seed: the prefill worker's own number for its export, which exists before
 the request does. One token is sampled, greedily, and thrown away, so a seed has no other use.
 
-TensorRT-LLM is never asked to keep the blocks of a request that has ended: releases to 1.2 can pin the wrong
-block, or pin it for good, and later ones free those of a cancelled request without a word. A step waits instead
-until what earlier steps computed is read (`LayerCopies.fence`).
+TensorRT-LLM is never asked to keep the blocks of a request that has ended: versions differ in whether they
+pin the right ones, let go of them, and ask at all where it was cancelled. A step waits instead until what
+earlier steps computed is read (`LayerCopies.fence`).
 """
 
 from typing import TYPE_CHECKING, Any
@@ -78,9 +78,7 @@ class ExportWorker(KvCacheConnectorWorker):  # type: ignore[misc]
         super().__init__(llm_args)
         self._settings = ExportSettings.from_variables(llm_args.env_overrides)
         self._rank = mpi_rank()
-        self._shard: RankShard = rank_shard(
-            self._rank, self._settings.num_ranks, self._settings.num_kv_heads
-        )
+        self._shard: RankShard = rank_shard(self._rank, self._settings.num_ranks, self._settings.num_kv_heads)
         self._copies: LayerCopies | None = None
 
     def register_kv_caches(self, kv_cache_tensor: torch.Tensor) -> None:
@@ -93,7 +91,9 @@ class ExportWorker(KvCacheConnectorWorker):  # type: ignore[misc]
             tokens_per_block=settings.tokens_per_block,
         )
         if pool.num_layers != settings.num_layers:
-            raise PoolLayoutError(f"the KV pool has {pool.num_layers} layers, the model {settings.num_layers}")
+            raise PoolLayoutError(
+                f"the KV pool has {pool.num_layers} layers, the model {settings.num_layers}"
+            )
         staging = open_staging(settings.staging_path)
         if kv_cache_tensor.is_cuda:
             _pin(staging)
