@@ -9,6 +9,7 @@ from cluster.config import config_from_mapping
 from cluster.placement import embedded
 from headrace import doctor
 from headrace.run_folder import RunFolder
+from tests.tensorrt import hide
 
 Memory = namedtuple("Memory", "available")
 Disk = namedtuple("Disk", "free")
@@ -106,6 +107,7 @@ def has_gpu(tmp_path, monkeypatch, answer):
 
 def has_tensorrt(tmp_path, monkeypatch, version):
     """A package of that name and version, and nothing in it."""
+    hide(monkeypatch)
     package = tmp_path / "site" / "tensorrt_llm"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
@@ -127,12 +129,14 @@ def test_a_gpu_is_named(tmp_path, monkeypatch, answer):
     assert (check.verdict, check.found) == ("ok", answer.strip())
 
 
-def test_without_tensorrt_nothing_is_wrong():
+def test_without_tensorrt_nothing_is_wrong(monkeypatch):
+    hide(monkeypatch)
     check = tensorrt_check()
     assert (check.verdict, check.found) == ("note", "not installed")
 
 
-def test_without_tensorrt_that_is_asked_for_up_would_fail():
+def test_without_tensorrt_that_is_asked_for_up_would_fail(monkeypatch):
+    hide(monkeypatch)
     check = tensorrt_check("tensorrt")
     assert check.verdict == "problem"
     assert "is not installed" in check.found

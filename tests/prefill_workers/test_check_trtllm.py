@@ -2,7 +2,6 @@
 
 import ast
 import inspect
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import pytest
 from prefill_workers import check_trtllm
 from prefill_workers.export_pieces import ScheduledRequest
 from prefill_workers.trtllm_pins import Called, Implemented, Pins, differences, find, load_pins
-from tests.prefill_workers.trtllm import use_double
+from tests.tensorrt import hide, use_double
 
 use_double()
 
@@ -142,9 +141,7 @@ def test_a_version_that_will_not_do_is_said_with_the_fix(version, message, monke
 
 
 def test_none_is_found_where_none_is(monkeypatch) -> None:
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if not path.endswith("trtllm_double")])
-    for name in [name for name in sys.modules if name.partition(".")[0] == "tensorrt_llm"]:
-        monkeypatch.delitem(sys.modules, name)
+    hide(monkeypatch)
     assert check_trtllm.installed_version() is None
 
 

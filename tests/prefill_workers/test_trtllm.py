@@ -13,7 +13,7 @@ import pytest
 from prefill_workers.engine import PrefillDone, PrefillFailed
 from prefill_workers.torch_engine import TorchPrefillEngine
 from tests.prefill_workers.exports import Exported, job, random_tokens
-from tests.prefill_workers.trtllm import use_double
+from tests.tensorrt import use_double
 from tests.tiny_model import tiny_weights
 
 use_double()

@@ -4,6 +4,7 @@ import itertools
 import pickle
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -13,6 +14,7 @@ import torch
 
 from cluster.block_hash import chain_salt
 from cluster.block_pool import BlockPool, OutOfBlocksError
+from megakernel.model.load import open_model
 from megakernel.model.row_batch import RowBatch, RowSpan, chain_parents
 from megakernel.model.torch_llama import TorchLlama
 from megakernel.model.weights import Weights
@@ -33,7 +35,7 @@ class ModelSource:
 
     @classmethod
     def find(cls, name: str) -> Weights:
-        return cls.known[name]
+        return cls.known[name] if name in cls.known else open_model(name).weights
 
 
 @dataclass(eq=False)
@@ -69,11 +71,12 @@ class Executor:
         self._size = kv.tokens_per_block
         self.num_blocks = kv.max_tokens // self._size
         self.blocks = BlockPool(self.num_blocks, self._size)
-        self._model = TorchLlama(weights, "cpu", has_head=False, kv_dtype=kv.dtype)
+        dtype = "float32" if kv.dtype == "auto" else kv.dtype
+        self._model = TorchLlama(weights, "cpu", has_head=False, kv_dtype=dtype)
         self._kv = self._model.new_kv(self.num_blocks * self._size)
         heads = max(1, shape.num_kv_heads // num_ranks)
         pool_shape = (self.num_blocks, shape.num_layers, 2, heads * self._size * shape.head_dim)
-        self.pools = [torch.full(pool_shape, torch.nan, dtype=_DTYPES[kv.dtype]) for _ in range(num_ranks)]
+        self.pools = [torch.full(pool_shape, torch.nan, dtype=_DTYPES[dtype]) for _ in range(num_ranks)]
         self.stream = Stream(ModelSource.longest_delay_s)
         self._ids = itertools.count(2048)
         self._arrived: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
@@ -108,6 +111,12 @@ class Executor:
         self._arrived.put(None)
         self._thread.join()
         self.stream.close()
+
+    def is_idle_within(self, timeout_s: float) -> bool:
+        end_s = time.monotonic() + timeout_s
+        while (self._running or self._waiting) and time.monotonic() < end_s:
+            time.sleep(0.01)
+        return not self._running and not self._waiting
 
     def _run(self) -> None:
         try:
@@ -216,9 +225,11 @@ class Executor:
                 worker.start_load_kv(self.stream)
 
     def _forward(self, chunks: list[tuple[Request, int, int]]) -> None:
-        fresh, self._fresh = torch.tensor(self._fresh, dtype=torch.int64), []
+        fresh, self._fresh = self._fresh, []
         for pool in self.pools:
-            self.stream.enqueue(lambda p=pool: p.index_fill_(0, fresh, torch.nan))
+            self.stream.enqueue(
+                lambda p=pool: p.index_fill_(0, torch.tensor(fresh, dtype=torch.int64), torch.nan)
+            )
 
         def after_layer(layer: int) -> None:
             self.before_layer(layer)

@@ -74,11 +74,15 @@ class RequestOutput:
 
     def result(self, timeout: float | None = None) -> "RequestOutput":
         """However short `timeout` is: it is not heard."""
-        assert isinstance(self._request.answers, queue.Queue), "made in an event loop"
+        assert isinstance(self._request.answers, queue.Queue), (
+            "made in an event loop, and awaited without one"
+        )
         return self._handle(None if self._is_done else self._request.answers.get())
 
     async def aresult(self) -> "RequestOutput":
-        assert isinstance(self._request.answers, _AsyncQueue), "made without an event loop"
+        assert isinstance(self._request.answers, _AsyncQueue), (
+            "made without an event loop, and awaited in one"
+        )
         return self._handle(None if self._is_done else await self._request.answers.queue.get())
 
     def abort(self) -> None:
