@@ -50,8 +50,8 @@ def start_engine(settings: TensorRtLlmSettings, layout: KvLayout, num_blocks: in
     """`layout.block_size_tokens` is the pool's. Raises ChannelError, or what TensorRT-LLM raises."""
     if mpi_disabled():
         raise ChannelError(
-            "with TLLM_DISABLE_MPI=1 TensorRT-LLM starts its ranks without MPI, and then none but rank 0 hears "
-            "what its connector plans: unset it"
+            "with TLLM_DISABLE_MPI=1 TensorRT-LLM starts its ranks without MPI, and then none but rank 0 "
+            "hears what its connector plans: unset it"
         )
 
     def start(export: ExportSettings) -> _Submitter:
@@ -107,7 +107,7 @@ class _Submitter:
 
         async def begin() -> Any:
             return self._llm.generate_async(
-                list(token_ids), sampling, streaming=False, cache_salt=salt or None
+                list(token_ids), sampling_params=sampling, streaming=False, cache_salt=salt or None
             )
 
         return _Submission(self._loop, self._loop.start(begin()).result())

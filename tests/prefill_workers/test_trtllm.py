@@ -1,11 +1,9 @@
 """The real engine and connector against the double: the same KV as PyTorch's engine, and nothing leaked."""
 
 import random
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from unittest.mock import Mock
 
 import msgspec
@@ -15,16 +13,10 @@ import pytest
 from prefill_workers.engine import PrefillDone, PrefillFailed
 from prefill_workers.torch_engine import TorchPrefillEngine
 from tests.prefill_workers.exports import Exported, job, random_tokens
+from tests.tensorrt import use_double
 from tests.tiny_model import tiny_weights
 
-DOUBLE = Path(__file__).parents[1] / "trtllm_double"
-try:
-    import tensorrt_llm  # noqa: F401 - a real one needs a GPU, and has tests/hardware
-except ImportError:
-    sys.path.append(str(DOUBLE))
-else:
-    if not str(sys.modules["tensorrt_llm"].__file__).startswith(str(DOUBLE)):
-        pytest.skip("a real TensorRT-LLM is installed", allow_module_level=True)
+use_double()
 
 from tensorrt_llm.executor import ModelSource  # noqa: E402 - where the double is was not known before
 from tensorrt_llm.llmapi import KvCacheConfig, TorchLlmArgs  # noqa: E402
