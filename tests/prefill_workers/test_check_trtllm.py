@@ -130,7 +130,7 @@ def test_as_pinned_is_well(capsys) -> None:
     ("version", "message"),
     [
         (None, "is not installed: use NVIDIA's container of 1.2.1"),
-        ("1.2.0", "1.2.0 must not be used: KV of prompts in chunks can be corrupted"),
+        ("1.2.0", "1.2.0 must not be used: it is older than the mend of corrupted KV"),
         ("9.0.0", "9.0.0 is not known, 1.2.1 is. Install that"),
     ],
 )
