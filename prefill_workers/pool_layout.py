@@ -26,6 +26,10 @@ class PoolLayoutError(ValueError):
     """A pool that is not laid out as it was said to be. Handled where the connector registers it."""
 
 
+Places = tuple[torch.Tensor, torch.Tensor]
+"""[tokens] each: block, and place in it."""
+
+
 class HeadRange(msgspec.Struct, frozen=True):
     """KV heads [start, end) of the model."""
 
@@ -123,7 +127,10 @@ class RankPool:
         Into `own`: `[2, tokens, heads, head_dim]`, which may be part of a layer on the wire: from a pool of
         the same type it is one copy, a gather whose destination is strided. On the current stream.
         """
-        places = self._places(block_ids, first_token, own.shape[1])
+        self.read_at(layer, self.places(block_ids, first_token, own.shape[1]), own)
+
+    def read_at(self, layer: int, places: Places, own: torch.Tensor) -> None:
+        """The same of tokens whose places are known: they are those of every layer."""
         source = self._by_token[layer]
         if source.dtype == own.dtype:
             torch.ops.aten.index.Tensor_out(source, [None, *places], out=own)
@@ -137,7 +144,7 @@ class RankPool:
 
     def write(self, layer: int, block_ids: torch.Tensor, first_token: int, own: torch.Tensor) -> None:
         """The same the other way."""
-        block, offset = self._places(block_ids, first_token, own.shape[1])
+        block, offset = self.places(block_ids, first_token, own.shape[1])
         for part in range(2):
             values = own[part]
             if self._is_8_bit:
@@ -148,10 +155,8 @@ class RankPool:
     def _both_scales(self) -> tuple[float, float]:
         return self._scales.key, self._scales.value
 
-    def _places(
-        self, block_ids: torch.Tensor, first_token: int, num_tokens: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[tokens] block and place in it."""
+    def places(self, block_ids: torch.Tensor, first_token: int, num_tokens: int) -> Places:
+        """Of tokens [first_token, first_token + num_tokens) in `block_ids`. Raises PoolLayoutError."""
         if first_token < 0 or first_token + num_tokens > len(block_ids) * self.tokens_per_block:
             raise PoolLayoutError(
                 f"tokens [{first_token}, {first_token + num_tokens}) are outside {len(block_ids)} blocks of "

@@ -86,9 +86,14 @@ def pin_staging(staging: torch.Tensor) -> None:
     code = cudart.cudaHostRegister(staging.data_ptr(), staging.numel(), 0)
     if int(code) != 0:
         raise RuntimeError(
-            f"cudaHostRegister of {staging.numel()} bytes of staging memory failed with {code}: raise "
+            f"cudaHostRegister of {staging.numel()} bytes of staging memory failed with {int(code)}: raise "
             "`ulimit -l`, or lower prefill.staging_mb"
         )
+
+
+def unpin_staging(staging: torch.Tensor) -> None:
+    """Before the mapping goes: CUDA would take what is mapped there next for pinned."""
+    torch.cuda.cudart().cudaHostUnregister(staging.data_ptr())  # type: ignore[no-untyped-call]
 
 
 def _aligned(num_bytes: int) -> int:

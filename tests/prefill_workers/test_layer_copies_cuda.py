@@ -10,7 +10,7 @@ from prefill_workers.export_pieces import Piece
 from prefill_workers.layer_copies import LayerCopies, piece_offset
 from prefill_workers.pool_layout import HeadRange, RankPool, wire_dtype
 from prefill_workers.rank_channel import Export, LayerReady, Released
-from prefill_workers.staging import StagingArena, open_staging, pin_staging
+from prefill_workers.staging import StagingArena, open_staging, pin_staging, unpin_staging
 
 if not torch.cuda.is_available():
     pytest.skip("there is no GPU", allow_module_level=True)
@@ -92,4 +92,5 @@ def test_what_is_copied_is_what_was_there_before_the_fence(dtype, num_ranks) -> 
             copier.settle(number)
         copier.close()
     assert all(isinstance(told.get(timeout=1), Released) for _ in range(NUM_STEPS * num_ranks))
+    unpin_staging(staging)
     arena.close()

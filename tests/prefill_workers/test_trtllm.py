@@ -175,15 +175,15 @@ def test_cancels_at_any_time_leave_nothing_and_harm_nobody(rig, torch_engine, se
 @pytest.mark.parametrize("rig", [{"num_blocks": 2}], indirect=True)
 def test_a_step_waits_until_what_it_overwrites_is_read(rig, torch_engine, monkeypatch) -> None:
     """Blocks of a request that has ended are another's at once: its forward pass must not be early."""
-    read, may_read, is_reading = RankPool.read, threading.Event(), threading.Event()
+    read, may_read, is_reading = RankPool.read_at, threading.Event(), threading.Event()
 
-    def late(self, layer, block_ids, first_token, own) -> None:
+    def late(self, layer, places, own) -> None:
         if own.shape[1] == 60:
             is_reading.set()
             assert may_read.wait(10)
-        read(self, layer, block_ids, first_token, own)
+        read(self, layer, places, own)
 
-    monkeypatch.setattr(RankPool, "read", late)
+    monkeypatch.setattr(RankPool, "read_at", late)
     first, second = job("first", random_tokens(60)), job("second", random_tokens(63, 1))
     exported = {one.request_id: Exported(rig.engine.layout) for one in (first, second)}
     rig.engine.admit(first, keep(exported["first"]))
@@ -214,14 +214,14 @@ def test_a_lease_that_is_over_ends_an_export_without_a_word(rig) -> None:
 
 
 def test_a_copy_that_fails_fails_its_job_alone(rig, torch_engine, monkeypatch) -> None:
-    read = RankPool.read
+    read = RankPool.read_at
 
-    def fails(self, layer, block_ids, first_token, own) -> None:
+    def fails(self, layer, places, own) -> None:
         if own.shape[1] == 41 and layer == 1:
             raise RuntimeError("an uncorrectable memory error")
-        read(self, layer, block_ids, first_token, own)
+        read(self, layer, places, own)
 
-    monkeypatch.setattr(RankPool, "read", fails)
+    monkeypatch.setattr(RankPool, "read_at", fails)
     bad, good = job("bad", random_tokens(41)), job("good", random_tokens(60, 1))
     ends = rig.run([bad, good])
     assert isinstance(ends["bad"][1], PrefillFailed)
