@@ -1,9 +1,10 @@
 """`RankPool.read` as one CUDA kernel, from the pool straight into pinned host memory: no landing buffer.
 
 Blocks are gathered, types converted, and a rank's heads put side by side with other ranks' in one pass
-(`kernels/include/cuda/kv_export.h`). Compiled for sm_89 and sm_90 and run under emulation against
-`RankPool.read`; it has not run on a GPU yet, so its speed over PCIe is unknown. Until it has read the pool no
-block may have another owner, which takes as long as PCIe does: a gather within the GPU's memory is done sooner.
+(`kernels/include/cuda/kv_export.h`). It has been compiled for sm_89 and sm_90, and run under emulation against
+`RankPool.read`; it has not run on a GPU, and its speed over PCIe is not known. Until it is through, no block
+that it reads may have another owner, and that is as long as PCIe takes: a gather within the GPU's memory is
+done sooner.
 """
 
 import ctypes
@@ -29,7 +30,7 @@ from prefill_workers.pool_layout import (
 EXPORT_THREADS = 256
 """`kExportThreads`: a block."""
 _MOST_BLOCKS = 32
-"""16 bytes a thread under way are 128 KiB: two microseconds of PCIe 5.0. More would take SMs from a forward pass."""
+"""With 16 bytes a thread, 128 KiB under way: 2 us of PCIe 5.0 x16. More would take SMs from a forward pass."""
 _STORE_BYTES = 16
 _MOST_VALUES = 2**31 - 1
 _KV_TYPES: dict[PoolDtype, str] = {
@@ -68,7 +69,8 @@ def export_source(pairs: Iterable[Pair]) -> str:
         '#include "cuda/registry.h"',
         "using namespace headrace;",
         f"static_assert(sizeof(ExportArguments) == {ctypes.sizeof(ExportArguments)} && "
-        f'kExportThreads == {EXPORT_THREADS} && kStoreBytes == {_STORE_BYTES}, "compiled for other headers");',
+        f"kExportThreads == {EXPORT_THREADS} && kStoreBytes == {_STORE_BYTES}, "
+        '"compiled for other headers");',
     ]
     for name, (pool, wire) in kernels.items():
         lines.append(
@@ -91,7 +93,8 @@ def export_arguments(
 ) -> ExportArguments:
     """Of what `pool.read` does with the same arguments.
 
-    `block_ids` are int64 of the host, at `ids_address` for the device; `own_address` is where that sees `own`.
+    `block_ids` are int64 of the host; `ids_address` is where the device has them, `own_address` where it sees
+    `own`.
     Raises PoolLayoutError.
     """
     values = pool.layer(layer)
@@ -156,7 +159,7 @@ class PoolExport:
         first_token: int,
         own: torch.Tensor,
     ) -> None:
-        """`pool.read` on `stream`, into pinned memory of the host. `ids_on_device` must live until it is done.
+        """`pool.read` on `stream`, into pinned memory of the host. `ids_on_device` must live until then.
 
         Raises PoolLayoutError, CudaError.
         """
@@ -199,11 +202,10 @@ def _check_ids(block_ids: torch.Tensor, num_blocks: int) -> None:
 def _check_own(own: torch.Tensor, num_heads: int, head_dim: int) -> None:
     if own.dim() != 4 or (own.shape[0], *own.shape[2:]) != (2, num_heads, head_dim):
         raise PoolLayoutError(
-            f"a rank's part of a layer has shape {list(own.shape)}, expected [2, tokens, {num_heads}, {head_dim}]"
+            f"a rank's part of a layer has shape {list(own.shape)}, "
+            f"expected [2, tokens, {num_heads}, {head_dim}]"
         )
     if own.shape[1] and (own.stride(2), own.stride(3)) != (head_dim, 1):
         raise PoolLayoutError(f"heads on the wire have strides {own.stride()[2:]}, expected {(head_dim, 1)}")
     if own.numel() > _MOST_VALUES:
-        raise PoolLayoutError(
-            f"a layer of a piece has {own.numel()} values, at most {_MOST_VALUES} are exported"
-        )
+        raise PoolLayoutError(f"a layer of a piece has {own.numel()} values, of at most {_MOST_VALUES}")
