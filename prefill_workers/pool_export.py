@@ -1,7 +1,7 @@
 """`RankPool.read` as one CUDA kernel, from the pool straight into pinned host memory: no landing buffer.
 
 Blocks are gathered, types converted, and a rank's heads put side by side with other ranks' in one pass
-(`kernels/include/cuda/kv_export.h`). It has been compiled for sm_89 and sm_90, and run under emulation against
+(`kernels/include/cuda/kv_export.h`). It is compiled for sm_89 and sm_90, and run under emulation against
 `RankPool.read`; it has not run on a GPU, and its speed over PCIe is not known. Until it is through, no block
 that it reads may have another owner, and that is as long as PCIe takes: a gather within the GPU's memory is
 done sooner.
@@ -30,7 +30,7 @@ from prefill_workers.pool_layout import (
 EXPORT_THREADS = 256
 """`kExportThreads`: a block."""
 _MOST_BLOCKS = 32
-"""With 16 bytes a thread, 128 KiB under way: 2 us of PCIe 5.0 x16. More would take SMs from a forward pass."""
+"""With 16 bytes a thread, 128 KiB under way: 2 us of PCIe 5.0 x16. More take SMs from a forward pass."""
 _STORE_BYTES = 16
 _MOST_VALUES = 2**31 - 1
 _KV_TYPES: dict[PoolDtype, str] = {
@@ -152,16 +152,17 @@ class PoolExport:
 
     def start(
         self,
-        stream: Stream,
+        stream_handle: int,
         layer: int,
         block_ids: torch.Tensor,
         ids_on_device: torch.Tensor,
         first_token: int,
         own: torch.Tensor,
     ) -> None:
-        """`pool.read` on `stream`, into pinned memory of the host. `ids_on_device` must live until then.
+        """`pool.read` on a stream of CUDA's, into pinned memory of the host.
 
-        Raises PoolLayoutError, CudaError.
+        `ids_on_device` must live, and keep what they hold, until the stream is through. Raises
+        PoolLayoutError, CudaError.
         """
         if own.dtype != self._wire_dtype:
             raise PoolLayoutError(f"KV on the wire is {own.dtype}, the kernel writes {self._wire_dtype}")
@@ -174,7 +175,7 @@ class PoolExport:
             ids_address=ids_on_device.data_ptr(),
             own_address=self._driver.address_of_host(own.data_ptr()),
         )
-        self._driver.launch(stream, self._kernel, arguments)
+        self._driver.launch(Stream(stream_handle), self._kernel, arguments)
 
 
 def open_export(pool: RankPool, dtype: KvDtype) -> PoolExport:

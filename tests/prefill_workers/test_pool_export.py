@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megakernel.cuda_build import build_cubin, check_resources
-from megakernel.cuda_device import Stream
 from megakernel.emulation import Counts, Emulation, Region, build_emulation, device_array, device_copy
 from prefill_workers.pool_export import (
     EXPORT_THREADS,
@@ -204,7 +203,7 @@ def test_a_loaded_export_launches_its_kernel() -> None:
     export = PoolExport(pool, "float16", driver, Path())
     stream = driver.new_stream()
     before, expected = memory.clone(), torch.empty_like(wire)
-    export.start(stream, 0, torch.tensor(case.block_ids), torch.from_numpy(ids), case.first, wire)
+    export.start(stream.handle, 0, torch.tensor(case.block_ids), torch.from_numpy(ids), case.first, wire)
     assert torch.equal(bits_of(memory), bits_of(before)), "nothing runs before the stream does"
     driver.synchronize(stream)
     pool.read(0, torch.tensor(case.block_ids), case.first, expected)
@@ -229,7 +228,7 @@ def test_what_a_kernel_cannot_read_or_write_is_refused() -> None:
     export = PoolExport(pool, "float32", driver, Path())
 
     def start(own: torch.Tensor, block_ids: torch.Tensor, first: int = 0) -> None:
-        export.start(Stream(0), 0, block_ids, block_ids, first, own)
+        export.start(0, 0, block_ids, block_ids, first, own)
 
     own, ids = torch.zeros(2, 7, 2, 4), torch.tensor([2, 1])
     with pytest.raises(PoolLayoutError, match=r"tokens \[10, 17\) are outside 2 blocks of 8"):
