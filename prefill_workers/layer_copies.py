@@ -2,16 +2,16 @@
 
 A layer's hook is called when its work is enqueued, not when it is done: a copy waits for an event behind
 that work, on a stream of its own. A forward pass waits only, by `fence`, for the pool to be read as far as it
-was asked for: on a GPU that takes a gather within its memory, and then blocks may have another owner. None
-begins for an export that is settled, and `Released` is told when none is under way: then its region of the
-staging memory may have other uses.
+was asked for: on a GPU that takes a gather within its memory, or with an export kernel as long as PCIe takes.
+Then blocks may have another owner. None begins for a settled export, and `Released` is told when none
+is under way: then its region of the staging memory may have other uses.
 """
 
 import queue
 import threading
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -19,6 +19,9 @@ from cluster.kv_layout import KvLayout
 from prefill_workers.export_pieces import Piece
 from prefill_workers.pool_layout import Places, RankPool, wire_dtype
 from prefill_workers.rank_channel import Export, ExportFailed, FromRank, LayerReady, Released
+
+if TYPE_CHECKING:
+    from prefill_workers.pool_export import PoolExport
 
 
 class Stream(Protocol):
@@ -57,9 +60,15 @@ class LayerCopies:
         rank: int,
         find_export: Callable[[int], Export | None],
         tell: Callable[[FromRank], None],
+        *,
+        export_kernel: "PoolExport | None" = None,
     ) -> None:
-        """`find_export`: None once it is settled, which `settle` is called behind."""
+        """`find_export`: None once it is settled, which `settle` is called behind.
+
+        `export_kernel`: reads the pool in place of PyTorch, on a GPU whose staging memory is pinned.
+        """
         self._pool = pool
+        self._export_kernel = export_kernel
         self._staging = staging
         self._layout = layout
         self._rank = rank
@@ -130,6 +139,14 @@ class LayerCopies:
         assert self._side is not None
         self._side.wait_event(computed)
         with torch.cuda.stream(self._side):
+            if self._export_kernel is not None:
+                block_ids = torch.tensor(piece.block_ids)
+                ids = block_ids.pin_memory().to(self._pool.device, non_blocking=True)
+                # The memory of `ids` has no other use before the kernel is through: that would be behind it.
+                handle = self._side.cuda_stream
+                self._export_kernel.start(handle, layer, block_ids, ids, piece.first_token, own)
+                self._last_read = exported = self._side.record_event()
+                return exported.synchronize  # type: ignore[no-any-return]
             on_device = torch.empty(own.shape, dtype=own.dtype, device=self._pool.device)
             self._pool.read_at(layer, self._places(piece), on_device)
             self._last_read = self._side.record_event()

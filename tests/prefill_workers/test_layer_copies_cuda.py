@@ -8,6 +8,7 @@ import torch
 from cluster.kv_layout import KvLayout
 from prefill_workers.export_pieces import Piece
 from prefill_workers.layer_copies import LayerCopies, piece_offset
+from prefill_workers.pool_export import open_export
 from prefill_workers.pool_layout import HeadRange, RankPool, wire_dtype
 from prefill_workers.rank_channel import Export, LayerReady, Released
 from prefill_workers.staging import StagingArena, open_staging, pin_staging, unpin_staging
@@ -21,9 +22,10 @@ LATE_CYCLES = 200_000
 """Of the forward pass: its hooks are called long before its values are there."""
 
 
+@pytest.mark.parametrize("has_kernel", [False, True])
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_what_is_copied_is_what_was_there_before_the_fence(dtype, num_ranks) -> None:
+def test_what_is_copied_is_what_was_there_before_the_fence(dtype, num_ranks, has_kernel) -> None:
     layout = KvLayout(
         model_fingerprint="",
         num_layers=LAYERS,
@@ -44,7 +46,9 @@ def test_what_is_copied_is_what_was_there_before_the_fence(dtype, num_ranks) -> 
     for rank, tensor in enumerate(tensors):
         own = HeadRange(rank * heads, (rank + 1) * heads)
         pool = RankPool(tensor, heads=own, head_dim=HEAD_DIM, tokens_per_block=BLOCK)
-        copies.append((pool, LayerCopies(pool, staging, layout, rank, exports.get, told.put)))
+        kernel = open_export(pool, dtype) if has_kernel else None
+        copier = LayerCopies(pool, staging, layout, rank, exports.get, told.put, export_kernel=kernel)
+        copies.append((pool, copier))
     forward = torch.cuda.Stream()
     expected = []
     for number in range(NUM_STEPS):

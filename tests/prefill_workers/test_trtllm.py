@@ -314,6 +314,7 @@ def test_a_step_does_not_wait_for_a_request(rig) -> None:
 
 
 def test_ranks_that_do_not_come_are_named(torch_engine, monkeypatch) -> None:
+    ModelSource.known["tiny"] = WEIGHTS
     monkeypatch.setattr("tensorrt_llm.llmapi.Executor", Mock())
     with pytest.raises(ChannelError, match=r"after 0.2 s ranks \[\] of 2 have loaded the connector"):
         start_engine(
