@@ -58,6 +58,7 @@ class Rig:
             "staging_bytes": 8 << 20,
             "lease_s": 30.0,
             "start_timeout_s": 10.0,
+            "index_block_tokens": 16,
         }
         layout = msgspec.structs.replace(layout, block_size_tokens=BLOCK)
         self.engine: ExportEngine = start_engine(
@@ -334,6 +335,7 @@ def test_ranks_that_do_not_come_are_named(torch_engine, monkeypatch) -> None:
                 staging_bytes=4096,
                 lease_s=1.0,
                 start_timeout_s=0.2,
+                index_block_tokens=16,
             ),
             torch_engine.layout,
             4,
