@@ -41,7 +41,9 @@ class Execution(msgspec.Struct, frozen=True, kw_only=True):
     config: HeadraceConfig
     """With executor, engine and KV dtype concrete."""
     obstacle: Obstacle | None
-    """Why `auto` is PyTorch; None where nobody asked or it is not."""
+    """Why decode's `auto` is PyTorch; None where nobody asked or it is not."""
+    prefill_obstacle: Obstacle | None = None
+    """Why prefill's `auto` is not TensorRT-LLM, on a machine with a GPU."""
 
     @property
     def decodes_in_megakernel(self) -> bool:
@@ -82,10 +84,12 @@ def choose(config: HeadraceConfig, facts: Facts) -> Execution:
         else:
             told = gpu_obstacle if facts.has_cuda else obstacle
             executor = "megakernel" if told is None else "torch"
+    prefill_told = None
     if engine == "auto" and facts.has_cuda and facts.tensorrt_obstacle is None:
         engine = "tensorrt"
     elif engine == "auto":
         engine = "megakernel" if executor == "megakernel" else "torch"
+        prefill_told = facts.tensorrt_obstacle if facts.has_cuda else None
     if engine != "tensorrt" and config.prefill.tensor_parallel_size > 1:
         raise ExecutionError(
             f"`prefill.tensor_parallel_size` is {config.prefill.tensor_parallel_size}, and prefill runs in "
@@ -100,7 +104,7 @@ def choose(config: HeadraceConfig, facts: Facts) -> Execution:
         decode=replace(config.decode, executor=executor),
         prefill=replace(config.prefill, engine=engine),
     )
-    return Execution(config=resolved, obstacle=told)
+    return Execution(config=resolved, obstacle=told, prefill_obstacle=prefill_told)
 
 
 def kv_format_of(config: HeadraceConfig) -> KvFormat:

@@ -50,6 +50,11 @@ def prepare(config: HeadraceConfig, progress: Progress | None = None) -> Prepare
     if obstacle := execution.obstacle:
         note = f"decode runs in PyTorch, not in the megakernel: {obstacle.reason}. Fix: {obstacle.fix}"
         _log.warning("%s", note)
+    if obstacle := execution.prefill_obstacle:
+        engine = resolved.prefill.engine
+        _log.info(
+            "prefill runs in %s, not in TensorRT-LLM: %s. Fix: %s", engine, obstacle.reason, obstacle.fix
+        )
     model = resolved.model
     return Prepared(
         served=served_model(model.source, model.name, model.max_context_tokens),

@@ -78,9 +78,7 @@ class ExportWorker(KvCacheConnectorWorker):  # type: ignore[misc]
         super().__init__(llm_args)
         self._settings = ExportSettings.from_variables(llm_args.env_overrides)
         self._rank = mpi_rank()
-        self._shard: RankShard = rank_shard(
-            self._rank, self._settings.num_ranks, self._settings.num_kv_heads
-        )
+        self._shard: RankShard = rank_shard(self._rank, self._settings.num_ranks, self._settings.num_kv_heads)
         self._copies: LayerCopies | None = None
 
     def register_kv_caches(self, kv_cache_tensor: torch.Tensor) -> None:
@@ -93,7 +91,9 @@ class ExportWorker(KvCacheConnectorWorker):  # type: ignore[misc]
             tokens_per_block=settings.tokens_per_block,
         )
         if pool.num_layers != settings.num_layers:
-            raise PoolLayoutError(f"the KV pool has {pool.num_layers} layers, the model {settings.num_layers}")
+            raise PoolLayoutError(
+                f"the KV pool has {pool.num_layers} layers, the model {settings.num_layers}"
+            )
         staging = open_staging(settings.staging_path)
         if kv_cache_tensor.is_cuda:
             _pin(staging)

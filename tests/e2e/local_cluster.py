@@ -31,6 +31,7 @@ class LocalCluster:
     http_port: int
     grpc_port: int
     model: str = MODEL
+    more_env: dict[str, str] = field(default_factory=dict)
     session_ids: list[int] = field(default_factory=list)
     """Of every supervisor that ran here: all processes of a cluster are in its session."""
     _shared_memory_before: set[str] = field(default_factory=shared_memory_names)
@@ -50,7 +51,7 @@ class LocalCluster:
 
     @property
     def env(self) -> dict[str, str]:
-        return {**os.environ, "HEADRACE_HOME": str(self.home), "COLUMNS": "200"}
+        return {**os.environ, "HEADRACE_HOME": str(self.home), "COLUMNS": "200", **self.more_env}
 
     @property
     def ports(self) -> tuple[str, ...]:

@@ -87,6 +87,17 @@ def test_choices(config, facts, expected):
     assert summary(chosen(config, **facts).config) == expected
 
 
+def test_why_prefill_is_not_in_tensorrt_is_said_where_there_is_a_gpu():
+    assert chosen(**A_GPU).prefill_obstacle == NO_TENSORRT
+    assert chosen().prefill_obstacle is None
+    assert chosen(**A_GPU, **TENSORRT).prefill_obstacle is None
+    assert chosen({"prefill": {"engine": "torch"}}, **A_GPU).prefill_obstacle is None
+    with pytest.raises(
+        ExecutionError, match="tensorrt, which cannot run here: tensorrt_llm is not installed"
+    ):
+        chosen({"prefill": {"engine": "tensorrt"}})
+
+
 def test_tensor_parallel_prefill_is_tensorrts_alone():
     config = {"prefill": {"tensor_parallel_size": 2}}
     with pytest.raises(ExecutionError, match="runs in megakernel, on one device"):

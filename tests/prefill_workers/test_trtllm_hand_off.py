@@ -48,8 +48,7 @@ class Decoder:
         return logits
 
 
-@pytest.mark.parametrize("transport", ["auto", "grpc"])
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize(("num_ranks", "transport"), [(1, "grpc"), (2, "auto")])
 async def test_what_arrives_decodes_as_if_computed_there(num_ranks: int, transport: str) -> None:
     dice = random.Random(num_ranks)
     decoder, own = Decoder(), Decoder()

@@ -14,6 +14,7 @@ import torch
 
 from cluster.block_hash import chain_salt
 from cluster.block_pool import BlockPool, OutOfBlocksError
+from megakernel.model.load import open_model
 from megakernel.model.row_batch import RowBatch, RowSpan, chain_parents
 from megakernel.model.torch_llama import TorchLlama
 from megakernel.model.weights import Weights
@@ -37,7 +38,7 @@ class ModelSource:
 
     @classmethod
     def find(cls, name: str) -> Weights:
-        return cls.known[name]
+        return cls.known[name] if name in cls.known else open_model(name).weights
 
 
 @dataclass(eq=False)
@@ -74,11 +75,12 @@ class Executor:
         self.num_blocks = kv.max_tokens // self._size
         self.blocks = BlockPool(self.num_blocks, self._size)
         self.events = KvEvents(self.blocks, kv.event_buffer_max_size, names_salts=ModelSource.names_salts)
-        self._model = TorchLlama(weights, "cpu", has_head=False, kv_dtype=kv.dtype)
+        dtype = "float32" if kv.dtype == "auto" else kv.dtype
+        self._model = TorchLlama(weights, "cpu", has_head=False, kv_dtype=dtype)
         self._kv = self._model.new_kv(self.num_blocks * self._size)
         heads = max(1, shape.num_kv_heads // num_ranks)
         pool_shape = (self.num_blocks, shape.num_layers, 2, heads * self._size * shape.head_dim)
-        self.pools = [torch.full(pool_shape, torch.nan, dtype=_DTYPES[kv.dtype]) for _ in range(num_ranks)]
+        self.pools = [torch.full(pool_shape, torch.nan, dtype=_DTYPES[dtype]) for _ in range(num_ranks)]
         self.stream = Stream(ModelSource.longest_delay_s)
         self._ids = itertools.count(2048)
         self._arrived: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
