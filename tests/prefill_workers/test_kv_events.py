@@ -156,7 +156,7 @@ class KvEventsMachine(RuleBasedStateMachine):
 
 
 TestKvEvents = KvEventsMachine.TestCase
-TestKvEvents.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+TestKvEvents.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 
 @pytest.fixture
