@@ -18,13 +18,14 @@ from packaging.requirements import Requirement
 from cluster.config import HeadraceConfig
 from cluster.placement.embedded import EmbeddedRedisError, find_redis_server
 from headrace.artifacts import facts_of
-from headrace.execution import ExecutionError, choose, summary
+from headrace.execution import ExecutionError, Obstacle, choose, summary
 from headrace.ports import PortTakenError, check_free
 from headrace.redis_check import RedisUnusableError, check_redis
 from headrace.run_folder import RunFolder
 from megakernel.manifest import ArtifactError
 from megakernel.model.load import open_model
 from megakernel.model.weights import ModelFormatError
+from prefill_workers.trtllm_pins import load_pins
 
 Verdict = Literal["ok", "note", "problem"]
 """`note`: something is missing that `up` does not need. `problem`: `up` would fail."""
@@ -33,6 +34,8 @@ _MIN_MEMORY_BYTES = 4 * 2**30
 _MIN_SHM_BYTES = 128 * 2**20
 _MIN_DISK_BYTES = 2**30
 _COMMAND_TIMEOUT_S = 10
+_CHECK_TIMEOUT_S = 120
+"""For a TensorRT-LLM that is loaded from a disk."""
 _SHM = "/dev/shm"  # noqa: S108 - asked about, not written to
 
 
@@ -53,7 +56,7 @@ def run_checks(config: HeadraceConfig, folder: RunFolder) -> Iterator[Check]:
         lambda: _ports(config, folder),
         lambda: [_memory(), _shared_memory(), _disk(folder)],
         _tools,
-        lambda: [_gpu(), _tensorrt()],
+        lambda: [_gpu(), _tensorrt(config)],
     ]
     for check in checks:
         yield from check()
@@ -193,17 +196,62 @@ def _gpu() -> Check:
         has_device = Path("/dev/nvidia0").exists()
         fix = "install the driver's nvidia-smi" if has_device else "none needed: the CPU serves"
         return Check("GPU", "note", "no nvidia-smi", fix)
-    query = [tool, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
-        answer = subprocess.run(  # noqa: S603 - a fixed command, found on PATH
-            query, capture_output=True, text=True, timeout=_COMMAND_TIMEOUT_S, check=True
-        )
+        gpus = _query_gpus(tool, "name,memory.total,driver_version")
     except (OSError, subprocess.SubprocessError) as error:
         return Check("GPU", "note", f"nvidia-smi failed: {error}", "repair the driver; the CPU serves")
-    return Check("GPU", "ok", "; ".join(answer.stdout.split("\n")).strip("; "))
+    return Check("GPU", "ok", "; ".join(gpus))
 
 
-def _tensorrt() -> Check:
-    if importlib.util.find_spec("tensorrt_llm") is None:
+def _query_gpus(tool: str, fields: str) -> list[str]:
+    """A line a GPU. Raises OSError, SubprocessError."""
+    query = [tool, f"--query-gpu={fields}", "--format=csv,noheader"]
+    answer = subprocess.run(  # noqa: S603 - a fixed command, found on PATH
+        query, capture_output=True, text=True, timeout=_COMMAND_TIMEOUT_S, check=True
+    )
+    return [line for line in answer.stdout.splitlines() if line]
+
+
+def _tensorrt(config: HeadraceConfig) -> Check:
+    is_asked_for = config.prefill.engine == "tensorrt"
+    if importlib.util.find_spec("tensorrt_llm") is None and not is_asked_for:
         return Check("tensorrt_llm", "note", "not installed", "none needed: PyTorch runs prefill")
-    return Check("tensorrt_llm", "ok", metadata.version("tensorrt_llm"))
+    obstacle = _tensorrt_obstacle()
+    if obstacle is None:
+        return Check("tensorrt_llm", "ok", f"{metadata.version('tensorrt_llm')}, as expected")
+    fix = obstacle.fix if is_asked_for else f"{obstacle.fix}; none needed where PyTorch runs prefill"
+    return Check("tensorrt_llm", "problem" if is_asked_for else "note", obstacle.reason, fix)
+
+
+def _tensorrt_obstacle() -> Obstacle | None:
+    """In a process of its own: what it loads is large, and may end it."""
+    command = [sys.executable, "-m", "prefill_workers.check_trtllm"]
+    try:
+        answer = subprocess.run(  # noqa: S603 - a fixed command
+            command, capture_output=True, text=True, timeout=_CHECK_TIMEOUT_S, check=False
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        return Obstacle(f"it cannot be checked: {error}", f"see what `{' '.join(command[1:])}` says")
+    if answer.returncode == 0:
+        return _gpu_obstacle(load_pins().compute_capabilities)
+    said = answer.stderr.strip().splitlines()[-1:] or [f"its check ended with {answer.returncode}"]
+    num_different = len(answer.stdout.splitlines()) if answer.returncode == 1 else 0
+    differences = f" ({num_different} differences)" if num_different else ""
+    return Obstacle(f"{said[0]}{differences}", "docs/tensorrt-llm.md has the container that fits")
+
+
+def _gpu_obstacle(capabilities: list[str]) -> Obstacle | None:
+    known = f"it runs on compute capability {', '.join(capabilities)}"
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return Obstacle("there is no nvidia-smi", "use a machine with an NVIDIA GPU and its driver")
+    try:
+        found = _query_gpus(tool, "compute_cap")
+    except (OSError, subprocess.SubprocessError) as error:
+        return Obstacle(f"nvidia-smi failed: {error}", "repair the driver")
+    if not found:
+        return Obstacle("nvidia-smi names no GPU", f"pass one to this container: {known}")
+    for capability in found:
+        if capability not in capabilities:
+            return Obstacle(f"a GPU has compute capability {capability}", f"use another: {known}")
+    return None

@@ -2,7 +2,7 @@
 
 What a hand-off holds, and until when:
 
-    its blocks, on every rank      until its request ends: the next forward pass waits for what is read of them
+    its blocks, on every rank      until its request ends: the next step waits for what is read of them
     its region of staging memory   until every rank said Released: a copy may be under way when it is settled
 
 `release` says Settled: behind the decode worker's acknowledgement, a failure or a cancel, however it ended.

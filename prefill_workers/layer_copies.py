@@ -2,23 +2,26 @@
 
 A layer's hook is called when its work is enqueued, not when it is done: a copy waits for an event behind
 that work, on a stream of its own. A forward pass waits only, by `fence`, for the pool to be read as far as it
-was asked for: on a GPU that takes a gather within its memory, and then blocks may have another owner. None
-begins for an export that is settled, and `Released` is told when none is under way: then its region of the
-staging memory may have other uses.
+was asked for: on a GPU that takes a gather within its memory, or with an export kernel as long as PCIe takes.
+Then blocks may have another owner. None begins for a settled export, and `Released` is told when none
+is under way: then its region of the staging memory may have other uses.
 """
 
 import queue
 import threading
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from cluster.kv_layout import KvLayout
 from prefill_workers.export_pieces import Piece
-from prefill_workers.pool_layout import RankPool, wire_dtype
+from prefill_workers.pool_layout import Places, RankPool, wire_dtype
 from prefill_workers.rank_channel import Export, ExportFailed, FromRank, LayerReady, Released
+
+if TYPE_CHECKING:
+    from prefill_workers.pool_export import PoolExport
 
 
 class Stream(Protocol):
@@ -57,9 +60,15 @@ class LayerCopies:
         rank: int,
         find_export: Callable[[int], Export | None],
         tell: Callable[[FromRank], None],
+        *,
+        export_kernel: "PoolExport | None" = None,
     ) -> None:
-        """`find_export`: None once it is settled, which `settle` is called behind."""
+        """`find_export`: None once it is settled, which `settle` is called behind.
+
+        `export_kernel`: reads the pool in place of PyTorch, on a GPU whose staging memory is pinned.
+        """
         self._pool = pool
+        self._export_kernel = export_kernel
         self._staging = staging
         self._layout = layout
         self._rank = rank
@@ -70,6 +79,7 @@ class LayerCopies:
             self._side = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
         self._last_read: Any = None
         """Event behind what was asked for of the pool since the last fence."""
+        self._last_places: tuple[Piece, Places] | None = None
         self._lock = threading.Lock()
         self._num_running: Counter[int] = Counter()
         self._settled: set[int] = set()
@@ -111,29 +121,34 @@ class LayerCopies:
 
     def _start(self, piece: Piece, layer: int, export: Export, computed: Any) -> Finish:
         own = self._pool.own_heads(self._wire(piece, layer, export))
-        block_ids = torch.tensor(piece.block_ids)
         if self._side is None:
+            places = self._places(piece)
             self._last_read = read = _HostRead()
 
             def copy() -> None:
                 try:
                     computed.synchronize()
-                    self._pool.read(layer, block_ids, piece.first_token, own)
+                    self._pool.read_at(layer, places, own)
                 finally:
                     read.happen()
 
             return copy
-        return self._start_on_gpu(piece, layer, block_ids, own, computed)
+        return self._start_on_gpu(piece, layer, own, computed)
 
-    def _start_on_gpu(
-        self, piece: Piece, layer: int, block_ids: torch.Tensor, own: torch.Tensor, computed: Any
-    ) -> Finish:
+    def _start_on_gpu(self, piece: Piece, layer: int, own: torch.Tensor, computed: Any) -> Finish:
         assert self._side is not None
         self._side.wait_event(computed)
         with torch.cuda.stream(self._side):
+            if self._export_kernel is not None:
+                block_ids = torch.tensor(piece.block_ids)
+                ids = block_ids.pin_memory().to(self._pool.device, non_blocking=True)
+                # The memory of `ids` has no other use before the kernel is through: that would be behind it.
+                handle = self._side.cuda_stream
+                self._export_kernel.start(handle, layer, block_ids, ids, piece.first_token, own)
+                self._last_read = exported = self._side.record_event()
+                return exported.synchronize  # type: ignore[no-any-return]
             on_device = torch.empty(own.shape, dtype=own.dtype, device=self._pool.device)
-            ids = block_ids.pin_memory().to(self._pool.device, non_blocking=True)
-            self._pool.read(layer, ids, piece.first_token, on_device)
+            self._pool.read_at(layer, self._places(piece), on_device)
             self._last_read = self._side.record_event()
             # A strided destination would be copied in step with the host.
             landing = own if own.is_contiguous() else torch.empty(own.shape, dtype=own.dtype, pin_memory=True)
@@ -146,6 +161,20 @@ class LayerCopies:
                 own.copy_(landing)
 
         return finish
+
+    def _places(self, piece: Piece) -> Places:
+        """Once a piece: on a GPU, on the stream that copies."""
+        if self._last_places is None or self._last_places[0] is not piece:
+            block_ids = torch.tensor(piece.block_ids)
+            num_tokens = piece.end_token - piece.first_token
+            places = self._pool.places(block_ids, piece.first_token, num_tokens)
+            if self._side is not None:
+                block, offset = (
+                    part.pin_memory().to(self._pool.device, non_blocking=True) for part in places
+                )
+                places = block, offset
+            self._last_places = piece, places
+        return self._last_places[1]
 
     def _wire(self, piece: Piece, layer: int, export: Export) -> torch.Tensor:
         """`[2, tokens, heads, head_dim]` of the staging memory."""

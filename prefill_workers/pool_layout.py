@@ -26,6 +26,10 @@ class PoolLayoutError(ValueError):
     """A pool that is not laid out as it was said to be. Handled where the connector registers it."""
 
 
+Places = tuple[torch.Tensor, torch.Tensor]
+"""[tokens] each: block, and place in it."""
+
+
 class HeadRange(msgspec.Struct, frozen=True):
     """KV heads [start, end) of the model."""
 
@@ -113,6 +117,19 @@ class RankPool:
     def num_layers(self) -> int:
         return int(self._by_token.shape[0])
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._by_token.dtype
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        """Factors of K and of V."""
+        return self._scales.key, self._scales.value
+
+    def layer(self, layer: int) -> torch.Tensor:
+        """`[2, blocks, tokens_per_block, heads, head_dim]`, a view."""
+        return self._by_token[layer]
+
     def own_heads(self, wire: torch.Tensor) -> torch.Tensor:
         """This rank's part of a layer on the wire, `[2, tokens, heads of the model, head_dim]`."""
         return wire[:, :, self.heads.start : self.heads.end]
@@ -123,7 +140,10 @@ class RankPool:
         Into `own`: `[2, tokens, heads, head_dim]`, which may be part of a layer on the wire: from a pool of
         the same type it is one copy, a gather whose destination is strided. On the current stream.
         """
-        places = self._places(block_ids, first_token, own.shape[1])
+        self.read_at(layer, self.places(block_ids, first_token, own.shape[1]), own)
+
+    def read_at(self, layer: int, places: Places, own: torch.Tensor) -> None:
+        """The same of tokens whose places are known: they are those of every layer."""
         source = self._by_token[layer]
         if source.dtype == own.dtype:
             torch.ops.aten.index.Tensor_out(source, [None, *places], out=own)
@@ -132,33 +152,31 @@ class RankPool:
         if not self._is_8_bit:
             own.copy_(values)
             return
-        for values_of, own_of, scale in zip(values, own, self._both_scales, strict=True):
+        for values_of, own_of, scale in zip(values, own, self.scales, strict=True):
             own_of.copy_(values_of.float() * scale)
 
     def write(self, layer: int, block_ids: torch.Tensor, first_token: int, own: torch.Tensor) -> None:
         """The same the other way."""
-        block, offset = self._places(block_ids, first_token, own.shape[1])
+        block, offset = self.places(block_ids, first_token, own.shape[1])
         for part in range(2):
             values = own[part]
             if self._is_8_bit:
-                values = values.float() / self._both_scales[part]
+                values = values.float() / self.scales[part]
             self._by_token[layer, part].index_put_((block, offset), values.to(self._by_token.dtype))
 
-    @property
-    def _both_scales(self) -> tuple[float, float]:
-        return self._scales.key, self._scales.value
-
-    def _places(
-        self, block_ids: torch.Tensor, first_token: int, num_tokens: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[tokens] block and place in it."""
-        if first_token < 0 or first_token + num_tokens > len(block_ids) * self.tokens_per_block:
-            raise PoolLayoutError(
-                f"tokens [{first_token}, {first_token + num_tokens}) are outside {len(block_ids)} blocks of "
-                f"{self.tokens_per_block}"
-            )
+    def places(self, block_ids: torch.Tensor, first_token: int, num_tokens: int) -> Places:
+        """Of tokens [first_token, first_token + num_tokens) in `block_ids`. Raises PoolLayoutError."""
+        self.check_run(len(block_ids), first_token, num_tokens)
         tokens = torch.arange(first_token, first_token + num_tokens, device=block_ids.device)
         return block_ids[tokens // self.tokens_per_block], tokens % self.tokens_per_block
+
+    def check_run(self, num_blocks: int, first_token: int, num_tokens: int) -> None:
+        """Of a sequence with so many blocks. Raises PoolLayoutError."""
+        if first_token < 0 or first_token + num_tokens > num_blocks * self.tokens_per_block:
+            raise PoolLayoutError(
+                f"tokens [{first_token}, {first_token + num_tokens}) are outside {num_blocks} blocks of "
+                f"{self.tokens_per_block}"
+            )
 
 
 def new_wire(layout: KvLayout, num_tokens: int, memory: memoryview | None = None) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """What the prefill worker and the ranks of its TensorRT-LLM engine tell each other, by a Unix socket.
 
 The ranks are processes that TensorRT-LLM starts; they hear of the socket by the arguments that it hands to
-them. Every message is one packet, so none comes in part. Where the worker dies, its ranks read an end of file,
-and let go of what they hold for it.
+them. Every message is one packet, so none comes in part. Where the worker dies, its ranks read an end of
+file, and copy nothing more for it.
 """
 
 import contextlib
@@ -26,8 +26,8 @@ _LEASE_PERIOD_S = 0.5
 class ExportSettings(msgspec.Struct, frozen=True, kw_only=True):
     """What a rank must know before its first request.
 
-    It travels as one of the variables that an engine is given for its ranks' environment, and is read from the
-    engine's arguments: ranks are spawned with an environment that is older than this process's.
+    It travels as one of the variables that an engine is given for its ranks' environment, and is read from
+    the engine's arguments: ranks are spawned with an environment that is older than this process's.
     """
 
     socket_path: str
@@ -48,8 +48,8 @@ class ExportSettings(msgspec.Struct, frozen=True, kw_only=True):
         text = (variables or {}).get(_VARIABLE)
         if text is None:
             raise ChannelError(
-                f"the engine's arguments have no {_VARIABLE}: this connector runs in an engine that a Headrace "
-                "prefill worker starts"
+                f"the engine's arguments have no {_VARIABLE}: this connector runs in an engine that "
+                "a Headrace prefill worker starts"
             )
         return msgspec.json.decode(text, type=cls)
 

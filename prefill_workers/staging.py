@@ -80,5 +80,21 @@ def open_staging(path: str) -> torch.Tensor:
     return torch.frombuffer(mapping, dtype=torch.uint8)
 
 
+def pin_staging(staging: torch.Tensor) -> None:
+    """For copies from the GPU that the host does not wait for. Raises RuntimeError."""
+    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    code = cudart.cudaHostRegister(staging.data_ptr(), staging.numel(), 0)
+    if int(code) != 0:
+        raise RuntimeError(
+            f"cudaHostRegister of {staging.numel()} bytes of staging memory failed with {int(code)}: raise "
+            "`ulimit -l`, or lower prefill.staging_mb"
+        )
+
+
+def unpin_staging(staging: torch.Tensor) -> None:
+    """Before the mapping goes: CUDA would take what is mapped there next for pinned."""
+    torch.cuda.cudart().cudaHostUnregister(staging.data_ptr())  # type: ignore[no-untyped-call]
+
+
 def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES

@@ -7,9 +7,9 @@ With whom they talk, and where copies go, is in the engine's arguments (`rank_ch
 A request is known by its sampling seed: the prefill worker's own number for its export, which exists before
 the request does. One token is sampled, greedily, and thrown away, so a seed has no other use.
 
-TensorRT-LLM is never asked to keep the blocks of a request that has ended: releases to 1.2 can pin the wrong
-block, or pin it for good, and later ones free those of a cancelled request without a word. A step waits instead
-until what earlier steps computed is read (`LayerCopies.fence`).
+TensorRT-LLM is never asked to keep the blocks of a request that has ended: versions differ in whether they
+pin the right ones, let go of them, and ask at all where it was cancelled. A step waits instead until what
+earlier steps computed is read (`LayerCopies.fence`).
 """
 
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from prefill_workers.export_pieces import ExportPieces, Piece
 from prefill_workers.layer_copies import LayerCopies
 from prefill_workers.pool_layout import PoolLayoutError, RankPool, RankShard, rank_shard
 from prefill_workers.rank_channel import ExportSettings, Hello, RankClient, Started
-from prefill_workers.staging import open_staging
+from prefill_workers.staging import open_staging, pin_staging
 
 try:
     from tensorrt_llm._torch.pyexecutor.connectors.kv_cache_connector import (
@@ -96,7 +96,7 @@ class ExportWorker(KvCacheConnectorWorker):  # type: ignore[misc]
             )
         staging = open_staging(settings.staging_path)
         if kv_cache_tensor.is_cuda:
-            _pin(staging)
+            pin_staging(staging)
         hello = Hello(
             rank=self._rank,
             role="worker",
@@ -168,14 +168,3 @@ def _layout_of(settings: ExportSettings) -> KvLayout:
         dtype=settings.wire_dtype,
         block_size_tokens=settings.tokens_per_block,
     )
-
-
-def _pin(staging: torch.Tensor) -> None:
-    """For copies from the GPU that the host does not wait for."""
-    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    code = cudart.cudaHostRegister(staging.data_ptr(), staging.numel(), 0)
-    if int(code) != 0:
-        raise RuntimeError(
-            f"cudaHostRegister of {staging.numel()} bytes of staging memory failed with {code}: raise "
-            "`ulimit -l`, or lower prefill.staging_mb"
-        )

@@ -55,8 +55,8 @@ def start_engine(settings: TensorRtLlmSettings, layout: KvLayout, num_blocks: in
     """`layout.block_size_tokens` is the pool's. Raises ChannelError, or what TensorRT-LLM raises."""
     if mpi_disabled():
         raise ChannelError(
-            "with TLLM_DISABLE_MPI=1 TensorRT-LLM starts its ranks without MPI, and then none but rank 0 hears "
-            "what its connector plans: unset it"
+            "with TLLM_DISABLE_MPI=1 TensorRT-LLM starts its ranks without MPI, and then none but rank 0 "
+            "hears what its connector plans: unset it"
         )
 
     def start(export: ExportSettings) -> _Submitter:
@@ -107,7 +107,7 @@ class _Submitter:
     def __init__(self, llm: Any) -> None:
         self._llm = llm
         self._loop = _LoopThread()
-        self._events = EventPoller(llm.get_kv_cache_events, _MAX_EVENTS)
+        self._events = EventPoller(self._fetch_events, _MAX_EVENTS)
 
     def submit(self, token_ids: Sequence[int], number: int, salt: str) -> Submission:
         # No token ends it, and without temperature it is greedy.
@@ -115,10 +115,14 @@ class _Submitter:
 
         async def begin() -> Any:
             return self._llm.generate_async(
-                list(token_ids), sampling, streaming=False, cache_salt=salt or None
+                list(token_ids), sampling_params=sampling, streaming=False, cache_salt=salt or None
             )
 
         return _Submission(self._loop, self._loop.start(begin()).result())
+
+    def _fetch_events(self, wait_s: float) -> list[object]:
+        events: list[object] = self._llm.get_kv_cache_events(timeout=wait_s)
+        return events
 
     def poll_events(self) -> list[object]:
         return self._events.take()

@@ -25,6 +25,7 @@ MAY_IMPORT = {
 }
 WITHOUT_TORCH = ("cluster", "router")
 MAY_BE_MISSING = {
+    # prefill_workers/trtllm_pins.py looks it up by name, for check_trtllm.
     "tensorrt_llm": {"prefill_workers/trtllm_engine.py", "prefill_workers/trtllm_connector.py"},
     "cuda": {"kernels/megakernel/cuda_driver.py"},
 }

@@ -43,13 +43,15 @@ class DeviceFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Grid(msgspec.Struct, frozen=True, kw_only=True):
-    """How kernels are launched: all blocks at once, one an SM or more."""
+    """How kernels are launched: one block an SM, or more."""
 
     num_blocks: int
     num_threads: int
     """A block."""
     shared_bytes: int
     """Dynamic, a block."""
+    is_cooperative: bool = True
+    """All blocks at once: they may wait for one another."""
 
 
 class Kernel(msgspec.Struct, frozen=True, kw_only=True, eq=False):
@@ -97,6 +99,10 @@ class Driver(Protocol):
         ...
 
     def free_host(self, memory: HostMemory) -> None: ...
+
+    def address_of_host(self, start: Address) -> Address:
+        """Where the device sees host memory that anyone has pinned."""
+        ...
 
     def new_stream(self) -> Stream: ...
 

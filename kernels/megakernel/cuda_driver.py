@@ -80,7 +80,7 @@ class CudaDriver:
         start = int(self._call_here("cuMemHostAlloc", max(num_bytes, 1), flags))
         array = np.ctypeslib.as_array((ctypes.c_uint8 * num_bytes).from_address(start))
         array[:] = 0
-        memory = HostMemory(array=array, address=int(self._call("cuMemHostGetDevicePointer", start, 0)))
+        memory = HostMemory(array=array, address=self.address_of_host(start))
         self._host_memory[start] = memory
         return memory
 
@@ -88,6 +88,9 @@ class CudaDriver:
         start = memory.array.ctypes.data
         self._host_memory.pop(start, None)
         self._call_here("cuMemFreeHost", start)
+
+    def address_of_host(self, start: Address) -> Address:
+        return int(self._call_here("cuMemHostGetDevicePointer", start, 0))
 
     def new_stream(self) -> Stream:
         flags = int(self._cuda.CUstream_flags.CU_STREAM_NON_BLOCKING)
@@ -127,8 +130,7 @@ class CudaDriver:
     def launch(self, stream: Stream, kernel: Kernel, arguments: ctypes.Structure) -> None:
         grid = kernel.grid
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        self._call_here(
-            "cuLaunchCooperativeKernel",
+        launched = (
             kernel.handle,
             *(grid.num_blocks, 1, 1),
             *(grid.num_threads, 1, 1),
@@ -136,6 +138,10 @@ class CudaDriver:
             stream.handle,
             ctypes.addressof(parameters),
         )
+        if grid.is_cooperative:
+            self._call_here("cuLaunchCooperativeKernel", *launched)
+        else:
+            self._call_here("cuLaunchKernel", *launched, 0)
 
     def new_event(self) -> Event:
         flags = int(self._cuda.CUevent_flags.CU_EVENT_DEFAULT)

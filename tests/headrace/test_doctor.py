@@ -1,4 +1,5 @@
 import socket
+import sys
 from collections import namedtuple
 
 import psutil
@@ -8,6 +9,7 @@ from cluster.config import config_from_mapping
 from cluster.placement import embedded
 from headrace import doctor
 from headrace.run_folder import RunFolder
+from tests.tensorrt import hide
 
 Memory = namedtuple("Memory", "available")
 Disk = namedtuple("Disk", "free")
@@ -96,11 +98,85 @@ def test_a_wrong_package_version_blocks(tmp_path, monkeypatch):
     assert "x is" not in check.found
 
 
-@pytest.mark.parametrize("answer", ["NVIDIA L20, 46068 MiB, 550.54\n"])
-def test_a_gpu_is_named(tmp_path, monkeypatch, answer):
+def has_gpu(tmp_path, monkeypatch, answer):
     tool = tmp_path / "nvidia-smi"
     tool.write_text(f"#!/bin/sh\nprintf '{answer}'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+
+
+def has_tensorrt(tmp_path, monkeypatch, version):
+    """A package of that name and version, and nothing in it."""
+    hide(monkeypatch)
+    package = tmp_path / "site" / "tensorrt_llm"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    info = tmp_path / "site" / f"tensorrt_llm-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: tensorrt_llm\nVersion: {version}\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}:{':'.join(sys.path)}")
+
+
+def tensorrt_check(engine="auto"):
+    return doctor._tensorrt(config_from_mapping({"prefill": {"engine": engine}}))
+
+
+@pytest.mark.parametrize("answer", ["NVIDIA L20, 46068 MiB, 550.54\n"])
+def test_a_gpu_is_named(tmp_path, monkeypatch, answer):
+    has_gpu(tmp_path, monkeypatch, answer)
     check = checks(tmp_path)["GPU"]
     assert (check.verdict, check.found) == ("ok", answer.strip())
+
+
+def test_without_tensorrt_nothing_is_wrong(monkeypatch):
+    hide(monkeypatch)
+    check = tensorrt_check()
+    assert (check.verdict, check.found) == ("note", "not installed")
+
+
+def test_without_tensorrt_that_is_asked_for_up_would_fail(monkeypatch):
+    hide(monkeypatch)
+    check = tensorrt_check("tensorrt")
+    assert check.verdict == "problem"
+    assert "is not installed" in check.found
+    assert "docs/tensorrt-llm.md" in check.fix
+
+
+@pytest.mark.parametrize(
+    ("version", "found"),
+    [
+        ("0.1", "tensorrt_llm 0.1 is not known"),
+        ("1.2.0", "1.2.0 must not be used"),
+        ("1.2.1", "differences)"),
+    ],
+)
+def test_a_tensorrt_that_will_not_do_is_said(tmp_path, monkeypatch, version, found):
+    has_tensorrt(tmp_path, monkeypatch, version)
+    assert (tensorrt_check().verdict, tensorrt_check("tensorrt").verdict) == ("note", "problem")
+    assert found in tensorrt_check().found
+
+
+@pytest.mark.parametrize(
+    ("answer", "verdict", "found"),
+    [
+        ("9.0\\n9.0\\n", "ok", "1.2.1, as expected"),
+        ("9.0\\n7.5\\n", "problem", "compute capability 7.5"),
+        ("", "problem", "names no GPU"),
+    ],
+)
+def test_tensorrt_needs_a_gpu_that_it_is_built_for(tmp_path, monkeypatch, answer, verdict, found):
+    has_gpu(tmp_path, monkeypatch, answer)
+    has_tensorrt(tmp_path, monkeypatch, "1.2.1")
+    monkeypatch.setattr(doctor.sys, "executable", str(well(tmp_path)))
+    check = tensorrt_check("tensorrt")
+    assert check.verdict == verdict
+    assert found in check.found
+
+
+def well(tmp_path):
+    """In place of Python: a check that finds nothing."""
+    command = tmp_path / "python"
+    command.write_text("#!/bin/sh\nexit 0\n")
+    command.chmod(0o755)
+    return command

@@ -68,6 +68,9 @@ class FakeDriver:
     def free_host(self, memory: HostMemory) -> None:
         del self.host_memory[memory.address]
 
+    def address_of_host(self, start: Address) -> Address:
+        return start
+
     def new_stream(self) -> Stream:
         self.pending[len(self.pending)] = []
         return Stream(len(self.pending) - 1)

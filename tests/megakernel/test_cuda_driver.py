@@ -25,6 +25,7 @@ from megakernel.cuda_device import CudaError, CudaUnavailableError, Grid, Reside
 from megakernel.cuda_driver import CudaDriver, open_driver
 
 GRID = Grid(num_blocks=4, num_threads=288, shared_bytes=101_376)
+FREE_GRID = Grid(num_blocks=4, num_threads=256, shared_bytes=0, is_cooperative=False)
 ATTRIBUTES = {
     "COOPERATIVE_LAUNCH": 1,
     "MAX_PITCH": 1000,
@@ -143,6 +144,15 @@ def test_a_launch_passes_the_address_of_the_arguments(driver, bindings, cubin):
     assert seen == [(("function", 4, 1, 1, 288, 1, 1, 101_376, "stream"), 3)]
 
 
+def test_blocks_that_do_not_wait_for_one_another_are_launched_as_they_fit(driver, bindings, cubin):
+    kernel = driver.load(cubin, ["one"], FREE_GRID)["one"]
+    driver.launch(driver.new_stream(), kernel, StepArguments())
+    ((*launched, _, extra),) = bindings.named("cuLaunchKernel")
+    assert launched == ["function", 4, 1, 1, 256, 1, 1, 0, "stream"]
+    assert extra == 0
+    assert not bindings.named("cuLaunchCooperativeKernel")
+
+
 def test_memory_is_zeroed_before_any_stream_uses_it(driver, bindings):
     assert driver.allocate(40) == 0x100
     names = [call[0] for call in bindings.calls]
@@ -157,6 +167,7 @@ def test_pinned_memory_is_an_array(driver, bindings):
     memory.array[5] = 7
     assert HELD[5] == 7
     assert memory.address == ctypes.addressof(HELD)
+    assert driver.address_of_host(memory.address + 8) == memory.address + 8
     driver.free_host(memory)
     assert bindings.named("cuMemFreeHost") == [(ctypes.addressof(HELD),)]
 
@@ -210,6 +221,10 @@ CALLS = {
     "cuLaunchCooperativeKernel": lambda driver, path: driver.launch(
         driver.new_stream(), driver.load(path, ["one"], GRID)["one"], StepArguments()
     ),
+    "cuLaunchKernel": lambda driver, path: driver.launch(
+        driver.new_stream(), driver.load(path, ["one"], FREE_GRID)["one"], StepArguments()
+    ),
+    "cuMemHostGetDevicePointer": lambda driver, path: driver.address_of_host(1),
     "cuEventCreate": lambda driver, path: driver.new_event(),
     "cuEventRecord": lambda driver, path: driver.record(driver.new_stream(), driver.new_event()),
     "cuEventElapsedTime": lambda driver, path: driver.elapsed_ms(driver.new_event(), driver.new_event()),
@@ -287,7 +302,7 @@ import json, sys
 from pathlib import Path
 import numpy as np
 from megakernel.cuda_arguments import StepArguments
-from megakernel.cuda_device import CudaError, Grid
+from megakernel.cuda_device import CudaError, Grid, Stream
 from megakernel.cuda_driver import open_driver
 
 driver = open_driver()
@@ -311,6 +326,8 @@ try:
     error = None
 except CudaError as failed:
     error = str(failed)
+grid = Grid(num_blocks=32, num_threads=256, shared_bytes=0, is_cooperative=False)
+driver.launch(Stream(0x1234), driver.load(Path(sys.argv[1]), ["other"], grid)["other"], arguments)
 report = {"found": found.tolist(), "ms": driver.elapsed_ms(start, end), "error": error}
 report |= {"architecture": driver.facts.architecture, "num_sms": driver.facts.num_sms}
 driver.free(one)
@@ -342,5 +359,7 @@ def test_real_bindings_take_what_the_layer_passes(tmp_path, cubin):
         "load code",
         "grid 132 1 1 block 288 1 1 shared 101376 rows 2 epoch 7 timeout 5",
         "grid 132 1 1 block 288 1 1 shared 101376 rows 1000 epoch 7 timeout 5",
+        "load code",
+        "32 blocks of 256 shared 0 stream 0x1234 rows 1000 extra 0",
         "release",
     ]

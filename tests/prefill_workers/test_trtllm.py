@@ -1,11 +1,9 @@
 """The real engine and connector against the double: the same KV as PyTorch's engine, and nothing leaked."""
 
 import random
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from unittest.mock import Mock
 
 import msgspec
@@ -16,16 +14,10 @@ from cluster.block_hash import chain_hashes, chain_salt
 from prefill_workers.engine import PrefillDone, PrefillFailed
 from prefill_workers.torch_engine import TorchPrefillEngine
 from tests.prefill_workers.exports import Exported, job, random_tokens
+from tests.tensorrt import use_double
 from tests.tiny_model import tiny_weights
 
-DOUBLE = Path(__file__).parents[1] / "trtllm_double"
-try:
-    import tensorrt_llm  # noqa: F401 - a real one needs a GPU, and has tests/hardware
-except ImportError:
-    sys.path.append(str(DOUBLE))
-else:
-    if not str(sys.modules["tensorrt_llm"].__file__).startswith(str(DOUBLE)):
-        pytest.skip("a real TensorRT-LLM is installed", allow_module_level=True)
+use_double()
 
 from tensorrt_llm.executor import ModelSource  # noqa: E402 - where the double is was not known before
 from tensorrt_llm.llmapi import LLM, KvCacheConfig, TorchLlmArgs  # noqa: E402
@@ -186,15 +178,15 @@ def test_cancels_at_any_time_leave_nothing_and_harm_nobody(rig, torch_engine, se
 @pytest.mark.parametrize("rig", [{"num_blocks": 2}], indirect=True)
 def test_a_step_waits_until_what_it_overwrites_is_read(rig, torch_engine, monkeypatch) -> None:
     """Blocks of a request that has ended are another's at once: its forward pass must not be early."""
-    read, may_read, is_reading = RankPool.read, threading.Event(), threading.Event()
+    read, may_read, is_reading = RankPool.read_at, threading.Event(), threading.Event()
 
-    def late(self, layer, block_ids, first_token, own) -> None:
+    def late(self, layer, places, own) -> None:
         if own.shape[1] == 60:
             is_reading.set()
             assert may_read.wait(10)
-        read(self, layer, block_ids, first_token, own)
+        read(self, layer, places, own)
 
-    monkeypatch.setattr(RankPool, "read", late)
+    monkeypatch.setattr(RankPool, "read_at", late)
     first, second = job("first", random_tokens(60)), job("second", random_tokens(63, 1))
     exported = {one.request_id: Exported(rig.engine.layout) for one in (first, second)}
     rig.engine.admit(first, keep(exported["first"]))
@@ -225,14 +217,14 @@ def test_a_lease_that_is_over_ends_an_export_without_a_word(rig) -> None:
 
 
 def test_a_copy_that_fails_fails_its_job_alone(rig, torch_engine, monkeypatch) -> None:
-    read = RankPool.read
+    read = RankPool.read_at
 
-    def fails(self, layer, block_ids, first_token, own) -> None:
+    def fails(self, layer, places, own) -> None:
         if own.shape[1] == 41 and layer == 1:
             raise RuntimeError("an uncorrectable memory error")
-        read(self, layer, block_ids, first_token, own)
+        read(self, layer, places, own)
 
-    monkeypatch.setattr(RankPool, "read", fails)
+    monkeypatch.setattr(RankPool, "read_at", fails)
     bad, good = job("bad", random_tokens(41)), job("good", random_tokens(60, 1))
     ends = rig.run([bad, good])
     assert isinstance(ends["bad"][1], PrefillFailed)
@@ -388,6 +380,7 @@ def test_events_that_cannot_be_fetched_harm_nobody(torch_engine, monkeypatch) ->
 
 
 def test_ranks_that_do_not_come_are_named(torch_engine, monkeypatch) -> None:
+    ModelSource.known["tiny"] = WEIGHTS
     monkeypatch.setattr("tensorrt_llm.llmapi.Executor", Mock())
     with pytest.raises(ChannelError, match=r"after 0.2 s ranks \[\] of 2 have loaded the connector"):
         start_engine(
