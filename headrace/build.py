@@ -154,6 +154,7 @@ def _tensorrt_engine(config: HeadraceConfig, served: ServedModel) -> PrefillEngi
         staging_bytes=prefill.staging_mb << 20,
         lease_s=_lease_s(config),
         start_timeout_s=_START_TIMEOUT_S,
+        index_block_tokens=config.decode.block_size_tokens,
     )
     return start_engine(settings, layout, _num_blocks(prefill.kv_pool_tokens, BLOCK_TOKENS))
 

@@ -90,6 +90,7 @@ class _Membership:
         role: Role,
         grpc_address: str,
         layout: KvLayout,
+        index_block_tokens: int,
         status: Callable[[], WorkerStatus],
         on_epoch: Callable[[WorkerAddress], None] | None = None,
         drain_blocks: Callable[[], BlockChanges] | None = None,
@@ -106,7 +107,7 @@ class _Membership:
                 host_id=host_id(),
                 protocol_version=PROTOCOL_VERSION,
                 layout_fingerprint=layout.fingerprint,
-                block_size_tokens=layout.block_size_tokens,
+                block_size_tokens=index_block_tokens,
             ),
             status,
             ttl_s=config.placement.lease_ttl_s,
@@ -142,7 +143,10 @@ class PrefillReplica:
             role="prefill",
             grpc_address=f"{bound_host}:{port}",
             layout=built.layout,
+            index_block_tokens=self._worker.index_block_tokens,
             status=self._worker.status,
+            drain_blocks=self._worker.drain_block_changes,
+            all_blocks=self._worker.all_block_hashes,
         )
         await self._membership.start()
 
@@ -181,6 +185,7 @@ class DecodeReplica:
             role="decode",
             grpc_address=grpc_address,
             layout=self._worker.layout,
+            index_block_tokens=self._worker.layout.block_size_tokens,
             status=self._worker.status,
             on_epoch=self._set_epoch,
             drain_blocks=self._worker.drain_block_changes,

@@ -11,6 +11,7 @@ A job holds a reference on each of its blocks from `admit` to `release`. What it
 and so may be shared, once all of it is there.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -19,11 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.block_hash import chain_salt
-from cluster.block_pool import BlockPool
+from cluster.block_pool import BlockChanges, BlockPool
 from cluster.ids import ChainHash, RequestId
 from cluster.kv_layout import KvLayout
 from cluster.transfer import KvChunk
 from prefill_workers.engine import ExportChunk, PrefillDone, PrefillJob
+from prefill_workers.held_hashes import HeldHashes
 
 SlotArray = npt.NDArray[np.int64]
 
@@ -93,6 +95,9 @@ class ChunkedPrefillEngine:
         self._layout = kv.layout
         self._pool = BlockPool(num_blocks, kv.layout.block_size_tokens)
         self._max_tokens_per_step = max_tokens_per_step
+        self._hashes_lock = threading.Lock()
+        self._hashes = HeldHashes()
+        """What the pool held after the last step."""
         self._running: dict[RequestId, _Running] = {}
 
     @property
@@ -102,6 +107,18 @@ class ChunkedPrefillEngine:
     @property
     def free_kv_tokens(self) -> int:
         return self._pool.num_free_blocks * self._layout.block_size_tokens
+
+    @property
+    def index_block_tokens(self) -> int:
+        return self._layout.block_size_tokens
+
+    def drain_changes(self) -> BlockChanges:
+        with self._hashes_lock:
+            return self._hashes.drain_changes()
+
+    def all_hashes(self) -> list[ChainHash]:
+        with self._hashes_lock:
+            return self._hashes.all_hashes()
 
     def has_work(self) -> bool:
         return any(running.is_unfinished for running in self._running.values())
@@ -148,8 +165,7 @@ class ChunkedPrefillEngine:
         finished = [running for running in worked_on if running.num_remaining == 0]
         for running in finished:
             self._pool.publish(running.job.token_ids, running.block_ids, running.salt)
-        # Nothing here announces this cache to the placement index, so the pool need not remember changes.
-        self._pool.drain_changes()
+        self._tell_changes()
         return [
             PrefillDone(request_id=running.job.request_id, cached_tokens=running.num_cached)
             for running in finished
@@ -163,6 +179,12 @@ class ChunkedPrefillEngine:
 
     def close(self) -> None:
         """There is nothing beside it."""
+
+    def _tell_changes(self) -> None:
+        changes = self._pool.drain_changes()
+        with self._hashes_lock:
+            self._hashes.remove(changes.removed)
+            self._hashes.add(changes.stored)
 
     def _compute(self, scheduled: list[tuple[_Running, Chunk]]) -> None:
         def export(layer: int) -> None:

@@ -5,7 +5,8 @@ from typing import Protocol
 
 import msgspec
 
-from cluster.ids import RequestId
+from cluster.block_pool import BlockChanges
+from cluster.ids import ChainHash, RequestId
 from cluster.kv_layout import KvLayout
 from cluster.transfer import KvChunk
 
@@ -38,7 +39,7 @@ computation; the chunk's memory stays valid until the job is released."""
 
 class PrefillEngine(Protocol):
     """Computes KV for several jobs at once. One thread drives it: every method is called from there,
-    except `layout`."""
+    except `layout` and what tells of the prefix cache."""
 
     @property
     def layout(self) -> KvLayout: ...
@@ -64,6 +65,19 @@ class PrefillEngine(Protocol):
 
     @property
     def free_kv_tokens(self) -> int: ...
+
+    @property
+    def index_block_tokens(self) -> int:
+        """Of the blocks that `drain_changes` and `all_hashes` name."""
+        ...
+
+    def drain_changes(self) -> BlockChanges:
+        """Full blocks that entered or left the prefix cache since the last call, for the placement index."""
+        ...
+
+    def all_hashes(self) -> Sequence[ChainHash]:
+        """Of every cached full block."""
+        ...
 
     def close(self) -> None:
         """End what it has beside this thread. Nothing is called behind it."""

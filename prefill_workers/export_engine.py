@@ -12,6 +12,7 @@ Where no word comes, a rank settles an export itself once its lease is over.
 import itertools
 import queue
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,10 +20,12 @@ from typing import Protocol
 
 import msgspec
 
-from cluster.ids import RequestId
+from cluster.block_pool import BlockChanges
+from cluster.ids import ChainHash, RequestId
 from cluster.kv_layout import KvLayout
 from cluster.transfer import KvChunk
 from prefill_workers.engine import ExportChunk, PrefillDone, PrefillFailed, PrefillJob
+from prefill_workers.kv_events import KvEvents
 from prefill_workers.layer_copies import piece_offset
 from prefill_workers.rank_channel import (
     ChannelError,
@@ -67,6 +70,10 @@ class Submitter(Protocol):
         """`number` reaches the connector with the request; prefixes are shared within `salt` alone."""
         ...
 
+    def poll_events(self) -> Sequence[object]:
+        """KV-cache events since the last call, in order (`KvEvents.take`). From any thread; never waits."""
+        ...
+
     def shutdown(self) -> None: ...
 
 
@@ -103,14 +110,24 @@ class ExportEngine:
         staging_bytes: int,
         lease_s: float,
         start_timeout_s: float,
+        index_block_tokens: int,
     ) -> None:
-        """Starts the engine. `layout.block_size_tokens` is the engine's.
+        """Starts the engine. `layout.block_size_tokens` is the engine's, `index_block_tokens` placement's.
 
         Raises ChannelError where its ranks do not come up, OSError where there is no memory to stage KV in.
         """
         self._layout = layout
         self._lease_s = lease_s
         self._num_blocks = num_blocks
+        self._index_block_tokens = index_block_tokens
+        self._events_lock = threading.Lock()
+        self._events = KvEvents(
+            layout.fingerprint,
+            engine_block_tokens=layout.block_size_tokens,
+            index_block_tokens=index_block_tokens,
+            # Its pool may be larger than it was asked for.
+            max_blocks=2 * num_blocks,
+        )
         self._arena = StagingArena(staging_bytes)
         self._folder = tempfile.TemporaryDirectory(prefix="headrace-ranks-")
         self._heard: queue.SimpleQueue[FromRank | EngineLostError] = queue.SimpleQueue()
@@ -156,6 +173,20 @@ class ExportEngine:
         held = sum(self._layout.num_blocks_for(len(job.job.token_ids)) for job in self._by_number.values())
         return max(self._num_blocks - held, 0) * self._layout.block_size_tokens
 
+    @property
+    def index_block_tokens(self) -> int:
+        return self._index_block_tokens
+
+    def drain_changes(self) -> BlockChanges:
+        with self._events_lock:
+            self._take_events()
+            return self._events.drain_changes()
+
+    def all_hashes(self) -> list[ChainHash]:
+        with self._events_lock:
+            self._take_events()
+            return self._events.all_hashes()
+
     def has_work(self) -> bool:
         return any(not job.is_reported for job in self._jobs.values()) or bool(self._unreleased)
 
@@ -182,6 +213,8 @@ class ExportEngine:
         try:
             self._open(running)
             assert self._submitter is not None
+            with self._events_lock:
+                self._events.note_prompt(job.token_ids, job.tenant)
             running.submission = self._submitter.submit(job.token_ids, running.number, job.tenant)
         except BaseException:
             self.release(job.request_id)
@@ -213,6 +246,10 @@ class ExportEngine:
         self._hub.close()
         self._arena.close()
         self._folder.cleanup()
+
+    def _take_events(self) -> None:
+        assert self._submitter is not None
+        self._events.take(self._submitter.poll_events())
 
     def _check_pools(self, workers: list[Hello]) -> None:
         """An engine takes less than it was asked for where memory is short: a long prompt would never run."""

@@ -17,6 +17,7 @@ from tensorrt_llm._utils import mpi_disabled
 from tensorrt_llm.llmapi import KvCacheConfig, KvCacheConnectorConfig
 
 from cluster.kv_layout import KvLayout
+from prefill_workers.event_poller import EventPoller
 from prefill_workers.export_engine import ExportEngine, Submission
 from prefill_workers.rank_channel import ChannelError, ExportSettings
 
@@ -24,6 +25,8 @@ _T = TypeVar("_T")
 
 BLOCK_TOKENS = 32
 """Of its pool."""
+_MAX_EVENTS = 16_384
+"""Kept until they are fetched: of a second or more. Then the oldest are lost, and what is held with them."""
 _CONNECTOR = KvCacheConnectorConfig(
     connector_module="prefill_workers.trtllm_connector",
     connector_scheduler_class="ExportScheduler",
@@ -44,6 +47,8 @@ class TensorRtLlmSettings(msgspec.Struct, frozen=True, kw_only=True):
     staging_bytes: int
     lease_s: float
     start_timeout_s: float
+    index_block_tokens: int
+    """Of the placement index's blocks: the decode workers'."""
 
 
 def start_engine(settings: TensorRtLlmSettings, layout: KvLayout, num_blocks: int) -> ExportEngine:
@@ -77,6 +82,7 @@ def start_engine(settings: TensorRtLlmSettings, layout: KvLayout, num_blocks: in
                     max_tokens=num_blocks * layout.block_size_tokens,
                     tokens_per_block=layout.block_size_tokens,
                     dtype=settings.kv_dtype,
+                    event_buffer_max_size=_MAX_EVENTS,
                 ),
                 kv_connector_config=_CONNECTOR,
                 env_overrides=export.to_variables(),
@@ -91,6 +97,7 @@ def start_engine(settings: TensorRtLlmSettings, layout: KvLayout, num_blocks: in
         staging_bytes=settings.staging_bytes,
         lease_s=settings.lease_s,
         start_timeout_s=settings.start_timeout_s,
+        index_block_tokens=settings.index_block_tokens,
     )
 
 
@@ -100,6 +107,7 @@ class _Submitter:
     def __init__(self, llm: Any) -> None:
         self._llm = llm
         self._loop = _LoopThread()
+        self._events = EventPoller(self._fetch_events, _MAX_EVENTS)
 
     def submit(self, token_ids: Sequence[int], number: int, salt: str) -> Submission:
         # No token ends it, and without temperature it is greedy.
@@ -112,7 +120,15 @@ class _Submitter:
 
         return _Submission(self._loop, self._loop.start(begin()).result())
 
+    def _fetch_events(self, wait_s: float) -> list[object]:
+        events: list[object] = self._llm.get_kv_cache_events(timeout=wait_s)
+        return events
+
+    def poll_events(self) -> list[object]:
+        return self._events.take()
+
     def shutdown(self) -> None:
+        self._events.close()
         self._llm.shutdown()
         self._loop.close()
 

@@ -2,12 +2,15 @@
 
 import asyncio
 import logging
+from collections.abc import Sequence
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from cluster.block_pool import BlockChanges
 from cluster.config import PrefillConfig, TransferConfig
+from cluster.ids import ChainHash
 from cluster.messages import StepCost, WorkerStatus
 from cluster.metrics import PrefillMetrics
 from cluster.transfer.grpc_transport import GrpcKvTransport
@@ -127,6 +130,19 @@ class PrefillWorker:
             step_table=self._step_table,
             is_accepting=self.is_healthy() and not self._is_stopping,
         )
+
+    @property
+    def index_block_tokens(self) -> int:
+        """Of the blocks that it names to the placement index."""
+        return self._engine.index_block_tokens
+
+    def drain_block_changes(self) -> BlockChanges:
+        """Full blocks that entered or left the prefix cache since the last call, for the placement index."""
+        return self._engine.drain_changes()
+
+    def all_block_hashes(self) -> Sequence[ChainHash]:
+        """Every cached full block: what to publish after registering anew."""
+        return self._engine.all_hashes()
 
     def is_healthy(self) -> bool:
         """Whether the engine's thread runs and makes progress."""

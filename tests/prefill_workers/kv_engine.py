@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cluster.ids import RequestId
+from cluster.block_pool import BlockChanges
+from cluster.ids import ChainHash, RequestId
 from cluster.kv_layout import KvLayout
 from cluster.transfer import KvChunk
 from prefill_workers.engine import ExportChunk, PrefillDone, PrefillJob
@@ -56,6 +57,16 @@ class KvEngine:
     @property
     def layout(self) -> KvLayout:
         return LAYOUT
+
+    @property
+    def index_block_tokens(self) -> int:
+        return LAYOUT.block_size_tokens
+
+    def drain_changes(self) -> BlockChanges:
+        return BlockChanges()
+
+    def all_hashes(self) -> list[ChainHash]:
+        return []
 
     def close(self) -> None: ...
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from cluster.block_pool import OutOfBlocksError
-from cluster.ids import RequestId
+from cluster.ids import ChainHash, RequestId
 from cluster.kv_layout import KvLayout
 from prefill_workers.chunked_engine import Chunk, ChunkedPrefillEngine, OnLayer, SlotArray
 from prefill_workers.engine import PrefillJob
@@ -71,6 +71,7 @@ class Bookkeeping(RuleBasedStateMachine):
         self.done: list[RequestId] = []
         """Finished and not released."""
         self.num_admitted = 0
+        self.announced: set[ChainHash] = set()
 
     @rule(
         shared=st.integers(0, 24),
@@ -112,6 +113,7 @@ class Bookkeeping(RuleBasedStateMachine):
             self.done.append(done.request_id)
             self._check_export(one, exported)
         self._check_written()
+        self._check_announced()
 
     @precondition(lambda self: self.jobs)
     @rule()
@@ -153,6 +155,14 @@ class Bookkeeping(RuleBasedStateMachine):
         for layer in range(LAYOUT.num_layers):
             expected = sums + layer * 1000
             assert np.array_equal(kv[layer, :, :, 0], [expected, -expected])
+
+    def _check_announced(self) -> None:
+        changes = self.engine.drain_changes()
+        assert not self.announced & set(changes.stored)
+        assert set(changes.removed) <= self.announced
+        self.announced = self.announced - set(changes.removed) | set(changes.stored)
+        assert self.announced == set(self.pool.all_hashes())
+        assert self.announced == set(self.engine.all_hashes())
 
     def _check_written(self) -> None:
         """A block that a step wrote was one job's alone."""

@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from cluster.block_hash import chain_hashes, chain_salt
 from prefill_workers.engine import PrefillDone, PrefillFailed
 from prefill_workers.torch_engine import TorchPrefillEngine
 from tests.prefill_workers.exports import Exported, job, random_tokens
@@ -19,7 +20,7 @@ from tests.tiny_model import tiny_weights
 use_double()
 
 from tensorrt_llm.executor import ModelSource  # noqa: E402 - where the double is was not known before
-from tensorrt_llm.llmapi import KvCacheConfig, TorchLlmArgs  # noqa: E402
+from tensorrt_llm.llmapi import LLM, KvCacheConfig, TorchLlmArgs  # noqa: E402
 
 from prefill_workers.export_engine import EngineLostError, ExportEngine  # noqa: E402
 from prefill_workers.pool_layout import RankPool  # noqa: E402
@@ -40,6 +41,7 @@ class Rig:
     def __init__(self, layout, **changes) -> None:
         ModelSource.known["tiny"] = WEIGHTS
         ModelSource.longest_delay_s = changes.pop("delay_s", 0.0)
+        ModelSource.names_salts = changes.pop("names_salts", False)
         self.num_blocks = changes.pop("num_blocks", 200)
         settings = {
             "model": "tiny",
@@ -50,6 +52,7 @@ class Rig:
             "staging_bytes": 8 << 20,
             "lease_s": 30.0,
             "start_timeout_s": 10.0,
+            "index_block_tokens": 16,
         }
         layout = msgspec.structs.replace(layout, block_size_tokens=BLOCK)
         self.engine: ExportEngine = start_engine(
@@ -313,6 +316,69 @@ def test_a_step_does_not_wait_for_a_request(rig) -> None:
     rig.assert_nothing_is_held()
 
 
+@pytest.mark.parametrize("index", [8, 16, 32, 48])
+@pytest.mark.parametrize("names_salts", [False, True])
+def test_what_is_in_its_prefix_cache_is_announced(torch_engine, names_salts: bool, index: int) -> None:
+    """Of three tenants' prompts that share prefixes, in a pool that evicts; also behind the last prompt."""
+    rig = Rig(torch_engine.layout, names_salts=names_salts, num_blocks=24, index_block_tokens=index)
+    dice, announced, num_removed = random.Random(index), set[bytes](), 0
+    fingerprint = rig.engine.layout.fingerprint
+
+    def catch_up() -> bool:
+        nonlocal num_removed
+        changes = rig.engine.drain_changes()
+        assert not announced & set(changes.stored)
+        assert set(changes.removed) <= announced
+        num_removed += len(changes.removed)
+        announced.difference_update(changes.removed)
+        announced.update(changes.stored)
+        assert announced == set(rig.engine.all_hashes())
+        return announced == {
+            chain_hash
+            for tenant, tokens in cached_prefixes(rig, tenants)
+            for chain_hash in chain_hashes(tokens, index, chain_salt(fingerprint, tenant))
+        }
+
+    tenants = ["a", "b", ""]
+    for batch in range(4):
+        jobs = []
+        for number in range(6):
+            tenant = dice.choice(tenants)
+            shared = random_tokens(100, tenants.index(tenant))[: dice.choice([40, 70, 100])]
+            tokens = [*shared, *random_tokens(dice.choice([5, 40, 90]), 10 * batch + number)]
+            jobs.append(job(f"{batch} {number}", tokens, tenant=tenant))
+        rig.run(jobs)
+        rig.until(catch_up)
+    assert announced
+    assert num_removed
+    rig.engine.close()
+
+
+def cached_prefixes(rig: Rig, tenants: list[str]) -> Iterator[tuple[str, list[int]]]:
+    """Of each full block in the double's pool, its tenant and the tokens up to its end."""
+    roots = {chain_salt("double", tenant): tenant for tenant in tenants}
+    full = {entry.chain_hash: entry for entry in list(rig.executor.blocks._cached.values())}
+    for entry in full.values():
+        tokens = list[int]()
+        while entry.chain_hash is not None:
+            tokens[:0] = entry.token_ids
+            if entry.parent in roots:
+                yield roots[entry.parent], tokens
+                break
+            entry = full[entry.parent]
+
+
+def test_events_that_cannot_be_fetched_harm_nobody(torch_engine, monkeypatch) -> None:
+    def fails(self, timeout=None) -> list:
+        raise RuntimeError("the connection is gone")
+
+    monkeypatch.setattr(LLM, "get_kv_cache_events", fails)
+    rig = Rig(torch_engine.layout)
+    assert isinstance(rig.run([job("one", random_tokens(100))])["one"][1], PrefillDone)
+    assert rig.engine.all_hashes() == []
+    rig.engine.close()
+
+
 def test_ranks_that_do_not_come_are_named(torch_engine, monkeypatch) -> None:
     ModelSource.known["tiny"] = WEIGHTS
     monkeypatch.setattr("tensorrt_llm.llmapi.Executor", Mock())
@@ -327,6 +393,7 @@ def test_ranks_that_do_not_come_are_named(torch_engine, monkeypatch) -> None:
                 staging_bytes=4096,
                 lease_s=1.0,
                 start_timeout_s=0.2,
+                index_block_tokens=16,
             ),
             torch_engine.layout,
             4,

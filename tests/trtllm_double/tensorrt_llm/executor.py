@@ -21,6 +21,7 @@ from megakernel.model.weights import Weights
 from tensorrt_llm._torch.pyexecutor.kv_cache_connector import RequestData, SchedulerOutput
 from tensorrt_llm._utils import turn_of
 from tensorrt_llm.bindings.internal.batch_manager import LlmRequest
+from tensorrt_llm.kv_events import KvEvents
 from tensorrt_llm.stream import Stream
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -31,6 +32,8 @@ class ModelSource:
 
     known: ClassVar[dict[str, Weights]] = {}
     longest_delay_s: ClassVar[float] = 0.0
+    names_salts: ClassVar[bool] = False
+    """In events, as later versions do."""
     started: ClassVar["list[Executor]"] = []
 
     @classmethod
@@ -71,6 +74,7 @@ class Executor:
         self._size = kv.tokens_per_block
         self.num_blocks = kv.max_tokens // self._size
         self.blocks = BlockPool(self.num_blocks, self._size)
+        self.events = KvEvents(self.blocks, kv.event_buffer_max_size, names_salts=ModelSource.names_salts)
         dtype = "float32" if kv.dtype == "auto" else kv.dtype
         self._model = TorchLlama(weights, "cpu", has_head=False, kv_dtype=dtype)
         self._kv = self._model.new_kv(self.num_blocks * self._size)
@@ -191,6 +195,7 @@ class Executor:
             except OutOfBlocksError:
                 self.blocks.release(match.block_ids)
                 return
+            self.events.evicted()
             self._fresh += fresh
             self._waiting.pop(0)
             request.block_ids = [*match.block_ids, *fresh]
@@ -299,4 +304,5 @@ class Executor:
         if self._kv_config.enable_block_reuse and request.num_computed == len(request.tokens):
             salt = chain_salt("double", request.cache_salt or "")
             self.blocks.publish(request.tokens, request.block_ids, salt)
+            self.events.published(request.tokens, salt, request.cache_salt)
         self.blocks.release(request.block_ids)

@@ -174,6 +174,9 @@ class LLM:
         self._executor.submit(request)
         return output
 
+    def get_kv_cache_events(self, timeout: float | None = 2) -> list[dict[str, Any]]:
+        return self._executor.events.get(timeout)
+
     def shutdown(self) -> None:
         self._executor.shutdown()
 
