@@ -234,12 +234,17 @@ class RankClient:
     """A connector's end: knows the exports that are under way. Any thread."""
 
     def __init__(
-        self, settings: ExportSettings, hello: Hello, on_settled: Callable[[int], None] | None = None
+        self,
+        settings: ExportSettings,
+        hello: Hello,
+        on_settled: Callable[[int], None] | None = None,
+        on_lost: Callable[[], None] | None = None,
     ) -> None:
-        """`on_settled` is told of each export that ended, once `export` no longer knows it. Raises
-        ChannelError."""
+        """`on_settled` is told of each export that ended, once `export` no longer knows it; `on_lost`, behind
+        all of these, that the worker is gone. Raises ChannelError."""
         self.rank = hello.rank
         self._on_settled = on_settled
+        self._on_lost = on_lost
         self._lock = threading.Lock()
         self._exports: dict[int, Export] = {}
         self._lease_ends: dict[int, float] = {}
@@ -283,6 +288,8 @@ class RankClient:
                 self._end_leases()
         for number in list(self._exports):
             self._settle(number)
+        if self._on_lost is not None:
+            self._on_lost()
 
     def _hear(self, message: ToRank) -> None:
         if isinstance(message, Settled):

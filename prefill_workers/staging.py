@@ -4,6 +4,7 @@ One anonymous memory file (Linux memfd), mapped by the prefill worker and by eve
 pin it for its GPU once. A hand-off has one region of it, as long as it lasts.
 """
 
+import contextlib
 import mmap
 import os
 from bisect import insort
@@ -59,6 +60,10 @@ class StagingArena:
     def close(self) -> None:
         """The memory goes with its last mapping."""
         os.close(self._fd)
+        self._view.release()
+        # A view of a chunk may outlive us, in a traceback say; the mapping then goes with its last view.
+        with contextlib.suppress(BufferError):
+            self._map.close()
 
     def _place(self, num_bytes: int) -> int | None:
         """First fit."""

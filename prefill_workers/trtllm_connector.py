@@ -103,7 +103,7 @@ class ExportWorker(KvCacheConnectorWorker):  # type: ignore[misc]
             is_exporting=self._shard.is_exported,
             num_blocks=kv_cache_tensor.shape[0],
         )
-        self._client = RankClient(settings, hello, on_settled=self._settle)
+        self._client = RankClient(settings, hello, on_settled=self._settle, on_lost=self._end)
         self._copies = LayerCopies(
             pool, staging, _layout_of(settings), self._rank, self._client.export, self._client.tell
         )
@@ -144,6 +144,11 @@ class ExportWorker(KvCacheConnectorWorker):  # type: ignore[misc]
         assert self._copies is not None, "the pool is registered before the first step"
         if self._shard.is_exported:
             self._copies.enqueue(piece, layer, stream)
+
+    def _end(self) -> None:
+        """Nothing is exported any more; the engine may go on."""
+        if self._copies is not None:
+            self._copies.close()
 
     def _settle(self, number: int) -> None:
         if self._copies is not None:

@@ -115,6 +115,9 @@ class Executor:
         self._arrived.put(None)
         self._thread.join()
         self.stream.close()
+        # As when its processes end: nothing keeps what the connector had mapped.
+        self._scheduler, self._workers = None, []
+        ModelSource.started.remove(self)
 
     def is_idle_within(self, timeout_s: float) -> bool:
         end_s = time.monotonic() + timeout_s
