@@ -116,8 +116,10 @@ class LayerCopies:
         self._tell(Released(number, self._rank))
 
     def close(self) -> None:
+        """Behind the last export: finishes what is under way, and lets go of the staging memory."""
         self._queue.put(None)
         self._thread.join()
+        self._staging = torch.empty(0, dtype=torch.uint8)
 
     def _start(self, piece: Piece, layer: int, export: Export, computed: Any) -> Finish:
         own = self._pool.own_heads(self._wire(piece, layer, export))

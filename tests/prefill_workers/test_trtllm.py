@@ -282,6 +282,8 @@ def test_ranks_let_go_where_the_worker_is_gone(torch_engine) -> None:
         assert time.monotonic() < deadline_s
         time.sleep(0.01)
     rig.executor.shutdown()
+    rig.engine._arena.close()
+    rig.engine._folder.cleanup()
 
 
 def test_a_pool_that_is_smaller_than_asked_for_is_refused(torch_engine, monkeypatch) -> None:
