@@ -20,6 +20,7 @@ from itertools import islice
 
 import msgspec
 
+from cluster.block_changes import BlockChanges, ChangeLog
 from cluster.block_hash import hash_block
 from cluster.ids import ChainHash
 
@@ -48,13 +49,6 @@ class PrefixMatch(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens [num_tokens, num_tokens + tail_tokens) are the first of `tail_block`."""
 
 
-class BlockChanges(msgspec.Struct, frozen=True, kw_only=True):
-    """Net change of the cached full blocks since the last drain; no hash in both."""
-
-    stored: tuple[ChainHash, ...] = ()
-    removed: tuple[ChainHash, ...] = ()
-
-
 class _CachedBlock(msgspec.Struct, frozen=True):
     parent: ChainHash
     token_ids: tuple[int, ...]
@@ -77,8 +71,7 @@ class BlockPool:
         # parent -> first token -> blocks, oldest first.
         self._children: dict[ChainHash, dict[int, dict[int, None]]] = {}
         self._evictable: OrderedDict[int, None] = OrderedDict()
-        self._stored: dict[ChainHash, None] = {}
-        self._removed: dict[ChainHash, None] = {}
+        self._changes = ChangeLog()
 
     @property
     def num_free_blocks(self) -> int:
@@ -161,10 +154,7 @@ class BlockPool:
 
     def drain_changes(self) -> BlockChanges:
         """Chain hashes that entered or left the cache since the last drain, for the placement index."""
-        changes = BlockChanges(stored=tuple(self._stored), removed=tuple(self._removed))
-        self._stored.clear()
-        self._removed.clear()
-        return changes
+        return self._changes.drain()
 
     def all_hashes(self) -> list[ChainHash]:
         """Of every cached full block: what a worker publishes when it registers anew."""
@@ -201,10 +191,7 @@ class BlockPool:
         self._cached[block_id] = entry
         if entry.chain_hash is not None:
             self._by_hash[entry.chain_hash] = block_id
-            if entry.chain_hash in self._removed:
-                del self._removed[entry.chain_hash]
-            else:
-                self._stored[entry.chain_hash] = None
+            self._changes.note_stored(entry.chain_hash)
 
     def _uncache(self, block_id: int) -> None:
         """Drop a block and its descendants from the cache; those without references become free."""
@@ -215,10 +202,7 @@ class BlockPool:
             self._forget_child(entry, current)
             if entry.chain_hash is not None:
                 del self._by_hash[entry.chain_hash]
-                if entry.chain_hash in self._stored:
-                    del self._stored[entry.chain_hash]
-                else:
-                    self._removed[entry.chain_hash] = None
+                self._changes.note_removed(entry.chain_hash)
                 for siblings in self._children.get(entry.chain_hash, {}).values():
                     pending.extend(siblings)
             if self._references[current] == 0:
@@ -256,7 +240,7 @@ class BlockPool:
         listed = [b for tokens in self._children.values() for blocks in tokens.values() for b in blocks]
         assert len(listed) == len(self._cached), "children of evicted blocks leaked"
         assert len(self._by_hash) == sum(e.chain_hash is not None for e in self._cached.values())
-        assert not self._stored.keys() & self._removed.keys(), "a hash is both stored and removed"
+        self._changes.check()
 
 
 def _common_length(left: Sequence[int], right: Sequence[int]) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 
 import msgspec
 
-from cluster.block_pool import BlockChanges
+from cluster.block_changes import BlockChanges
 from cluster.ids import ChainHash, Epoch, WorkerId
 from cluster.messages import Record, Role, WorkerAddress, WorkerRecord, WorkerStatus
 from cluster.placement.store import (

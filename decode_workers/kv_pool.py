@@ -23,7 +23,8 @@ from collections.abc import Sequence
 import numpy as np
 from prometheus_client import Gauge
 
-from cluster.block_pool import BlockChanges, BlockPool, OutOfBlocksError, PrefixMatch
+from cluster.block_changes import BlockChanges
+from cluster.block_pool import BlockPool, OutOfBlocksError, PrefixMatch
 from cluster.ids import ChainHash
 from cluster.messages import Record
 from decode_workers.executor import StepExecutor

@@ -13,7 +13,7 @@ import msgspec
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from cluster.block_pool import BlockChanges
+from cluster.block_changes import BlockChanges
 from cluster.catalogue.local import LocalCatalogues
 from cluster.config import DecodeConfig
 from cluster.ids import ChainHash, Epoch

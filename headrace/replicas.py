@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.block_pool import BlockChanges
+from cluster.block_changes import BlockChanges
 from cluster.config import HeadraceConfig
 from cluster.ids import ChainHash, Epoch, new_worker_id
 from cluster.kv_layout import KvLayout

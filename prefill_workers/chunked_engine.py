@@ -19,13 +19,13 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from cluster.block_changes import BlockChanges
 from cluster.block_hash import chain_salt
-from cluster.block_pool import BlockChanges, BlockPool
+from cluster.block_pool import BlockPool
 from cluster.ids import ChainHash, RequestId
 from cluster.kv_layout import KvLayout
 from cluster.transfer import KvChunk
 from prefill_workers.engine import ExportChunk, PrefillDone, PrefillJob
-from prefill_workers.held_hashes import HeldHashes
 
 SlotArray = npt.NDArray[np.int64]
 
@@ -95,9 +95,8 @@ class ChunkedPrefillEngine:
         self._layout = kv.layout
         self._pool = BlockPool(num_blocks, kv.layout.block_size_tokens)
         self._max_tokens_per_step = max_tokens_per_step
-        self._hashes_lock = threading.Lock()
-        self._hashes = HeldHashes()
-        """What the pool held after the last step."""
+        self._pool_lock = threading.Lock()
+        """Others ask what is cached."""
         self._running: dict[RequestId, _Running] = {}
 
     @property
@@ -113,21 +112,22 @@ class ChunkedPrefillEngine:
         return self._layout.block_size_tokens
 
     def drain_changes(self) -> BlockChanges:
-        with self._hashes_lock:
-            return self._hashes.drain_changes()
+        with self._pool_lock:
+            return self._pool.drain_changes()
 
     def all_hashes(self) -> list[ChainHash]:
-        with self._hashes_lock:
-            return self._hashes.all_hashes()
+        with self._pool_lock:
+            return self._pool.all_hashes()
 
     def has_work(self) -> bool:
         return any(running.is_unfinished for running in self._running.values())
 
     def can_admit(self, job: PrefillJob) -> bool:
-        cached = self._match(job)
-        missing = self._layout.num_blocks_for(len(job.token_ids)) - len(cached)
-        can_hold = missing <= self._pool.num_free_blocks
-        self._pool.release(cached)
+        with self._pool_lock:
+            cached = self._match(job)
+            missing = self._layout.num_blocks_for(len(job.token_ids)) - len(cached)
+            can_hold = missing <= self._pool.num_free_blocks
+            self._pool.release(cached)
         return can_hold
 
     def admit(self, job: PrefillJob, export: ExportChunk) -> None:
@@ -136,13 +136,8 @@ class ChunkedPrefillEngine:
             raise ValueError(f"request {job.request_id} is admitted already")
         if not 0 <= job.first_token <= len(job.token_ids):
             raise ValueError(f"first_token {job.first_token} is outside [0, {len(job.token_ids)}]")
-        cached = self._match(job)
+        cached, fresh = self._hold(job)
         size = self._layout.block_size_tokens
-        try:
-            fresh = self._pool.allocate(self._layout.num_blocks_for(len(job.token_ids)) - len(cached))
-        except BaseException:
-            self._pool.release(cached)
-            raise
         block_ids = cached + fresh
         slots = (np.array(block_ids, dtype=np.int64)[:, None] * size + np.arange(size)).reshape(-1)
         self._running[job.request_id] = _Running(
@@ -163,9 +158,9 @@ class ChunkedPrefillEngine:
         if scheduled:
             self._compute(scheduled)
         finished = [running for running in worked_on if running.num_remaining == 0]
-        for running in finished:
-            self._pool.publish(running.job.token_ids, running.block_ids, running.salt)
-        self._tell_changes()
+        with self._pool_lock:
+            for running in finished:
+                self._pool.publish(running.job.token_ids, running.block_ids, running.salt)
         return [
             PrefillDone(request_id=running.job.request_id, cached_tokens=running.num_cached)
             for running in finished
@@ -175,16 +170,11 @@ class ChunkedPrefillEngine:
         """Unknown and already released requests are ignored: a cancel may cross the end of its job."""
         running = self._running.pop(request_id, None)
         if running is not None:
-            self._pool.release(running.block_ids)
+            with self._pool_lock:
+                self._pool.release(running.block_ids)
 
     def close(self) -> None:
         """There is nothing beside it."""
-
-    def _tell_changes(self) -> None:
-        changes = self._pool.drain_changes()
-        with self._hashes_lock:
-            self._hashes.remove(changes.removed)
-            self._hashes.add(changes.stored)
 
     def _compute(self, scheduled: list[tuple[_Running, Chunk]]) -> None:
         def export(layer: int) -> None:
@@ -210,8 +200,20 @@ class ChunkedPrefillEngine:
         data = self._kv.read_layer(layer, running.slots[start:end])
         running.export(KvChunk(layer=layer, first_token=start, num_tokens=end - start, data=data))
 
+    def _hold(self, job: PrefillJob) -> tuple[list[int], list[int]]:
+        """Blocks for the whole job, those that are cached and those to compute. Raises OutOfBlocksError."""
+        with self._pool_lock:
+            cached = self._match(job)
+            try:
+                fresh = self._pool.allocate(self._layout.num_blocks_for(len(job.token_ids)) - len(cached))
+            except BaseException:
+                self._pool.release(cached)
+                raise
+        return cached, fresh
+
     def _match(self, job: PrefillJob) -> list[int]:
-        """Cached full blocks of the job, with a reference each; a partly matching tail is let go."""
+        """Cached full blocks of the job, with a reference each, under the lock; a partly matching tail is let
+        go."""
         match = self._pool.match_prefix(job.token_ids, self._salt(job), len(job.token_ids))
         if match.tail_block is not None:
             self._pool.release([match.tail_block])

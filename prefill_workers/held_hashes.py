@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from cluster.block_pool import BlockChanges
+from cluster.block_changes import BlockChanges, ChangeLog
 from cluster.ids import ChainHash
 
 
@@ -11,18 +11,14 @@ class HeldHashes:
 
     def __init__(self) -> None:
         self._counts: dict[ChainHash, int] = {}
-        self._stored: dict[ChainHash, None] = {}
-        self._removed: dict[ChainHash, None] = {}
+        self._changes = ChangeLog()
 
     def add(self, hashes: Iterable[ChainHash]) -> None:
         for chain_hash in hashes:
             count = self._counts.get(chain_hash, 0)
             self._counts[chain_hash] = count + 1
             if count == 0:
-                if chain_hash in self._removed:
-                    del self._removed[chain_hash]
-                else:
-                    self._stored[chain_hash] = None
+                self._changes.note_stored(chain_hash)
 
     def remove(self, hashes: Iterable[ChainHash]) -> None:
         for chain_hash in hashes:
@@ -36,17 +32,11 @@ class HeldHashes:
 
     def drain_changes(self) -> BlockChanges:
         """Net, since the last call."""
-        changes = BlockChanges(stored=tuple(self._stored), removed=tuple(self._removed))
-        self._stored.clear()
-        self._removed.clear()
-        return changes
+        return self._changes.drain()
 
     def all_hashes(self) -> list[ChainHash]:
         return list(self._counts)
 
     def _drop(self, chain_hash: ChainHash) -> None:
         del self._counts[chain_hash]
-        if chain_hash in self._stored:
-            del self._stored[chain_hash]
-        else:
-            self._removed[chain_hash] = None
+        self._changes.note_removed(chain_hash)

@@ -16,8 +16,8 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from cluster.block_changes import BlockChanges
 from cluster.block_hash import chain_salt, hash_block
-from cluster.block_pool import BlockChanges
 from cluster.ids import ChainHash
 from prefill_workers.held_hashes import HeldHashes
 

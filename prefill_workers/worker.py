@@ -8,7 +8,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from cluster.block_pool import BlockChanges
+from cluster.block_changes import BlockChanges
 from cluster.config import PrefillConfig, TransferConfig
 from cluster.ids import ChainHash
 from cluster.messages import StepCost, WorkerStatus

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from cluster import membership
-from cluster.block_pool import BlockChanges
+from cluster.block_changes import BlockChanges
 from cluster.ids import ChainHash, Epoch, WorkerId
 from cluster.membership import (
     LeaseKeeper,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cluster.block_pool import BlockChanges
+from cluster.block_changes import BlockChanges
 from cluster.ids import ChainHash, RequestId
 from cluster.kv_layout import KvLayout
 from cluster.transfer import KvChunk
