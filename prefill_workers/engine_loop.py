@@ -198,9 +198,11 @@ class EngineLoop:
     def _next_admissible(self) -> Ticket | None:
         """The most urgent ticket, where the engine can take it, or never will; `_changed` is held."""
         head = self._queue.head()
-        if head is None or not (self._engine.can_admit(head.job) or not self._admitted):
+        if head is None:
             return None
-        return self._tickets[head.handoff_id]
+        # What was released may have an end that the engine still waits for.
+        is_idle = not self._admitted and not self._engine.has_work()
+        return self._tickets[head.handoff_id] if self._engine.can_admit(head.job) or is_idle else None
 
     def _admit_what_fits(self) -> None:
         while True:

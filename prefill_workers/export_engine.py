@@ -143,6 +143,10 @@ class ExportEngine:
         """Until every rank has released it: longer than in `_jobs`."""
         self._unreleased: dict[int, set[int]] = {}
         """Of settled ones, the ranks that have not."""
+        self._opening, self._num_opened = 0, 0
+        """The export that connectors are being told of, and how many know."""
+        self._lost: EngineLostError | None = None
+        """Set: for good."""
         settings = ExportSettings(
             socket_path=socket_path,
             staging_path=self._arena.path,
@@ -275,18 +279,22 @@ class ExportEngine:
                 lease_s=self._lease_s,
             )
         )
-        self._num_opened = 0
+        self._opening, self._num_opened = running.number, 0
         deadline_s = time.monotonic() + _OPEN_TIMEOUT_S
         while self._num_opened <= len(self._ranks):
             remaining_s = deadline_s - time.monotonic()
             if remaining_s <= 0:
-                raise EngineLostError(
+                self._lost = EngineLostError(
                     f"{self._num_opened} of {len(self._ranks) + 1} connectors answered in "
                     f"{_OPEN_TIMEOUT_S:g} s"
                 )
+                raise self._lost
             self._hear_all(min(remaining_s, _WAIT_S))
 
     def _hear_all(self, wait_s: float = 0.0) -> None:
+        """Raises EngineLostError: every time from the first one on."""
+        if self._lost is not None:
+            raise self._lost
         try:
             message = self._heard.get(timeout=wait_s) if wait_s else self._heard.get_nowait()
             while True:
@@ -298,13 +306,14 @@ class ExportEngine:
     def _hear(self, message: FromRank | EngineLostError) -> None:
         match message:
             case EngineLostError():
+                self._lost = message
                 raise message
             case LayerReady():
                 self._hear_ready(message)
             case Released():
                 self._hear_released(message)
             case Opened():
-                self._num_opened += 1
+                self._num_opened += message.number == self._opening
             case Started():
                 if (running := self._by_number.get(message.number)) is not None:
                     running.cached_tokens = message.cached_tokens

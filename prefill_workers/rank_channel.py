@@ -139,7 +139,7 @@ _ENCODER = msgspec.msgpack.Encoder()
 
 
 class RankHub:
-    """The prefill worker's end. One thread reads what all ranks say; `told` may be called from any."""
+    """The prefill worker's end. One thread reads what all ranks say; `tell` may be called from any."""
 
     def __init__(self, path: str, told: Callable[[FromRank], None], lost: Callable[[str], None]) -> None:
         """`told` gets every message but Hello, `lost` why a rank is gone: both from the hub's thread."""
@@ -175,13 +175,18 @@ class RankHub:
                 self._changed.wait(remaining_s)
 
     def tell(self, message: ToRank) -> None:
-        """To all ranks. One that is gone is reported by `lost`."""
+        """To all ranks. One that is gone, or has not read for so long that nothing more fits, is reported by
+        `lost`."""
         packet = _ENCODER.encode(message)
         with self._changed:
             members = list(self._members)
         for member in members:
-            with contextlib.suppress(OSError):
+            try:
                 member.send(packet)
+            except OSError:
+                # Whoever misses a word of ours cannot be relied on: the reader finds an end of file.
+                with contextlib.suppress(OSError):
+                    member.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._is_closed = True

@@ -48,7 +48,7 @@ class StagingArena:
         start = self._place(num_bytes)
         if start is None:
             raise StagingFullError(f"no {num_bytes} bytes in a row are free of {self.num_bytes}")
-        insort(self._taken, (start, start + _aligned(num_bytes)))
+        insort(self._taken, (start, start + _region_bytes(num_bytes)))
         return start
 
     def give_back(self, start: int) -> None:
@@ -60,19 +60,19 @@ class StagingArena:
     def close(self) -> None:
         """The memory goes with its last mapping."""
         os.close(self._fd)
-        self._view.release()
         # A view of a chunk may outlive us, in a traceback say; the mapping then goes with its last view.
         with contextlib.suppress(BufferError):
+            self._view.release()
             self._map.close()
 
     def _place(self, num_bytes: int) -> int | None:
         """First fit."""
-        start = 0
+        region_bytes, start = _region_bytes(num_bytes), 0
         for taken, end in self._taken:
-            if taken - start >= num_bytes:
+            if taken - start >= region_bytes:
                 return start
             start = end
-        return start if self.num_bytes - start >= num_bytes else None
+        return start if self.num_bytes - start >= region_bytes else None
 
 
 def open_staging(path: str) -> torch.Tensor:
@@ -99,6 +99,11 @@ def pin_staging(staging: torch.Tensor) -> None:
 def unpin_staging(staging: torch.Tensor) -> None:
     """Before the mapping goes: CUDA would take what is mapped there next for pinned."""
     torch.cuda.cudart().cudaHostUnregister(staging.data_ptr())  # type: ignore[no-untyped-call]
+
+
+def _region_bytes(num_bytes: int) -> int:
+    """Never none: a region is known by where it starts."""
+    return _aligned(max(num_bytes, 1))
 
 
 def _aligned(num_bytes: int) -> int:

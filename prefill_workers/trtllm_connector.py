@@ -21,7 +21,7 @@ from prefill_workers.export_pieces import ExportPieces, Piece
 from prefill_workers.layer_copies import LayerCopies
 from prefill_workers.pool_layout import PoolLayoutError, RankPool, RankShard, rank_shard
 from prefill_workers.rank_channel import ExportSettings, Hello, RankClient, Started
-from prefill_workers.staging import open_staging, pin_staging
+from prefill_workers.staging import open_staging, pin_staging, unpin_staging
 
 try:
     from tensorrt_llm._torch.pyexecutor.connectors.kv_cache_connector import (
@@ -80,6 +80,8 @@ class ExportWorker(KvCacheConnectorWorker):  # type: ignore[misc]
         self._rank = mpi_rank()
         self._shard: RankShard = rank_shard(self._rank, self._settings.num_ranks, self._settings.num_kv_heads)
         self._copies: LayerCopies | None = None
+        self._pinned: torch.Tensor | None = None
+        """The staging memory, until the prefill worker is gone."""
 
     def register_kv_caches(self, kv_cache_tensor: torch.Tensor) -> None:
         """Raises PoolLayoutError, ChannelError, or OSError."""
@@ -97,6 +99,7 @@ class ExportWorker(KvCacheConnectorWorker):  # type: ignore[misc]
         staging = open_staging(settings.staging_path)
         if kv_cache_tensor.is_cuda:
             pin_staging(staging)
+            self._pinned = staging
         hello = Hello(
             rank=self._rank,
             role="worker",
@@ -149,6 +152,9 @@ class ExportWorker(KvCacheConnectorWorker):  # type: ignore[misc]
         """Nothing is exported any more; the engine may go on."""
         if self._copies is not None:
             self._copies.close()
+        if self._pinned is not None:
+            unpin_staging(self._pinned)
+            self._pinned = None
 
     def _settle(self, number: int) -> None:
         if self._copies is not None:

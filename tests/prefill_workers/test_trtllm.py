@@ -267,8 +267,13 @@ def test_what_the_engine_refuses_is_refused_and_leaves_nothing(rig) -> None:
 @pytest.mark.parametrize("rig", [{"tensor_parallel_size": 2}], indirect=True)
 def test_a_rank_that_is_gone_ends_the_engine(rig) -> None:
     rig.executor._workers[1]._client.close()
-    with pytest.raises(EngineLostError, match="the worker of rank 1 has left"):
-        rig.until(lambda: False)
+    for ask in (
+        lambda: rig.until(lambda: False),
+        rig.engine.step,
+        lambda: rig.engine.can_admit(job("j", [1])),
+    ):
+        with pytest.raises(EngineLostError, match="the worker of rank 1 has left"):
+            ask()
 
 
 def test_ranks_let_go_where_the_worker_is_gone(torch_engine) -> None:

@@ -2,7 +2,11 @@
 real receiver and a PyTorch decoder, while some are cancelled and some transfers fail."""
 
 import asyncio
+import contextlib
 import random
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import grpc
 import msgspec
@@ -10,7 +14,7 @@ import numpy as np
 import pytest
 
 from cluster.config import PrefillConfig, TransferConfig
-from cluster.ids import Epoch, RequestId, new_handoff_id
+from cluster.ids import Epoch, HandoffId, RequestId, new_handoff_id
 from cluster.messages import PrefillRequest
 from cluster.transfer import HandoffError
 from cluster.wire import headrace_pb2 as pb
@@ -18,13 +22,17 @@ from cluster.wire import headrace_pb2_grpc as pb_grpc
 from cluster.wire.conversions import prefill_request_to_proto
 from decode_workers.kv_import import PoolSink
 from decode_workers.torch_executor import TorchExecutor
+from prefill_workers.pool_layout import RankPool
+from prefill_workers.torch_engine import TorchPrefillEngine
 from prefill_workers.worker import PrefillWorker
-from tests.cluster.transfer.loopback import receiver_at_work
+from tests.cluster.transfer.loopback import KeepingSink, receiver_at_work
 from tests.prefill_workers.exports import random_tokens
 from tests.prefill_workers.test_torch_hand_off import BLOCK, VOCAB_SIZE, rows_of
 from tests.prefill_workers.test_trtllm import WEIGHTS, Rig
 
 NUM_PROMPTS, AT_ONCE, LONGEST = 50, 16, 2000
+FIRST = 60
+"""Tokens of the prompt that is cancelled: one piece."""
 FATES = ("arrives",) * 6 + ("is cancelled", "its client leaves", "nobody expects it", "its epoch is over")
 
 
@@ -138,3 +146,89 @@ async def test_what_arrives_decodes_as_if_computed_there(num_ranks: int, transpo
         decoder.executor.close()
         own.executor.close()
     assert rig.executor.error is None
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    rig: Rig,
+) -> AsyncIterator[tuple[PrefillWorker, Callable[..., Awaitable[None]], pb_grpc.PrefillStub]]:
+    """A worker, how to have a prompt handed off to a receiver that keeps it, and the worker's stub."""
+    worker = PrefillWorker(
+        rig.engine,
+        vocab_size=VOCAB_SIZE,
+        max_context_tokens=LONGEST + 1,
+        config=PrefillConfig(max_tokens_per_step=64),
+        transfer=TransferConfig(),
+    )
+    host, port = await worker.start()
+    try:
+        async with (
+            receiver_at_work(layout=rig.engine.layout) as receiver,
+            grpc.aio.insecure_channel(f"{host}:{port}") as channel,
+        ):
+            stub = pb_grpc.PrefillStub(channel)
+
+            async def hand_off(tokens: list[int], handoff_id: HandoffId) -> None:
+                sink = KeepingSink()
+                receiver.receiver.expect(handoff_id, 0, len(tokens), sink)
+                request = PrefillRequest(
+                    request_id=RequestId("r"),
+                    handoff_id=handoff_id,
+                    prompt_token_ids=tuple(tokens),
+                    first_token=0,
+                    target=receiver.target(),
+                    layout_fingerprint=rig.engine.layout.fingerprint,
+                )
+                await stub.Run(prefill_request_to_proto(request), timeout=60)
+                assert sink.committed == len(tokens)
+
+            yield worker, hand_off, stub
+    finally:
+        await worker.stop(grace_s=0)
+
+
+async def test_a_prompt_waits_for_memory_that_a_cancelled_ones_copies_still_use(monkeypatch) -> None:
+    """There is staging memory for one of them at a time."""
+    read, may_read, is_reading = RankPool.read_at, threading.Event(), threading.Event()
+
+    def late(self, layer, places, own) -> None:
+        if own.shape[1] == FIRST:
+            is_reading.set()
+            assert may_read.wait(30)
+        read(self, layer, places, own)
+
+    layout = TorchPrefillEngine(WEIGHTS, "tiny", 4, BLOCK, 64, 1).layout
+    rig = Rig(layout, staging_bytes=100 * layout.bytes_per_token)
+    async with serving(rig) as (_, hand_off, stub):
+        monkeypatch.setattr(RankPool, "read_at", late)
+        first_id = new_handoff_id()
+        first = asyncio.create_task(hand_off(random_tokens(FIRST), first_id))
+        assert await asyncio.to_thread(is_reading.wait, 30)
+        await stub.Cancel(pb.CancelHandoffRequest(handoff_id=first_id), timeout=60)
+        with pytest.raises(grpc.aio.AioRpcError, match="cancelled"):
+            await first
+        second = asyncio.create_task(hand_off(random_tokens(90, 1), new_handoff_id()))
+        done, _ = await asyncio.wait([second], timeout=0.5)
+        assert not done, "its memory is another's yet"
+        may_read.set()
+        await second
+
+
+def becomes(is_so: Callable[[], bool]) -> bool:
+    end_s = time.monotonic() + 10
+    while not is_so() and time.monotonic() < end_s:
+        time.sleep(0.01)
+    return is_so()
+
+
+async def test_a_worker_whose_rank_is_gone_is_unhealthy_at_once() -> None:
+    """So that it is replaced, also where a prompt is under way."""
+    layout = TorchPrefillEngine(WEIGHTS, "tiny", 4, BLOCK, 64, 1).layout
+    rig = Rig(layout, delay_s=0.05)
+    async with serving(rig) as (worker, hand_off, _):
+        running = asyncio.create_task(hand_off(random_tokens(400), new_handoff_id()))
+        assert await asyncio.to_thread(becomes, lambda: bool(rig.engine._jobs))
+        rig.executor._workers[0]._client.close()
+        with pytest.raises(grpc.aio.AioRpcError, match="has left the engine"):
+            await running
+        assert await asyncio.to_thread(becomes, lambda: not worker.is_healthy())
