@@ -14,6 +14,7 @@ def _sampled(model, prompt, seed):
     )
 
 
+@pytest.mark.slow
 def test_same_text_alone_in_a_batch_of_eight_and_after_a_restart(cluster, restarted_cluster):
     prompt = "The best thing about autumn in the mountains is"
     request = _sampled(cluster.model, prompt, 1234)

@@ -59,6 +59,7 @@ def test_chat_answers_an_argument_and_standard_input(cluster):
     assert "Traceback" not in too_long.stderr
 
 
+@pytest.mark.slow
 def test_a_second_folder_is_a_second_cluster(cluster, own_cluster):
     taken = own_cluster.run("up", "--http-port", str(cluster.http_port))
     assert taken.returncode == 2

@@ -54,6 +54,7 @@ def _check(cluster, tokenizer, lengths, num_tokens):
     assert handoffs - handoffs_before == 2 * len(prompts)
 
 
+@pytest.mark.slow
 def test_a_few_prompts(torch_cluster, tokenizer):
     assert torch_cluster.state()["execution"] == "decode torch, prefill torch, KV float32"
     _check(torch_cluster, tokenizer, (5, 16, 33, 150), 12)

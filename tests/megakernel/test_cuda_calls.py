@@ -103,7 +103,7 @@ def check(program: Program) -> list[Call | Loop]:
     return parts
 
 
-@pytest.mark.parametrize("model", ["llama-3.2-1b", "qwen3-1.7b"])
+@pytest.mark.parametrize("model", ["llama-3.2-1b", pytest.param("qwen3-1.7b", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("machine", ["l20", "h100"])
 def test_all_layers_of_a_whole_model_share_their_calls(machine, model):
     gpu, shape = load_machine(machine), SHAPES[model]

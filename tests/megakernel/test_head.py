@@ -24,6 +24,8 @@ from tests.tiny_model import TinyWeights, tiny_weights
 NUM_BLOCKS = 8
 BUCKET = 16
 FORMATS = ("F32", "BF16", "F16", "Q8_0", "Q4_1", "Q4_0")
+RARE = ("F16", "Q4_0")
+"""Compiled for a quarter of a minute each."""
 QUICK = ("-O1",)
 SLOW_FIXTURES = [HealthCheck.function_scoped_fixture]
 
@@ -54,7 +56,10 @@ def opened(weights, program, library_folder) -> Runtime:
     )
 
 
-@pytest.fixture(scope="module", params=FORMATS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.slow] if name in RARE else []) for name in FORMATS],
+)
 def stored(request, tmp_path_factory) -> GgufWeights:
     """A vocabulary of 300: its last group of 16 columns is not full."""
     path = tmp_path_factory.mktemp("head") / "model.gguf"
