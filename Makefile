@@ -53,8 +53,9 @@ test: $(INSTALLED) ## All tests but the slow ones
 	$(PYTEST) -q -n $(TEST_PROCESSES) --dist loadfile -m "not slow and not exhaustive and not e2e"
 	$(PYTEST) -q -m "e2e and not slow and not exhaustive"
 
-test-slow: $(INSTALLED) ## The slow ones
-	$(PYTEST) -q -m "slow and not exhaustive"
+test-slow: $(INSTALLED) ## The slow ones, up to the first that fails
+	$(PYTEST) -q -x -n $(TEST_PROCESSES) --dist worksteal -m "slow and not exhaustive and not e2e"
+	$(PYTEST) -q -x -m "e2e and slow and not exhaustive"
 
 test-exhaustive: $(INSTALLED) ## What takes a quarter of an hour and more; CI leaves it out
 	$(PYTEST) -q -m exhaustive

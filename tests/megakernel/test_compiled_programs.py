@@ -2,9 +2,6 @@
 
 import random
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
-from multiprocessing import get_context
 
 import msgspec
 import numpy as np
@@ -188,8 +185,6 @@ def test_no_harmful_mutant_of_a_compiled_program_is_accepted(capsys):
 
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
-AT_ONCE = 2
-"""Processes that prove programs side by side."""
 MACHINES = ("l20", "l4", "rtx4090", "h100")
 
 
@@ -203,10 +198,9 @@ def prove_full_size(shape: str, machine: Machine, buckets: tuple[int, ...]) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("machine", MACHINES)
-def test_every_packaged_model_is_proved_on_every_packaged_machine(shape, machine):
-    with ProcessPoolExecutor(AT_ONCE, get_context("spawn")) as pool:
-        one_by_one = [(bucket,) for bucket in reversed(BUCKETS)]  # those that take longest first
-        list(pool.map(partial(prove_full_size, shape, load_machine(machine)), one_by_one))
+@pytest.mark.parametrize("bucket", BUCKETS)
+def test_every_packaged_model_is_proved_on_every_packaged_machine(shape, machine, bucket):
+    prove_full_size(shape, load_machine(machine), (bucket,))
 
 
 @pytest.mark.parametrize(

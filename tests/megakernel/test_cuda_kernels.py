@@ -3,7 +3,6 @@
 import random
 from collections import Counter
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import numpy as np
@@ -30,12 +29,12 @@ from tests.tiny_model import tiny_weights
 NUM_CASES = 210
 NUM_INTERLEAVINGS = 50
 CASES_A_GROUP = 10
+NUM_SLOW_GROUPS = 11
+"""Of the groups: the rest takes too long for CI."""
 MOST_DEALT = 55
 """`kMostDealt`"""
 FEW_CASES = (2, 4, 12, 13, 16, 19, 21, 24, 27, 29, 30, 31, 33, 38)
 FEW_INTERLEAVINGS = 4
-AT_ONCE = 2
-"""Cases that are compiled and run side by side."""
 BULK = ("-DHEADRACE_BULK_COPY=1",)
 
 
@@ -82,8 +81,8 @@ def close_in_scale(found: np.ndarray, expected: np.ndarray, name: str) -> None:
 
 
 def check_cases(seeds, num_interleavings: int) -> None:
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        list(pool.map(lambda seed: check(draw_case(seed), num_interleavings), seeds))
+    for seed in seeds:
+        check(draw_case(seed), num_interleavings)
 
 
 @pytest.mark.parametrize("first", range(0, len(FEW_CASES), 4))
@@ -105,8 +104,16 @@ def test_where_keys_and_values_are_held_changes_no_bit(seed, monkeypatch):
         assert found[0][name].tobytes() == found[1][name].tobytes(), name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("first", range(0, NUM_CASES, CASES_A_GROUP))
+@pytest.mark.parametrize(
+    "first",
+    [
+        pytest.param(
+            group * CASES_A_GROUP,
+            marks=pytest.mark.slow if group < NUM_SLOW_GROUPS else pytest.mark.exhaustive,
+        )
+        for group in range(NUM_CASES // CASES_A_GROUP)
+    ],
+)
 def test_many_cases_in_many_interleavings(first):
     check_cases(range(first, first + CASES_A_GROUP), NUM_INTERLEAVINGS)
 
