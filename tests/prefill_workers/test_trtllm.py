@@ -1,6 +1,7 @@
 """The real engine and connector against the double: the same KV as PyTorch's engine, and nothing leaked."""
 
 import itertools
+import json
 import logging
 import random
 import threading
@@ -27,6 +28,7 @@ from tensorrt_llm.executor import ModelSource  # noqa: E402 - where the double i
 from tensorrt_llm.llmapi import LLM, KvCacheConfig, TorchLlmArgs  # noqa: E402
 
 from prefill_workers.export_engine import EngineLostError, ExportEngine  # noqa: E402
+from prefill_workers.kv_scales import KvScaleError  # noqa: E402
 from prefill_workers.pool_layout import RankPool  # noqa: E402
 from prefill_workers.rank_channel import ChannelError  # noqa: E402
 from prefill_workers.trtllm_connector import ExportScheduler  # noqa: E402
@@ -168,6 +170,16 @@ def test_the_kv_is_that_of_the_pytorch_engine(shortest_layerwise, rig, torch_eng
         kv = exported.kv(one.first_token, len(one.token_ids))
         np.testing.assert_array_equal(kv, expected(torch_engine, one))
     rig.assert_nothing_is_held()
+
+
+@pytest.mark.parametrize("rig", [{"kv_dtype": "fp8", "tensor_parallel_size": 2}], indirect=True)
+def test_kv_of_a_pool_of_eight_bits_is_off_by_its_rounding(rig, torch_engine) -> None:
+    """E4M3 without a scale: by a 16th of a value, below 2**-6 by 2**-10."""
+    one = job("one", random_tokens(150))
+    exported, _ = rig.run([one])["one"]
+    kv, right = exported.kv(0, 150), expected(torch_engine, one)
+    assert not np.array_equal(kv, right)
+    assert (np.abs(kv - right) <= np.abs(right) / 16 + 2**-10).all()
 
 
 @pytest.mark.parametrize("rig", [{"tensor_parallel_size": 2, "delay_s": 0.004}], indirect=True)
@@ -428,6 +440,13 @@ def test_events_that_cannot_be_fetched_harm_nobody(torch_engine, monkeypatch) ->
     assert isinstance(rig.run([job("one", random_tokens(100))])["one"][1], PrefillDone)
     assert rig.engine.all_hashes() == []
     rig.engine.close()
+
+
+def test_a_checkpoint_that_its_pool_cannot_hold_does_not_start(torch_engine, tmp_path) -> None:
+    config = {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "NVFP4"}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(config))
+    with pytest.raises(KvScaleError, match="asks for KV in NVFP4; known is FP8"):
+        Rig(torch_engine.layout, model=str(tmp_path), kv_dtype="auto")
 
 
 def test_ranks_that_do_not_come_are_named(torch_engine, monkeypatch) -> None:
