@@ -1,8 +1,9 @@
 """Whether TensorRT-LLM's KV pool of 8 bits can hold a checkpoint's KV: the pool has no scales.
 
 Quantizers write a scale of K and one of V a layer, by which a stored value is to be multiplied. In an FP8
-pool TensorRT-LLM's PyTorch backend takes 1 for all of them, whatever the checkpoint says (docs/tensorrt-llm.md
-has where that was read). So the pool's values are KV as they are, and all that scales still say is its range.
+pool TensorRT-LLM's PyTorch backend takes 1 for all of them, whatever the checkpoint says
+(docs/tensorrt-llm.md has where that was read). So the pool's values are KV as they are, and all that scales
+still say is its range.
 """
 
 import json
@@ -44,8 +45,8 @@ def check_kv_scales(folder: Path, kv_dtype: str) -> None:
             )
     if any(scale < 1 for scale in scales.values()):
         logger.warning(
-            "TensorRT-LLM does not use the %d KV scales of %s, from %g on: small values of KV lose precision. "
-            "%s",
+            "TensorRT-LLM does not use the %d KV scales of %s, from %g on: small values of KV lose "
+            "precision. %s",
             len(scales),
             folder,
             min(scales.values()),

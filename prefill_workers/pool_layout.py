@@ -69,7 +69,7 @@ def rank_shard(rank: int, num_ranks: int, num_kv_heads: int) -> RankShard:
 
 
 class KvScales(msgspec.Struct, frozen=True):
-    """What an 8-bit value times gives K, or V."""
+    """What an 8-bit value times gives K, or V. TensorRT-LLM's are 1: `kv_scales.py`."""
 
     key: float = 1.0
     value: float = 1.0

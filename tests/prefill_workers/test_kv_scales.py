@@ -45,7 +45,7 @@ def test_values_that_would_be_cut_off_end_the_start(tmp_path, kv_dtype: str) -> 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), 0.0, -1.0])
 def test_what_is_no_scale_ends_it_too(tmp_path, scale: float) -> None:
-    with pytest.raises(KvScaleError, match="v_scale` is .*, expected a positive number"):
+    with pytest.raises(KvScaleError, match=r"v_scale` is .*, expected a positive number"):
         check_kv_scales(write_checkpoint(tmp_path, [0.5, scale]), "auto")
 
 
