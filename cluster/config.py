@@ -64,7 +64,8 @@ class PrefillConfig(Section, frozen=True, kw_only=True):
     """None: all cores of the machine."""
     kv_pool_tokens: Positive | None = None
     """None: chosen from the model and the memory at hand."""
-    max_tokens_per_step: Positive = 256
+    max_tokens_per_step: Positive | None = None
+    """None: what suits the engine, 8192 for TensorRT-LLM where memory for KV is enough, 256 for others."""
     max_queued_requests: Positive = 256
     tensor_parallel_size: Positive = 1
     """GPUs of one TensorRT-LLM engine; other engines have one."""

@@ -112,7 +112,7 @@ def _engine(config: HeadraceConfig, served: ServedModel, artifact: str | None) -
             served.card.fingerprint,
             num_blocks=num_blocks,
             block_size_tokens=config.decode.block_size_tokens,
-            max_tokens_per_step=config.prefill.max_tokens_per_step,
+            max_tokens_per_step=_resolved(config.prefill.max_tokens_per_step),
         )
     import torch
 
@@ -124,7 +124,7 @@ def _engine(config: HeadraceConfig, served: ServedModel, artifact: str | None) -
         opened.fingerprint,
         num_blocks=num_blocks,
         block_size_tokens=config.decode.block_size_tokens,
-        max_tokens_per_step=config.prefill.max_tokens_per_step,
+        max_tokens_per_step=_resolved(config.prefill.max_tokens_per_step),
         num_threads=_resolved(config.prefill.num_threads),
         device=_device(torch.cuda.is_available()),
         kv_dtype=kv_format_of(config),
@@ -148,7 +148,7 @@ def _tensorrt_engine(config: HeadraceConfig, served: ServedModel) -> PrefillEngi
     settings = TensorRtLlmSettings(
         model=config.model.source,
         tensor_parallel_size=prefill.tensor_parallel_size,
-        max_tokens_per_step=prefill.max_tokens_per_step,
+        max_tokens_per_step=_resolved(prefill.max_tokens_per_step),
         max_context_tokens=served.card.max_context_tokens,
         max_running=_MAX_RUNNING,
         staging_bytes=prefill.staging_mb << 20,

@@ -3,7 +3,7 @@
 import msgspec
 from msgspec.structs import replace
 
-from cluster.config import HeadraceConfig
+from cluster.config import HeadraceConfig, PrefillConfig
 
 _KV_MEMORY_SHARE = 0.25
 """Of the memory available at start, for the KV pools of one role, all its replicas together."""
@@ -11,6 +11,9 @@ _POOL_TOKENS = 16384
 _CONTEXTS_IN_POOL = 2
 """With room for one full context only, nothing could start before it ends."""
 _FEWEST_CONTEXT_TOKENS = 128
+_STEP_TOKENS = 256
+_TENSORRT_STEP_TOKENS = 8192
+"""TensorRT-LLM's own default."""
 
 
 class SizingError(ValueError):
@@ -42,7 +45,8 @@ def gpus_per_worker(num_gpus: float, config: HeadraceConfig) -> float:
 def resolve(
     config: HeadraceConfig, *, machine: Machine, bytes_per_token: int, trained_context_tokens: int
 ) -> HeadraceConfig:
-    """The same configuration with every None of it that depends on the machine made concrete.
+    """The same configuration with every None of it that depends on the machine made concrete; its engines
+    are chosen (`execution`).
 
     A context that nobody chose is what the model was trained for, or less where a pool could not hold it.
     Raises SizingError.
@@ -71,6 +75,7 @@ def resolve(
             config.prefill,
             kv_pool_tokens=sizes["prefill"],
             num_threads=config.prefill.num_threads or machine.num_cores,
+            max_tokens_per_step=_step_tokens(config.prefill, min(sizes["prefill"], context), bytes_per_token),
         ),
         decode=replace(
             config.decode,
@@ -78,3 +83,13 @@ def resolve(
             num_threads=config.decode.num_threads or machine.num_cores,
         ),
     )
+
+
+def _step_tokens(prefill: PrefillConfig, longest_tokens: int, bytes_per_token: int) -> int:
+    """A worker measures a step of so many: they must fit into TensorRT-LLM's staging memory too."""
+    if prefill.max_tokens_per_step is not None:
+        return prefill.max_tokens_per_step
+    if prefill.engine != "tensorrt":
+        return _STEP_TOKENS
+    staged_tokens = (prefill.staging_mb << 20) // bytes_per_token
+    return max(1, min(_TENSORRT_STEP_TOKENS, longest_tokens, staged_tokens))

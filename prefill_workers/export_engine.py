@@ -10,6 +10,7 @@ Where no word comes, a rank settles an export itself once its lease is over.
 """
 
 import itertools
+import logging
 import queue
 import tempfile
 import threading
@@ -26,7 +27,7 @@ from cluster.kv_layout import KvLayout
 from cluster.transfer import KvChunk
 from prefill_workers.engine import ExportChunk, PrefillDone, PrefillFailed, PrefillJob
 from prefill_workers.kv_events import KvEvents
-from prefill_workers.layer_copies import piece_offset
+from prefill_workers.piece_copier import piece_offset
 from prefill_workers.rank_channel import (
     ChannelError,
     Export,
@@ -34,7 +35,7 @@ from prefill_workers.rank_channel import (
     ExportSettings,
     FromRank,
     Hello,
-    LayerReady,
+    LayersReady,
     Opened,
     RankHub,
     Released,
@@ -42,6 +43,8 @@ from prefill_workers.rank_channel import (
     Started,
 )
 from prefill_workers.staging import StagingArena
+
+logger = logging.getLogger(__name__)
 
 _WAIT_S = 0.02
 """Longest that a step waits for something to happen: then requests are looked at."""
@@ -167,6 +170,7 @@ class ExportEngine:
             raise
         self._ranks = frozenset(hello.rank for hello in workers)
         self._exporting = frozenset(hello.rank for hello in workers if hello.is_exporting)
+        self._log_copy_costs(workers)
 
     @property
     def layout(self) -> KvLayout:
@@ -265,6 +269,20 @@ class ExportEngine:
                 f"{self._num_blocks * size} were asked for: lower prefill.kv_pool_tokens, or free GPU memory"
             )
 
+    def _log_copy_costs(self, workers: list[Hello]) -> None:
+        """Each rank chooses for itself."""
+        for hello in workers:
+            if (costs := hello.copy_costs) is None:
+                continue
+            tokens = costs.layerwise_tokens(self._layout.num_layers)
+            logger.info(
+                "rank %d copies KV %s: a copy takes %.1f us to start, a layer %.4f us a token",
+                hello.rank,
+                "behind the forward pass" if tokens is None else f"layer by layer from {tokens} tokens on",
+                costs.start_us,
+                costs.token_us,
+            )
+
     def _num_bytes(self, job: PrefillJob) -> int:
         return (len(job.token_ids) - job.first_token) * self._layout.bytes_per_token
 
@@ -308,7 +326,7 @@ class ExportEngine:
             case EngineLostError():
                 self._lost = message
                 raise message
-            case LayerReady():
+            case LayersReady():
                 self._hear_ready(message)
             case Released():
                 self._hear_released(message)
@@ -321,23 +339,25 @@ class ExportEngine:
                 if (running := self._by_number.get(message.number)) is not None:
                     running.failure = running.failure or f"rank {message.rank}: {message.message}"
 
-    def _hear_ready(self, ready: LayerReady) -> None:
+    def _hear_ready(self, ready: LayersReady) -> None:
+        """Ranks copy as many layers at a time as suits each: a layer is there once all have said so."""
         running = self._by_number.get(ready.number)
         if running is None or running.job.request_id not in self._jobs:
             return
-        place = (ready.layer, ready.first_token)
-        ranks = running.ranks_of.setdefault(place, set())
-        ranks.add(ready.rank)
-        if ranks != self._exporting:
-            return
-        del running.ranks_of[place]
         num_tokens = ready.end_token - ready.first_token
-        start = running.offset + piece_offset(
-            self._layout, running.job.first_token, ready.first_token, num_tokens, ready.layer
-        )
-        data = self._arena.view(start, num_tokens * self._layout.bytes_per_token_layer)
-        running.num_bytes_ready += len(data)
-        running.export(KvChunk(ready.layer, ready.first_token, num_tokens, data))
+        for layer in range(ready.first_layer, ready.end_layer):
+            place = (layer, ready.first_token)
+            ranks = running.ranks_of.setdefault(place, set())
+            ranks.add(ready.rank)
+            if ranks != self._exporting:
+                continue
+            del running.ranks_of[place]
+            start = running.offset + piece_offset(
+                self._layout, running.job.first_token, ready.first_token, num_tokens, layer
+            )
+            data = self._arena.view(start, num_tokens * self._layout.bytes_per_token_layer)
+            running.num_bytes_ready += len(data)
+            running.export(KvChunk(layer, ready.first_token, num_tokens, data))
 
     def _hear_released(self, released: Released) -> None:
         ranks = self._unreleased.get(released.number)

@@ -69,7 +69,7 @@ def rank_shard(rank: int, num_ranks: int, num_kv_heads: int) -> RankShard:
 
 
 class KvScales(msgspec.Struct, frozen=True):
-    """What an 8-bit value times gives K, or V."""
+    """What an 8-bit value times gives K, or V. TensorRT-LLM's are 1: `kv_scales.py`."""
 
     key: float = 1.0
     value: float = 1.0
@@ -118,6 +118,10 @@ class RankPool:
         return int(self._by_token.shape[0])
 
     @property
+    def num_blocks(self) -> int:
+        return int(self._by_token.shape[2])
+
+    @property
     def dtype(self) -> torch.dtype:
         return self._by_token.dtype
 
@@ -131,8 +135,8 @@ class RankPool:
         return self._by_token[layer]
 
     def own_heads(self, wire: torch.Tensor) -> torch.Tensor:
-        """This rank's part of a layer on the wire, `[2, tokens, heads of the model, head_dim]`."""
-        return wire[:, :, self.heads.start : self.heads.end]
+        """This rank's part of layers on the wire, `[..., 2, tokens, heads of the model, head_dim]`."""
+        return wire[..., self.heads.start : self.heads.end, :]
 
     def read(self, layer: int, block_ids: torch.Tensor, first_token: int, own: torch.Tensor) -> None:
         """KV of tokens [first_token, first_token + tokens) of the sequence whose blocks are `block_ids`.
@@ -140,20 +144,24 @@ class RankPool:
         Into `own`: `[2, tokens, heads, head_dim]`, which may be part of a layer on the wire: from a pool of
         the same type it is one copy, a gather whose destination is strided. On the current stream.
         """
-        self.read_at(layer, self.places(block_ids, first_token, own.shape[1]), own)
+        places = self.places(block_ids, first_token, own.shape[1])
+        self.read_at(range(layer, layer + 1), places, own.unsqueeze(0))
 
-    def read_at(self, layer: int, places: Places, own: torch.Tensor) -> None:
-        """The same of tokens whose places are known: they are those of every layer."""
-        source = self._by_token[layer]
+    def read_at(self, layers: range, places: Places, own: torch.Tensor) -> None:
+        """The same of several layers, and tokens whose places are known: they are those of every layer.
+
+        Into `[layers, 2, tokens, heads, head_dim]`, in one gather.
+        """
+        source = self._by_token[layers.start : layers.stop]
         if source.dtype == own.dtype:
-            torch.ops.aten.index.Tensor_out(source, [None, *places], out=own)
+            torch.ops.aten.index.Tensor_out(source, [None, None, *places], out=own)
             return
-        values = source[:, places[0], places[1]]
+        values = source[:, :, places[0], places[1]]
         if not self._is_8_bit:
             own.copy_(values)
             return
-        for values_of, own_of, scale in zip(values, own, self.scales, strict=True):
-            own_of.copy_(values_of.float() * scale)
+        for part, scale in enumerate(self.scales):
+            own[:, part].copy_(values[:, part].float() * scale)
 
     def write(self, layer: int, block_ids: torch.Tensor, first_token: int, own: torch.Tensor) -> None:
         """The same the other way."""

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 import msgspec
 
 from cluster.kv_layout import KvDtype
+from prefill_workers.copy_costs import CopyCosts
 
 _VARIABLE = "TRTLLM_HEADRACE_EXPORT"
 _MAX_MESSAGE_BYTES = 65536
@@ -90,6 +91,8 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     """False: its heads are exported by another rank."""
     num_blocks: int = 0
     """Of a worker's pool."""
+    copy_costs: CopyCosts | None = None
+    """Of a worker that exports."""
 
 
 class Started(msgspec.Struct, frozen=True, tag="started"):
@@ -107,12 +110,13 @@ class Opened(msgspec.Struct, frozen=True, tag="opened"):
     rank: int
 
 
-class LayerReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
-    """The rank's heads of a piece's layer are in the staging memory."""
+class LayersReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
+    """The rank's heads of layers [first_layer, end_layer) of a piece are in the staging memory."""
 
     number: int
     rank: int
-    layer: int
+    first_layer: int
+    end_layer: int
     first_token: int
     end_token: int
 
@@ -131,7 +135,7 @@ class ExportFailed(msgspec.Struct, frozen=True, tag="failed"):
 
 
 ToRank = Export | Settled
-FromRank = Hello | Opened | Started | LayerReady | Released | ExportFailed
+FromRank = Hello | Opened | Started | LayersReady | Released | ExportFailed
 
 _TO_RANK = msgspec.msgpack.Decoder(ToRank)
 _FROM_RANK = msgspec.msgpack.Decoder(FromRank)

@@ -19,6 +19,7 @@ import torch
 from cluster.kv_layout import KvLayout
 from prefill_workers.export_pieces import ExportPieces, Piece
 from prefill_workers.layer_copies import LayerCopies
+from prefill_workers.piece_copier import PieceCopier
 from prefill_workers.pool_layout import PoolLayoutError, RankPool, RankShard, rank_shard
 from prefill_workers.rank_channel import ExportSettings, Hello, RankClient, Started
 from prefill_workers.staging import open_staging, pin_staging, unpin_staging
@@ -37,9 +38,6 @@ from tensorrt_llm._utils import mpi_rank
 
 if TYPE_CHECKING:
     from tensorrt_llm.bindings.internal.batch_manager import LlmRequest
-
-_LAYERWISE_TOKENS = 256
-"""A shorter piece is copied behind its forward pass: less to launch between layers."""
 
 
 class ExportScheduler(KvCacheConnectorScheduler):  # type: ignore[misc]
@@ -80,6 +78,8 @@ class ExportWorker(KvCacheConnectorWorker):  # type: ignore[misc]
         self._rank = mpi_rank()
         self._shard: RankShard = rank_shard(self._rank, self._settings.num_ranks, self._settings.num_kv_heads)
         self._copies: LayerCopies | None = None
+        self._layerwise_tokens: int | None = None
+        """A shorter piece is copied whole, behind its forward pass: `CopyCosts`. None: every one is."""
         self._pinned: torch.Tensor | None = None
         """The staging memory, until the prefill worker is gone."""
 
@@ -100,16 +100,21 @@ class ExportWorker(KvCacheConnectorWorker):  # type: ignore[misc]
         if kv_cache_tensor.is_cuda:
             pin_staging(staging)
             self._pinned = staging
+        copier = PieceCopier(pool, staging, _layout_of(settings))
+        costs = None
+        if self._shard.is_exported:
+            # No export has a region before every rank has said hello.
+            costs = copier.measure()
+            self._layerwise_tokens = costs.layerwise_tokens(settings.num_layers)
         hello = Hello(
             rank=self._rank,
             role="worker",
             is_exporting=self._shard.is_exported,
             num_blocks=kv_cache_tensor.shape[0],
+            copy_costs=costs,
         )
         self._client = RankClient(settings, hello, on_settled=self._settle, on_lost=self._end)
-        self._copies = LayerCopies(
-            pool, staging, _layout_of(settings), self._rank, self._client.export, self._client.tell
-        )
+        self._copies = LayerCopies(copier, self._rank, self._client.export, self._client.tell)
 
     def start_load_kv(self, stream: torch.cuda.Stream) -> None:
         """Nothing is loaded. Blocks that earlier steps filled may have other owners in this one."""
@@ -121,15 +126,14 @@ class ExportWorker(KvCacheConnectorWorker):  # type: ignore[misc]
 
     def save_kv_layer(self, layer_idx: int, stream: torch.cuda.Stream) -> None:
         for piece in self._pieces:
-            if _is_layerwise(piece):
-                self._export(piece, layer_idx, stream)
+            if self._is_layerwise(piece):
+                self._export(piece, range(layer_idx, layer_idx + 1), stream)
 
     def wait_for_save(self, stream: torch.cuda.Stream) -> None:
         """Copies go on behind it."""
         for piece in self._pieces:
-            if not _is_layerwise(piece):
-                for layer in range(self._settings.num_layers):
-                    self._export(piece, layer, stream)
+            if not self._is_layerwise(piece):
+                self._export(piece, range(self._settings.num_layers), stream)
 
     def get_finished(
         self,
@@ -143,10 +147,15 @@ class ExportWorker(KvCacheConnectorWorker):  # type: ignore[misc]
     def _pieces(self) -> list[Piece]:
         return self.get_connector_meta() or []
 
-    def _export(self, piece: Piece, layer: int, stream: torch.cuda.Stream) -> None:
+    def _is_layerwise(self, piece: Piece) -> bool:
+        if self._layerwise_tokens is None:
+            return False
+        return piece.end_token - piece.first_token >= self._layerwise_tokens
+
+    def _export(self, piece: Piece, layers: range, stream: torch.cuda.Stream) -> None:
         assert self._copies is not None, "the pool is registered before the first step"
         if self._shard.is_exported:
-            self._copies.enqueue(piece, layer, stream)
+            self._copies.enqueue(piece, layers, stream)
 
     def _end(self) -> None:
         """Nothing is exported any more; the engine may go on."""
@@ -164,10 +173,6 @@ class ExportWorker(KvCacheConnectorWorker):  # type: ignore[misc]
 def _export_number(request: "LlmRequest") -> int | None:
     seeds = request.sampling_config.random_seed
     return int(seeds[0]) if seeds else None
-
-
-def _is_layerwise(piece: Piece) -> bool:
-    return piece.end_token - piece.first_token >= _LAYERWISE_TOKENS
 
 
 def _layout_of(settings: ExportSettings) -> KvLayout:

@@ -9,6 +9,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
@@ -19,6 +20,7 @@ from tensorrt_llm.llmapi import KvCacheConfig, KvCacheConnectorConfig
 from cluster.kv_layout import KvLayout
 from prefill_workers.event_poller import EventPoller
 from prefill_workers.export_engine import ExportEngine, Submission
+from prefill_workers.kv_scales import check_kv_scales
 from prefill_workers.rank_channel import ChannelError, ExportSettings
 
 _T = TypeVar("_T")
@@ -52,12 +54,18 @@ class TensorRtLlmSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def start_engine(settings: TensorRtLlmSettings, layout: KvLayout, num_blocks: int) -> ExportEngine:
-    """`layout.block_size_tokens` is the pool's. Raises ChannelError, or what TensorRT-LLM raises."""
+    """`layout.block_size_tokens` is the pool's.
+
+    Raises ChannelError, KvScaleError, ModelFormatError, or what TensorRT-LLM raises.
+    """
     if mpi_disabled():
         raise ChannelError(
             "with TLLM_DISABLE_MPI=1 TensorRT-LLM starts its ranks without MPI, and then none but rank 0 "
             "hears what its connector plans: unset it"
         )
+
+    if (folder := Path(settings.model)).is_dir():
+        check_kv_scales(folder, settings.kv_dtype)
 
     def start(export: ExportSettings) -> _Submitter:
         return _Submitter(

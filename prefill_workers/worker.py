@@ -75,8 +75,9 @@ class PrefillWorker:
             raise
 
     async def _start(self) -> tuple[str, int]:
-        max_step_tokens = min(self._config.max_tokens_per_step, self._max_context_tokens)
-        ready = self._loop.start(max_step_tokens, self._vocab_size)
+        max_step_tokens = self._config.max_tokens_per_step
+        assert max_step_tokens is not None, "the configuration was not resolved"
+        ready = self._loop.start(min(max_step_tokens, self._max_context_tokens), self._vocab_size)
         self._step_table = await asyncio.wrap_future(ready)
         self._total_kv_tokens = self._loop.load().free_kv_tokens
         self._transport = GrpcKvTransport(

@@ -43,6 +43,31 @@ def test_little_memory_shortens_a_context_that_nobody_chose():
     assert config.decode.kv_pool_tokens == 4096
 
 
+@pytest.mark.parametrize(
+    ("engine", "changes", "expected"),
+    [
+        ("megakernel", {}, 256),
+        ("torch", {"kv_pool_tokens": 16384}, 256),
+        ("torch", {"max_tokens_per_step": 5000}, 5000),
+        ("tensorrt", {"staging_mb": 1024}, 8192),
+        ("tensorrt", {"staging_mb": 1024, "kv_pool_tokens": 3000}, 3000),
+        ("tensorrt", {"max_tokens_per_step": 100}, 100),
+        # 45 KiB a token.
+        ("tensorrt", {}, 5825),
+        ("tensorrt", {"staging_mb": 1}, 22),
+    ],
+)
+def test_a_step_is_as_long_as_suits_the_engine(engine, changes, expected):
+    config = resolved({"prefill": {"engine": engine, **changes}})
+    assert config.prefill.max_tokens_per_step == expected
+
+
+def test_a_step_of_tensorrt_is_no_longer_than_the_context():
+    prefill = {"engine": "tensorrt", "staging_mb": 1024}
+    config = resolved({"model": {"max_context_tokens": 2000}, "prefill": prefill})
+    assert config.prefill.max_tokens_per_step == 2000
+
+
 def test_replicas_share_the_memory():
     one = resolved(memory_bytes=1024 * MIB, bytes_per_token=65536, trained=131072)
     two = resolved(

@@ -48,7 +48,11 @@ async def test_the_hop_goes_to_the_prefill_worker_that_holds_the_prompt(engine, 
         pass
     engine.release(one.request_id)
     worker = PrefillWorker(
-        engine, vocab_size=160, max_context_tokens=4000, config=PrefillConfig(), transfer=TransferConfig()
+        engine,
+        vocab_size=160,
+        max_context_tokens=4000,
+        config=PrefillConfig(max_tokens_per_step=64),
+        transfer=TransferConfig(),
     )
     fingerprint = torch_engine.layout.fingerprint
 

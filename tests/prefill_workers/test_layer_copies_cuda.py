@@ -7,10 +7,11 @@ import torch
 
 from cluster.kv_layout import KvLayout
 from prefill_workers.export_pieces import Piece
-from prefill_workers.layer_copies import LayerCopies, piece_offset
+from prefill_workers.layer_copies import LayerCopies
+from prefill_workers.piece_copier import PieceCopier, piece_offset
 from prefill_workers.pool_export import open_export
 from prefill_workers.pool_layout import HeadRange, RankPool, wire_dtype
-from prefill_workers.rank_channel import Export, LayerReady, Released
+from prefill_workers.rank_channel import Export, LayersReady, Released
 from prefill_workers.staging import StagingArena, open_staging, pin_staging, unpin_staging
 
 if not torch.cuda.is_available():
@@ -22,10 +23,11 @@ LATE_CYCLES = 200_000
 """Of the forward pass: its hooks are called long before its values are there."""
 
 
+@pytest.mark.parametrize("is_whole", [False, True])
 @pytest.mark.parametrize("has_kernel", [False, True])
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_what_is_copied_is_what_was_there_before_the_fence(dtype, num_ranks, has_kernel) -> None:
+def test_what_is_copied_is_what_was_there_before_the_fence(dtype, num_ranks, has_kernel, is_whole) -> None:
     layout = KvLayout(
         model_fingerprint="",
         num_layers=LAYERS,
@@ -47,8 +49,8 @@ def test_what_is_copied_is_what_was_there_before_the_fence(dtype, num_ranks, has
         own = HeadRange(rank * heads, (rank + 1) * heads)
         pool = RankPool(tensor, heads=own, head_dim=HEAD_DIM, tokens_per_block=BLOCK)
         kernel = open_export(pool, dtype) if has_kernel else None
-        copier = LayerCopies(pool, staging, layout, rank, exports.get, told.put, export_kernel=kernel)
-        copies.append((pool, copier))
+        copier = PieceCopier(pool, staging, layout, export_kernel=kernel)
+        copies.append((pool, LayerCopies(copier, rank, exports.get, told.put)))
     forward = torch.cuda.Stream()
     expected = []
     for number in range(NUM_STEPS):
@@ -80,12 +82,18 @@ def test_what_is_copied_is_what_was_there_before_the_fence(dtype, num_ranks, has
                 torch.cuda._sleep(LATE_CYCLES)
                 for pool, copier in copies:
                     pool.write(layer, ids, 0, pool.own_heads(on_gpu[layer]))
-                    copier.enqueue(piece, layer, forward)
-    num_ready = 0
+                    if not is_whole:
+                        copier.enqueue(piece, range(layer, layer + 1), forward)
+            if is_whole:
+                for _, copier in copies:
+                    copier.enqueue(piece, range(LAYERS), forward)
+    num_told, num_ready = 0, 0
     while num_ready < NUM_STEPS * LAYERS * num_ranks:
         message = told.get(timeout=30)
-        assert isinstance(message, LayerReady), message
-        num_ready += 1
+        assert isinstance(message, LayersReady), message
+        num_ready += message.end_layer - message.first_layer
+        num_told += 1
+    assert num_told == NUM_STEPS * num_ranks * (1 if is_whole else LAYERS)
     for number, wire in enumerate(expected):
         for layer in range(LAYERS):
             start = exports[number].offset + piece_offset(layout, 0, 0, TOKENS, layer)
@@ -96,5 +104,33 @@ def test_what_is_copied_is_what_was_there_before_the_fence(dtype, num_ranks, has
             copier.settle(number)
         copier.close()
     assert all(isinstance(told.get(timeout=1), Released) for _ in range(NUM_STEPS * num_ranks))
+    unpin_staging(staging)
+    arena.close()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_what_a_copy_costs_is_measured_and_harms_nothing(num_ranks) -> None:
+    """Llama 3.1 8B's heads: some tens of us to start, more than a PCIe bus could carry takes none."""
+    layout = KvLayout(
+        model_fingerprint="",
+        num_layers=LAYERS,
+        num_kv_heads=8,
+        head_dim=128,
+        dtype="float16",
+        block_size_tokens=BLOCK,
+    )
+    arena = StagingArena(4096 * layout.bytes_per_token_layer)
+    staging = open_staging(arena.path)
+    pin_staging(staging)
+    heads = 8 // num_ranks
+    tensor = torch.randn(NUM_BLOCKS, LAYERS, 2, heads * BLOCK * 128, device="cuda").half()
+    before = tensor.clone()
+    pool = RankPool(tensor, heads=HeadRange(0, heads), head_dim=128, tokens_per_block=BLOCK)
+    costs = PieceCopier(pool, staging, layout).measure()
+    print(f"{num_ranks} ranks: {costs}, layerwise from {costs.layerwise_tokens(32)} tokens on")
+    assert torch.equal(tensor, before)
+    assert 1 < costs.start_us < 1000
+    least_us = layout.bytes_per_token_layer / num_ranks / 200e3
+    assert least_us < costs.token_us < 100 * least_us
     unpin_staging(staging)
     arena.close()

@@ -1,5 +1,8 @@
 """The real engine and connector against the double: the same KV as PyTorch's engine, and nothing leaked."""
 
+import itertools
+import json
+import logging
 import random
 import threading
 import time
@@ -11,7 +14,9 @@ import numpy as np
 import pytest
 
 from cluster.block_hash import chain_hashes, chain_salt
+from prefill_workers.copy_costs import CopyCosts
 from prefill_workers.engine import PrefillDone, PrefillFailed
+from prefill_workers.piece_copier import PieceCopier
 from prefill_workers.torch_engine import TorchPrefillEngine
 from tests.prefill_workers.exports import Exported, job, random_tokens
 from tests.tensorrt import use_double
@@ -23,6 +28,7 @@ from tensorrt_llm.executor import ModelSource  # noqa: E402 - where the double i
 from tensorrt_llm.llmapi import LLM, KvCacheConfig, TorchLlmArgs  # noqa: E402
 
 from prefill_workers.export_engine import EngineLostError, ExportEngine  # noqa: E402
+from prefill_workers.kv_scales import KvScaleError  # noqa: E402
 from prefill_workers.pool_layout import RankPool  # noqa: E402
 from prefill_workers.rank_channel import ChannelError  # noqa: E402
 from prefill_workers.trtllm_connector import ExportScheduler  # noqa: E402
@@ -126,9 +132,28 @@ def expected(engine: TorchPrefillEngine, one) -> np.ndarray:
     return exported.kv(one.first_token, len(one.token_ids))
 
 
-@pytest.mark.parametrize("rig", [{}, {"tensor_parallel_size": 2}, {"tensor_parallel_size": 4}], indirect=True)
-def test_the_kv_is_that_of_the_pytorch_engine(rig, torch_engine) -> None:
-    """Bitwise, of 50 prompts, chunked, cached and in part already there, 16 at once."""
+@pytest.fixture
+def shortest_layerwise(monkeypatch, request) -> None:
+    """What the ranks measure, one after the other: pieces of so many tokens or more go layer by layer."""
+    tokens = itertools.cycle(request.param)
+    costs = lambda _: CopyCosts(start_us=next(tokens) - 1.0, token_us=1.0)  # noqa: E731
+    monkeypatch.setattr(PieceCopier, "measure", costs)
+
+
+@pytest.mark.parametrize(
+    ("rig", "shortest_layerwise"),
+    [
+        ({}, (32,)),
+        ({"tensor_parallel_size": 2}, (1,)),
+        ({"tensor_parallel_size": 2}, (9999,)),
+        ({"tensor_parallel_size": 2}, (1, 9999)),
+        ({"tensor_parallel_size": 4}, (32, 64)),
+    ],
+    indirect=True,
+)
+def test_the_kv_is_that_of_the_pytorch_engine(shortest_layerwise, rig, torch_engine) -> None:
+    """Bitwise, of 50 prompts, chunked, cached and in part already there, 16 at once; whether ranks copy layer
+    by layer, whole, or each in another way."""
     dice = random.Random(0)
     shared = random_tokens(200, 7)
     jobs = []
@@ -145,6 +170,16 @@ def test_the_kv_is_that_of_the_pytorch_engine(rig, torch_engine) -> None:
         kv = exported.kv(one.first_token, len(one.token_ids))
         np.testing.assert_array_equal(kv, expected(torch_engine, one))
     rig.assert_nothing_is_held()
+
+
+@pytest.mark.parametrize("rig", [{"kv_dtype": "fp8", "tensor_parallel_size": 2}], indirect=True)
+def test_kv_of_a_pool_of_eight_bits_is_off_by_its_rounding(rig, torch_engine) -> None:
+    """E4M3 without a scale: by a 16th of a value, below 2**-6 by 2**-10."""
+    one = job("one", random_tokens(150))
+    exported, _ = rig.run([one])["one"]
+    kv, right = exported.kv(0, 150), expected(torch_engine, one)
+    assert not np.array_equal(kv, right)
+    assert (np.abs(kv - right) <= np.abs(right) / 16 + 2**-10).all()
 
 
 @pytest.mark.parametrize("rig", [{"tensor_parallel_size": 2, "delay_s": 0.004}], indirect=True)
@@ -180,11 +215,11 @@ def test_a_step_waits_until_what_it_overwrites_is_read(rig, torch_engine, monkey
     """Blocks of a request that has ended are another's at once: its forward pass must not be early."""
     read, may_read, is_reading = RankPool.read_at, threading.Event(), threading.Event()
 
-    def late(self, layer, places, own) -> None:
-        if own.shape[1] == 60:
+    def late(self, layers, places, own) -> None:
+        if own.shape[2] == 60:
             is_reading.set()
             assert may_read.wait(10)
-        read(self, layer, places, own)
+        read(self, layers, places, own)
 
     monkeypatch.setattr(RankPool, "read_at", late)
     first, second = job("first", random_tokens(60)), job("second", random_tokens(63, 1))
@@ -216,25 +251,34 @@ def test_a_lease_that_is_over_ends_an_export_without_a_word(rig) -> None:
     rig.assert_nothing_is_held()
 
 
-def test_a_copy_that_fails_fails_its_job_alone(rig, torch_engine, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("rig", "shortest_layerwise", "named"),
+    [({}, (1,), "layer 1"), ({}, (9999,), "layers 0 to 2")],
+    indirect=["rig", "shortest_layerwise"],
+)
+def test_a_copy_that_fails_fails_its_job_alone(
+    shortest_layerwise, rig, torch_engine, monkeypatch, named
+) -> None:
     read = RankPool.read_at
 
-    def fails(self, layer, places, own) -> None:
-        if own.shape[1] == 41 and layer == 1:
+    def fails(self, layers, places, own) -> None:
+        if own.shape[2] == 41 and 1 in layers:
             raise RuntimeError("an uncorrectable memory error")
-        read(self, layer, places, own)
+        read(self, layers, places, own)
 
     monkeypatch.setattr(RankPool, "read_at", fails)
     bad, good = job("bad", random_tokens(41)), job("good", random_tokens(60, 1))
     ends = rig.run([bad, good])
     assert isinstance(ends["bad"][1], PrefillFailed)
-    assert ends["bad"][1].message == "rank 0: layer 1: an uncorrectable memory error"
+    assert ends["bad"][1].message == f"rank 0: {named}: an uncorrectable memory error"
     np.testing.assert_array_equal(ends["good"][0].kv(0, 60), expected(torch_engine, good))
     rig.assert_nothing_is_held()
 
 
-@pytest.mark.parametrize("rig", [{"max_tokens_per_step": 512}], indirect=True)
-def test_a_layer_is_exported_while_later_ones_are_computed(rig) -> None:
+@pytest.mark.parametrize(
+    ("rig", "shortest_layerwise"), [({"max_tokens_per_step": 512}, (400,))], indirect=True
+)
+def test_a_layer_is_exported_while_later_ones_are_computed(shortest_layerwise, rig) -> None:
     """The forward pass is held at its last layer until the first one has come."""
     exported, first_is_there, was_there = Exported(rig.engine.layout), threading.Event(), []
 
@@ -253,6 +297,18 @@ def test_a_layer_is_exported_while_later_ones_are_computed(rig) -> None:
     assert was_there == [True]
     rig.engine.release(one.request_id)
     rig.assert_nothing_is_held()
+
+
+@pytest.mark.parametrize("shortest_layerwise", [(400, 70)], indirect=True)
+def test_what_each_rank_chose_is_logged_once(shortest_layerwise, torch_engine, caplog) -> None:
+    with caplog.at_level(logging.INFO, "prefill_workers.export_engine"):
+        rig = Rig(torch_engine.layout, tensor_parallel_size=2)
+    rig.engine.close()
+    assert caplog.messages == [
+        f"rank {rank} copies KV layer by layer from {tokens} tokens on: a copy takes {tokens - 1}.0 us to "
+        "start, a layer 1.0000 us a token"
+        for rank, tokens in enumerate((400, 70))
+    ]
 
 
 def test_what_the_engine_refuses_is_refused_and_leaves_nothing(rig) -> None:
@@ -384,6 +440,13 @@ def test_events_that_cannot_be_fetched_harm_nobody(torch_engine, monkeypatch) ->
     assert isinstance(rig.run([job("one", random_tokens(100))])["one"][1], PrefillDone)
     assert rig.engine.all_hashes() == []
     rig.engine.close()
+
+
+def test_a_checkpoint_that_its_pool_cannot_hold_does_not_start(torch_engine, tmp_path) -> None:
+    config = {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "NVFP4"}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(config))
+    with pytest.raises(KvScaleError, match="asks for KV in NVFP4; known is FP8"):
+        Rig(torch_engine.layout, model=str(tmp_path), kv_dtype="auto")
 
 
 def test_ranks_that_do_not_come_are_named(torch_engine, monkeypatch) -> None:

@@ -191,11 +191,11 @@ async def test_a_prompt_waits_for_memory_that_a_cancelled_ones_copies_still_use(
     """There is staging memory for one of them at a time."""
     read, may_read, is_reading = RankPool.read_at, threading.Event(), threading.Event()
 
-    def late(self, layer, places, own) -> None:
-        if own.shape[1] == FIRST:
+    def late(self, layers, places, own) -> None:
+        if own.shape[2] == FIRST:
             is_reading.set()
             assert may_read.wait(30)
-        read(self, layer, places, own)
+        read(self, layers, places, own)
 
     layout = TorchPrefillEngine(WEIGHTS, "tiny", 4, BLOCK, 64, 1).layout
     rig = Rig(layout, staging_bytes=100 * layout.bytes_per_token)

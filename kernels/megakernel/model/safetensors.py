@@ -25,8 +25,10 @@ from megakernel.model.weights import ModelFormatError
 ELEMENT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 MAX_HEADER_BYTES = 100_000_000
 MAX_FILES = 1024
-_IGNORED_SUFFIX = "rotary_emb.inv_freq"
-"""Old exports carry RoPE's frequencies as a buffer; the config decides them."""
+KV_SCALE_SUFFIXES = (".k_scale", ".v_scale", ".kv_scale", ".kv_cache_scaling_factor")
+"""Of a quantizer, for KV in 8 bits."""
+_IGNORED_SUFFIXES = ("rotary_emb.inv_freq", *KV_SCALE_SUFFIXES)
+"""Old exports carry RoPE's frequencies as a buffer; the config decides them. No KV has 8 bits here."""
 
 
 class SafetensorsTensor(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,7 +114,7 @@ class SafetensorsWeights:
         config = read_json(self._config_path)
         # Before the tensors: a quantized or foreign model is named as such, not by its odd tensors.
         architecture = supported_architecture(self._config_path, config)
-        self._files = [SafetensorsFile(path) for path in _weight_files(folder)]
+        self._files = [SafetensorsFile(path) for path in weight_files(folder)]
         self._stored = _named_tensors(folder, self._files, architecture)
         self._shape = shape_from_config(
             self._config_path,
@@ -158,7 +160,7 @@ class SafetensorsWeights:
         return fingerprint.digest()
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The index's files where there is an index, else every safetensors file in the folder."""
     index_path = folder / "model.safetensors.index.json"
     if not index_path.is_file():
@@ -184,7 +186,7 @@ def _named_tensors(folder: Path, files: list[SafetensorsFile], architecture: str
         for file_name, tensor in file.tensors.items():
             name = our_name(file_name, HF_GLOBAL, HF_LAYER, "model.layers.")
             if name is None:
-                if not file_name.endswith(_IGNORED_SUFFIX):
+                if not file_name.endswith(_IGNORED_SUFFIXES):
                     unknown.append(file_name)
                 continue
             if name in named:

@@ -188,6 +188,16 @@ def test_unknown_tensor_is_refused(tmp_path: Path) -> None:
         SafetensorsWeights(tmp_path)
 
 
+def test_scales_of_kv_in_8_bits_are_left_out(tmp_path: Path) -> None:
+    shape = tiny_shape("llama")
+    write_hf_folder(tmp_path, shape, random_tensors(shape))
+    names = SafetensorsWeights(tmp_path).names
+    one = np.ones(1, dtype=np.float32)
+    extra = {f"model.layers.0.self_attn.{part}_proj.{part}_scale": one for part in "kv"}
+    (tmp_path / "more.safetensors").write_bytes(encode_safetensors(extra, "F32"))
+    assert SafetensorsWeights(tmp_path).names == names
+
+
 def test_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
     shape = tiny_shape("llama")
     write_hf_folder(tmp_path, shape, random_tensors(shape))

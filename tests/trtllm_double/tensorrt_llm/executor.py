@@ -24,7 +24,12 @@ from tensorrt_llm.bindings.internal.batch_manager import LlmRequest
 from tensorrt_llm.kv_events import KvEvents
 from tensorrt_llm.stream import Stream
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+}
 
 
 class ModelSource:
@@ -76,11 +81,13 @@ class Executor:
         self.blocks = BlockPool(self.num_blocks, self._size)
         self.events = KvEvents(self.blocks, kv.event_buffer_max_size, names_salts=ModelSource.names_salts)
         dtype = "float32" if kv.dtype == "auto" else kv.dtype
-        self._model = TorchLlama(weights, "cpu", has_head=False, kv_dtype=dtype)
+        computed = "float32" if dtype == "fp8" else dtype
+        self._computed_dtype = _DTYPES[computed]
+        self._model = TorchLlama(weights, "cpu", has_head=False, kv_dtype=computed)
         self._kv = self._model.new_kv(self.num_blocks * self._size)
         heads = max(1, shape.num_kv_heads // num_ranks)
         pool_shape = (self.num_blocks, shape.num_layers, 2, heads * self._size * shape.head_dim)
-        self.pools = [torch.full(pool_shape, torch.nan, dtype=_DTYPES[dtype]) for _ in range(num_ranks)]
+        self.pools = [torch.full(pool_shape, torch.nan).to(_DTYPES[dtype]) for _ in range(num_ranks)]
         self.stream = Stream(ModelSource.longest_delay_s)
         self._ids = itertools.count(2048)
         self._arrived: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
@@ -235,9 +242,7 @@ class Executor:
     def _forward(self, chunks: list[tuple[Request, int, int]]) -> None:
         fresh, self._fresh = self._fresh, []
         for pool in self.pools:
-            self.stream.enqueue(
-                lambda p=pool: p.index_fill_(0, torch.tensor(fresh, dtype=torch.int64), torch.nan)
-            )
+            self.stream.enqueue(lambda p=pool: p.__setitem__(fresh, torch.nan))
 
         def after_layer(layer: int) -> None:
             self.before_layer(layer)
@@ -261,9 +266,9 @@ class Executor:
         self.stream.synchronize()  # a token is sampled from what comes out
 
     def _write(self, layer: int, request: Request, first: int, data: bytes) -> None:
-        """Heads x tokens x values within a block: one token of one head at a time."""
+        """Heads x tokens x values within a block: one token of one head at a time. 8 bits have no scale."""
         shape, size = self._shape, self._size
-        wire = torch.frombuffer(bytearray(data), dtype=self.pools[0].dtype)
+        wire = torch.frombuffer(bytearray(data), dtype=self._computed_dtype).to(self.pools[0].dtype)
         wire = wire.view(2, -1, shape.num_kv_heads, shape.head_dim)
         for rank, pool in enumerate(self.pools):
             heads = pool.shape[3] // (size * shape.head_dim)
