@@ -6,9 +6,7 @@ must take part, so it polls as long as hand-offs of its own are under way.
 """
 
 import contextlib
-import ctypes
 import logging
-import mmap
 import os
 import secrets
 import threading
@@ -19,7 +17,7 @@ from importlib import metadata, util
 from typing import Any
 
 from cluster.messages import Record
-from cluster.regions import Regions
+from cluster.transfer.nixl_memory import RegisteredMemory
 from cluster.transfer.nixl_offer import memory_of
 
 PACKAGES = ("nixl_cu13", "nixl_cu12")
@@ -73,13 +71,12 @@ class NixlAgent:
             raise NixlUnavailableError(f"NIXL is not installed: {INSTALL}")
         self.version = version
         self.name = f"headrace-{os.getpid()}-{secrets.token_hex(8)}"
-        self._regions = Regions(num_bytes)
-        self.num_bytes = self._regions.num_bytes
-        self._map = _anonymous_memory(self.num_bytes)
-        self.address = _address_of(self._map)
-        self.view = memoryview(self._map)
+        try:
+            self.memory = RegisteredMemory(num_bytes)
+        except OSError as error:
+            message = f"no {num_bytes} bytes for NIXL: {error}; lower transfer.nixl_mb"
+            raise NixlUnavailableError(message) from error
         self.metadata = b""
-        self._retired: list[tuple[float, int]] = []
         self._wakes = threading.Condition()
         self._commands: list[Callable[[], None]] = []
         self._reads: list[_Read] = []
@@ -96,31 +93,6 @@ class NixlAgent:
         except BaseException as error:
             self.close()
             raise NixlUnavailableError(f"NIXL {version} does not start: {error}") from error
-
-    # Memory: regions of it, one owner each.
-
-    def take(self, num_bytes: int) -> int | None:
-        """The offset of a region; None where there is no room."""
-        with self._wakes:
-            now_s = time.monotonic()
-            for due_s, start in self._retired:
-                if due_s <= now_s:
-                    self._regions.give_back(start)
-            self._retired = [item for item in self._retired if item[0] > now_s]
-            return self._regions.take(num_bytes)
-
-    def give_back(self, start: int, delay_s: float = 0.0) -> None:
-        """`delay_s`: who may still look at it, or write to it, has so long."""
-        with self._wakes:
-            if delay_s > 0:
-                self._retired.append((time.monotonic() + delay_s, start))
-            else:
-                self._regions.give_back(start)
-
-    @property
-    def num_taken(self) -> int:
-        """Regions that somebody has, retired ones included."""
-        return self._regions.num_taken
 
     # The receiver's side.
 
@@ -142,11 +114,12 @@ class NixlAgent:
         return self._ask(remove)
 
     def read(self, remote: str, address: int, start: int, num_bytes: int) -> Future[None]:
-        """Copy the remote's [address, ...) to [start, start + num_bytes) of our memory.
+        """Copy the remote's [address, address + num_bytes) to `start` of our memory.
 
         Nothing is written there once the future is done. It raises NixlReadError.
         """
-        assert 0 <= start <= start + num_bytes <= self.num_bytes
+        assert 0 <= start <= start + num_bytes <= self.memory.num_bytes
+        here = self.memory.address + start
         future: Future[None] = Future()
         # So that a cancelled wait does not end a read that goes on.
         future.set_running_or_notify_cancel()
@@ -155,7 +128,7 @@ class NixlAgent:
             handle = None
             try:
                 agent = self._agent
-                local = agent.get_xfer_descs([(self.address + start, num_bytes, 0)], _DRAM)
+                local = agent.get_xfer_descs([(here, num_bytes, 0)], _DRAM)
                 theirs = agent.get_xfer_descs([(address, num_bytes, 0)], _DRAM)
                 handle = agent.initialize_xfer("READ", local, theirs, remote)
                 agent.transfer(handle)
@@ -196,10 +169,7 @@ class NixlAgent:
             self._is_closing = True
             self._wakes.notify()
         self._thread.join()
-        # A view of a chunk may outlive us, in a traceback say; the mapping then goes with its last view.
-        with contextlib.suppress(BufferError):
-            self.view.release()
-            self._map.close()
+        self.memory.close()
 
     def _ask(self, call: Callable[[], None]) -> Future[None]:
         future: Future[None] = Future()
@@ -227,7 +197,7 @@ class NixlAgent:
 
     def _run(self, started: Future[None]) -> None:
         try:
-            self._agent = _new_agent(self.name, self.address, self.num_bytes)
+            self._agent = _new_agent(self.name, self.memory)
             self.metadata = self._agent.get_agent_metadata()
             memory_of(self.metadata)
         except BaseException as error:  # noqa: BLE001 - raised to who starts us
@@ -297,7 +267,7 @@ class NixlAgent:
             command()
 
 
-def _new_agent(name: str, address: int, num_bytes: int) -> Any:
+def _new_agent(name: str, memory: RegisteredMemory) -> Any:
     try:
         import nixl_cu13._api as api
     except ModuleNotFoundError:
@@ -306,7 +276,7 @@ def _new_agent(name: str, address: int, num_bytes: int) -> Any:
         logging.getLogger("nixl").setLevel(logging.WARNING)
     # One thread calls it, so no lock of its own.
     agent = api.nixl_agent(name, api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"]))
-    agent.register_memory([(address, num_bytes, 0, "")], _DRAM)
+    agent.register_memory([(memory.address, memory.num_bytes, 0, "")], _DRAM)
     return agent
 
 
@@ -314,17 +284,3 @@ def _release(handle: Any) -> None:
     """A request still under way is cancelled."""
     with contextlib.suppress(Exception):
         handle.release()
-
-
-def _anonymous_memory(num_bytes: int) -> mmap.mmap:
-    try:
-        return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise NixlUnavailableError(
-            f"no {num_bytes} bytes for NIXL: {error}; lower transfer.nixl_mb"
-        ) from None
-
-
-def _address_of(mapping: mmap.mmap) -> int:
-    first = ctypes.c_char.from_buffer(mapping)
-    return ctypes.addressof(first)

@@ -87,7 +87,7 @@ class NixlEndpoint:
     def lease(self, num_bytes: int) -> "NixlLease | None":
         """A sender's: memory for a hand-off's payload; None where there is none now."""
         agent = self.agent()
-        start = None if agent is None else agent.take(num_bytes)
+        start = None if agent is None else agent.memory.take(num_bytes)
         if agent is None or start is None:
             return None
         return NixlLease(agent, start, num_bytes)
@@ -103,14 +103,14 @@ class NixlEndpoint:
         except OfferError as error:
             logger.info("memory offered through NIXL not used: %s", error)
             return None
-        landing = agent.take(NUM_SLOTS * max_chunk_bytes)
+        landing = agent.memory.take(NUM_SLOTS * max_chunk_bytes)
         if landing is None:
             return None
         remote.num_users += 1
         try:
             await asyncio.wrap_future(remote.loaded)
         except BaseException as error:
-            agent.give_back(landing)
+            agent.memory.give_back(landing)
             remote.is_lost = remote.is_lost or isinstance(error, NixlReadError)
             self._end_use(agent, memory.agent)
             if not isinstance(error, NixlReadError):
@@ -178,21 +178,21 @@ class NixlLease:
 
     def offer(self) -> pb.NixlOffer:
         agent = self._agent
-        return offer_of(agent.version, agent.metadata, agent.address + self._start, self._num_bytes)
+        return offer_of(agent.version, agent.metadata, agent.memory.address + self._start, self._num_bytes)
 
     def append(self, payload: memoryview) -> int:
         """Copy payload in; returns its offset. Raises HandoffError where it does not fit."""
         offset, end = self._filled, self._filled + len(payload)
         if end > self._num_bytes:
             raise HandoffError("size_mismatch", "more payload than the hand-off's header announced")
-        self._agent.view[self._start + offset : self._start + end] = payload
+        self._agent.memory.view[self._start + offset : self._start + end] = payload
         self._filled = end
         self._agent.expect_reads()
         return offset
 
     def end(self, *, is_settled: bool) -> None:
         """`is_settled`: the receiver answered, and reads no more."""
-        self._agent.give_back(self._start, 0.0 if is_settled else RETIRED_S)
+        self._agent.memory.give_back(self._start, 0.0 if is_settled else RETIRED_S)
         self._agent.end_serving(0.0 if is_settled else LINGER_S)
 
 
@@ -260,7 +260,7 @@ class NixlReads:
             self._endpoint._lose(self._remote)
             raise HandoffError("read_failed", f"reading by NIXL: {error}") from error
         self._waiting.popleft()
-        return place, self._agent.view[start : start + num_bytes]
+        return place, self._agent.memory.view[start : start + num_bytes]
 
     async def settle(self) -> bool:
         """Wait a moment for reads under way; returns whether none is left: the sender's memory is its own."""
@@ -292,7 +292,7 @@ class NixlReads:
         if has_failed:
             self._endpoint._lose(self._remote)
         # A cancelled read's last bytes may still come until its connection is gone.
-        self._agent.give_back(self._landing, RETIRED_S if has_failed else 0.0)
+        self._agent.memory.give_back(self._landing, RETIRED_S if has_failed else 0.0)
         self._endpoint._end_use(self._agent, self._remote)
 
 

@@ -16,11 +16,12 @@ from cluster.ids import Epoch, HandoffId
 from cluster.kv_layout import KvLayout
 from cluster.messages import HandoffCancelState
 from cluster.transfer import HandoffError, HandoffSink, KvChunk
+from cluster.transfer.frame_parts import nixl_offset_of, payload_of, place_of, trailer_of
 from cluster.transfer.frame_stream import FrameStream, PushContext
 from cluster.transfer.ledger import Expectation, Handoff, HandoffLedger
 from cluster.transfer.nixl_endpoint import NixlEndpoint, NixlReads
 from cluster.transfer.shared_memory import MappedSegment, open_offer
-from cluster.transfer.verify import ChunkPlace, HandoffVerifier, Trailer
+from cluster.transfer.verify import ChunkPlace, HandoffVerifier
 from cluster.wire import headrace_pb2 as pb
 from cluster.wire import headrace_pb2_grpc as pb_grpc
 
@@ -186,19 +187,19 @@ class HandoffReceiver(pb_grpc.KvReceiverServicer):
             accepted = pb.HandoffAccepted(use_shared_memory=segment is not None, use_nixl=reads is not None)
             await context.write(pb.HandoffReply(accepted=accepted))
             while (frame := await frames.next()).WhichOneof("frame") == "chunk":
-                place = _place_of(frame.chunk)
+                place = place_of(frame.chunk)
                 num_bytes = verifier.admit(place)
                 if reads is None:
-                    self._take(place, _payload_of(frame.chunk, num_bytes, segment), verifier, handoff)
+                    self._take(place, payload_of(frame.chunk, num_bytes, segment), verifier, handoff)
                     continue
-                reads.start(place, _nixl_offset_of(frame.chunk), num_bytes)
+                reads.start(place, nixl_offset_of(frame.chunk), num_bytes)
                 if reads.is_full:
                     self._take(*await reads.next(), verifier, handoff)
             while reads is not None and reads.num_waiting:
                 self._take(*await reads.next(), verifier, handoff)
         if frame.WhichOneof("frame") != "trailer":
             raise HandoffError("out_of_order", "a second header, or a frame without content")
-        verifier.check_trailer(_trailer_of(frame.trailer))
+        verifier.check_trailer(trailer_of(frame.trailer))
         return verifier.total_bytes
 
     async def _open_reads(self, header: pb.HandoffHeader, verifier: HandoffVerifier) -> NixlReads | None:
@@ -281,38 +282,3 @@ def _opened_segment(header: pb.HandoffHeader, payload_bytes: int) -> Iterator[Ma
     finally:
         if segment is not None:
             segment.close()
-
-
-def _place_of(message: pb.KvChunk) -> ChunkPlace:
-    return ChunkPlace(
-        sequence_number=message.sequence_number,
-        layer=message.layer,
-        first_token=message.first_token,
-        num_tokens=message.num_tokens,
-    )
-
-
-def _nixl_offset_of(message: pb.KvChunk) -> int:
-    if message.WhichOneof("payload") != "nixl_offset":
-        raise HandoffError("size_mismatch", "a chunk without an offset into the NIXL memory agreed on")
-    return message.nixl_offset
-
-
-def _payload_of(message: pb.KvChunk, num_bytes: int, segment: MappedSegment | None) -> memoryview:
-    """The chunk's bytes, from the stream or from the segment: whichever was agreed on."""
-    if segment is None:
-        if message.WhichOneof("payload") != "data":
-            raise HandoffError("size_mismatch", "a chunk without bytes, and no memory agreed on")
-        return memoryview(message.data)
-    if message.WhichOneof("payload") != "shared_memory_offset":
-        raise HandoffError("size_mismatch", "a chunk without an offset into the shared memory agreed on")
-    return segment.payload(message.shared_memory_offset, num_bytes)
-
-
-def _trailer_of(message: pb.HandoffTrailer) -> Trailer:
-    return Trailer(
-        num_chunks=message.num_chunks,
-        num_bytes=message.num_bytes,
-        valid_tokens=message.valid_tokens,
-        checksum=message.checksum,
-    )

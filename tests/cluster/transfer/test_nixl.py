@@ -17,6 +17,7 @@ from cluster.transfer.host_id import host_id
 from cluster.transfer.leases import MAX_PAUSED, PAUSE_S, Pauses
 from cluster.transfer.nixl import NixlAgent, NixlUnavailableError
 from cluster.transfer.nixl_endpoint import NixlEndpoint, endpoint_of
+from cluster.transfer.nixl_memory import RegisteredMemory
 from cluster.transfer.nixl_offer import offer_of
 from cluster.wire import headrace_pb2 as pb
 from tests.cluster.transfer.frames import good_frames, header_frame, push
@@ -54,7 +55,7 @@ class Pair:
         return receipt.transport
 
     def assert_nothing_taken(self) -> None:
-        assert [agent_of(end).num_taken for end in (self.sending, self.receiving)] == [0, 0]
+        assert [agent_of(end).memory.num_taken for end in (self.sending, self.receiving)] == [0, 0]
 
 
 def agent_of(endpoint: NixlEndpoint) -> NixlAgent:
@@ -117,7 +118,7 @@ async def test_another_process_hands_off_byte_for_byte() -> None:
             assert await word_of(process) == "nixl"
             assert await process.wait() == 0
         sink.assert_holds(0, 64)
-        assert agent_of(receiving).num_taken == 0
+        assert agent_of(receiving).memory.num_taken == 0
 
 
 @needs_nixl
@@ -130,7 +131,7 @@ async def test_a_sender_killed_mid_way_frees_the_receiver(monkeypatch: pytest.Mo
             process.kill()
             await sink.wait_ended()
         assert sink.aborted is not None
-        assert sink.aborted.code == "unreachable"
+        assert sink.aborted.code in ("unreachable", "read_failed"), "whichever connection broke first"
         await becomes(lambda: not receiving._outlasting)
         assert work.receiver.num_live == 0
 
@@ -148,11 +149,11 @@ async def test_a_read_from_a_sender_that_stands_still_fails_and_its_memory_is_ke
             assert sink.aborted is not None
             assert sink.aborted.code == "read_failed"
             await asyncio.sleep(1.5)
-            assert agent_of(receiving).num_taken == 1, "the read may still write there"
+            assert agent_of(receiving).memory.num_taken == 1, "the read may still write there"
             assert receiving.num_remotes == 1
             process.kill()
             await becomes(lambda: receiving.num_remotes == 0)
-            assert agent_of(receiving).num_taken == 1, "retired: not used again for a while"
+            assert agent_of(receiving).memory.num_taken == 1, "retired: not used again for a while"
 
 
 @needs_nixl
@@ -167,8 +168,8 @@ async def test_a_receiver_that_dies_leaves_the_senders_memory_retired() -> None:
             await sending
         assert caught.value.code == "unreachable"
         await sink.wait_ended()
-        assert agent_of(ends.sending).num_taken == 1
-        await becomes(lambda: agent_of(ends.receiving).num_taken == 0)
+        assert agent_of(ends.sending).memory.num_taken == 1
+        await becomes(lambda: agent_of(ends.receiving).memory.num_taken == 0)
 
 
 @needs_nixl
@@ -189,8 +190,8 @@ async def test_cancelled_at_either_end() -> None:
                 with pytest.raises(HandoffError) as caught:
                     await sending
                 assert caught.value.code == "cancelled"
-            assert agent_of(ends.sending).num_taken == cancels_sender, "retired where nobody answered"
-            await becomes(lambda: agent_of(ends.receiving).num_taken == 0)
+            assert agent_of(ends.sending).memory.num_taken == cancels_sender, "retired where nobody answered"
+            await becomes(lambda: agent_of(ends.receiving).memory.num_taken == 0)
         assert await ends.send() == "nixl"
 
 
@@ -215,14 +216,14 @@ async def test_after_a_failed_read_the_retry_goes_as_bytes_and_later_ones_by_nix
         receipt = await later.send(ends.work.target(), header, streamed(chunks_of(FIRST, COUNT)))
         assert receipt.transport == "nixl"
         sink.assert_holds(FIRST, COUNT)
-        assert agent_of(ends.sending).num_taken == 0
+        assert agent_of(ends.sending).memory.num_taken == 0
 
 
 @needs_nixl
 async def test_offers_with_anything_wrong_go_as_bytes() -> None:
     async with pair() as ends:
         agent, own = agent_of(ends.sending), agent_of(ends.receiving)
-        address, room, metadata = agent.address, agent.num_bytes, agent.metadata
+        address, room, metadata = agent.memory.address, agent.memory.num_bytes, agent.metadata
         cut = metadata[: len(metadata) // 2]
         wrong = [
             offer_of(agent.version, metadata, address - 4096, room),
@@ -232,7 +233,7 @@ async def test_offers_with_anything_wrong_go_as_bytes() -> None:
             offer_of(agent.version, cut, address, room),
             offer_of(agent.version, random.Random(0).randbytes(400), address, room),
             offer_of(agent.version, b"x" * 70_000, address, room),
-            offer_of(agent.version, own.metadata, own.address, own.num_bytes),
+            offer_of(agent.version, own.metadata, own.memory.address, own.memory.num_bytes),
             # All in order but what UCX makes of it.
             offer_of(agent.version, metadata_of(address=address, num_bytes=room), address, 0),
             pb.NixlOffer(),
@@ -256,7 +257,7 @@ async def test_a_chunk_outside_the_range_offered_or_with_bytes_is_rejected() -> 
         for offset in (payload_bytes, 2**64 - 1, None):
             header, sink = ends.work.expect(FIRST, COUNT)
             frames = good_frames(header, chunks_of(FIRST, COUNT))
-            offer = offer_of(agent.version, agent.metadata, agent.address, payload_bytes)
+            offer = offer_of(agent.version, agent.metadata, agent.memory.address, payload_bytes)
             frames[0] = header_frame(header, nixl=offer)
             if offset is not None:
                 frames[1].chunk.nixl_offset = offset
@@ -264,7 +265,7 @@ async def test_a_chunk_outside_the_range_offered_or_with_bytes_is_rejected() -> 
             assert reply.rejected.code == "size_mismatch"
             assert not reply.rejected.may_still_read
             assert sink.aborted is not None
-        await becomes(lambda: agent_of(ends.receiving).num_taken == 0)
+        await becomes(lambda: agent_of(ends.receiving).memory.num_taken == 0)
 
 
 @needs_nixl
@@ -295,7 +296,7 @@ async def test_an_end_without_nixl_gets_bytes_and_the_agent_is_built_when_first_
         assert await ends.send() == "grpc"
         await sending.wait_built()
         assert await Pair(without, transport, sending, receiving).send() == "grpc"
-        assert agent_of(sending).num_taken == 0
+        assert agent_of(sending).memory.num_taken == 0
         assert await ends.send() == "grpc"
         await receiving.wait_built()
         assert await ends.send() == "nixl"
@@ -314,7 +315,7 @@ async def test_remote_agents_are_bounded() -> None:
         senders = [await stack.enter_async_context(started()) for _ in range(2)]
         for sending in [*senders, *senders]:
             assert await Pair(work, transport_with(sending), sending, receiving).send() == "nixl"
-            await becomes(lambda: agent_of(receiving).num_taken == 0)
+            await becomes(lambda: agent_of(receiving).memory.num_taken == 0)
             assert receiving.num_remotes == 1
 
 
@@ -345,7 +346,7 @@ async def test_nobody_polls_while_nothing_is_under_way(monkeypatch: pytest.Monke
 def test_an_agent_that_is_closed_with_a_read_under_way_says_so() -> None:
     reading, read = NixlAgent(2**20), NixlAgent(2**20)
     reading.add_remote(read.metadata).result(10)
-    future = reading.read(read.name, read.address, 0, 4096)
+    future = reading.read(read.name, read.memory.address, 0, 4096)
     reading.close()
     assert future.done()
     assert reading.add_remote(read.metadata).exception(10) is not None
@@ -358,7 +359,7 @@ def test_a_read_without_an_end_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> 
     reading, read = NixlAgent(2**20), NixlAgent(2**20)
     reading.add_remote(read.metadata).result(10)
     monkeypatch.setattr(reading._agent, "check_xfer_state", lambda _handle: "PROC")
-    assert "had not ended" in str(reading.read(read.name, read.address, 0, 4096).exception(10))
+    assert "had not ended" in str(reading.read(read.name, read.memory.address, 0, 4096).exception(10))
     reading.close()
     read.close()
 
@@ -370,17 +371,17 @@ def test_random_ranges_are_read_as_they_are(tls: str | None, monkeypatch: pytest
         monkeypatch.setenv("UCX_TLS", tls)
     rng, size = random.Random(1), 2**22
     reading, read = NixlAgent(size), NixlAgent(size)
-    read.view[:] = rng.randbytes(size)
+    read.memory.view[:] = rng.randbytes(size)
     reading.add_remote(read.metadata).result(10)
     read.begin_serving()
     for _ in range(30):
         num_bytes = rng.choice((1, 100, 4096, 70_001, 2**20))
         theirs, ours = rng.randint(0, size - num_bytes), rng.randint(0, size - num_bytes)
-        before = bytes(reading.view)
-        reading.read(read.name, read.address + theirs, ours, num_bytes).result(10)
-        assert reading.view[ours : ours + num_bytes] == read.view[theirs : theirs + num_bytes]
-        assert reading.view[:ours] == before[:ours]
-        assert reading.view[ours + num_bytes :] == before[ours + num_bytes :]
+        before = bytes(reading.memory.view)
+        reading.read(read.name, read.memory.address + theirs, ours, num_bytes).result(10)
+        assert reading.memory.view[ours : ours + num_bytes] == read.memory.view[theirs : theirs + num_bytes]
+        assert reading.memory.view[:ours] == before[:ours]
+        assert reading.memory.view[ours + num_bytes :] == before[ours + num_bytes :]
     read.end_serving()
     reading.close()
     read.close()
@@ -402,6 +403,16 @@ async def test_without_the_package_auto_goes_without_and_nixl_says_what_to_insta
     assert lazy.agent() is None
     assert lazy.lease(100) is None
     await lazy.close()
+
+
+def test_a_retired_region_is_used_again_when_it_is_due() -> None:
+    now_s = 0.0
+    memory = RegisteredMemory(4096, lambda: now_s)
+    memory.give_back(memory.take(1) or 0, delay_s=10)
+    assert memory.take(1) is None
+    now_s = 10.0
+    assert memory.take(1) == 0
+    memory.close()
 
 
 def test_a_target_is_paused_for_a_while_and_the_memory_of_it_is_bounded() -> None:
