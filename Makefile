@@ -12,7 +12,7 @@ PYTEST = $(BIN)/python -m pytest
 TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install cuda-tools up down demo test test-slow test-exhaustive check bench proto lock clean
+.PHONY: help install cuda-tools nixl up down demo test test-slow test-exhaustive check bench proto lock clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -38,6 +38,9 @@ $(INSTALLED): pyproject.toml requirements.lock
 
 cuda-tools: $(INSTALLED) ## CUDA's compiler from wheels, 110 MB, for tests where no toolkit is installed
 	$(BIN)/pip install -q --disable-pip-version-check -c requirements.lock -e '.[cuda,cuda-tools]'
+
+nixl: $(INSTALLED) ## NIXL, 110 MB, for tests of hand-offs between hosts
+	$(BIN)/pip install -q --disable-pip-version-check -c requirements.lock -e '.[nixl]'
 
 up: $(INSTALLED) ## Bring up a cluster on this machine, ready to answer
 	@$(BIN)/headrace up --detach $(UP)
@@ -75,7 +78,7 @@ bench: $(INSTALLED) ## What serving costs, and decode beside other engines where
 proto: $(INSTALLED) ## Generate code from cluster/wire/headrace.proto
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. $(PROTO)
 
-lock: cuda-tools ## Write requirements.lock from what is installed
+lock: cuda-tools nixl ## Write requirements.lock from what is installed
 	@{ echo '# Every installed package'"'"'s version, for pip'"'"'s -c. Written by `make lock`.'; \
 	  $(BIN)/pip freeze --all | grep -v -e '^headrace' -e '^-e' -e '^pip==' -e '^#' | \
 	  sed -E 's/^(torch==[0-9.]+)\+.*/\1/' | LC_ALL=C sort -f; } > requirements.lock.new

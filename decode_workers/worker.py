@@ -15,13 +15,14 @@ from grpc_reflection.v1alpha import reflection
 
 from cluster.block_changes import BlockChanges
 from cluster.catalogue.local import LocalCatalogues
-from cluster.config import DecodeConfig
+from cluster.config import DecodeConfig, TransferConfig
 from cluster.ids import ChainHash, Epoch
 from cluster.kv_layout import KvLayout
 from cluster.messages import DecodeEvent, FailureCode, StepCost, WorkerStatus
 from cluster.metrics import DecodeMetrics, exposition
 from cluster.model_card import ModelCard
 from cluster.text import Tokenizer
+from cluster.transfer.nixl_endpoint import endpoint_of
 from cluster.transfer.receiver import HandoffReceiver
 from cluster.wire import headrace_pb2 as pb
 from cluster.wire import headrace_pb2_grpc as pb_grpc
@@ -64,6 +65,7 @@ class DecodeWorker:
         port: int = 0,
         drafter: Drafter | None = None,
         catalogues: LocalCatalogues | None = None,
+        transfer: TransferConfig = TransferConfig(),  # noqa: B008 - frozen
     ) -> None:
         """`epoch`: this incarnation's, as its lease has it; hand-offs for another one are rejected. Without
         `catalogues` targeting requests are refused.
@@ -74,7 +76,9 @@ class DecodeWorker:
         self._config = config
         self._address = f"{host}:{port}"
         self._inbox = Inbox()
-        self._receiver = HandoffReceiver(executor.layout, epoch, config.handoff_timeout_s)
+        self._transfer = transfer
+        self._nixl = endpoint_of(transfer)
+        self._receiver = HandoffReceiver(executor.layout, epoch, config.handoff_timeout_s, self._nixl)
         self.metrics = DecodeMetrics()
         self._engine = DecodeEngine(
             executor,
@@ -116,6 +120,8 @@ class DecodeWorker:
     async def start(self) -> str:
         """Measure the step table, listen, serve; the address `host:port` that others dial."""
         self._loop = asyncio.get_running_loop()
+        if self._nixl is not None and self._transfer.transport == "nixl":
+            await self._nixl.start()
         self._thread.start()
         self._step_table = await asyncio.wrap_future(self._thread.ask(self._engine.measure))
         self._server = grpc.aio.server(maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS)
@@ -155,6 +161,8 @@ class DecodeWorker:
         self._service.close()
         if self._server is not None:
             await self._server.stop(SERVER_GRACE_S)
+        if self._nixl is not None:
+            await self._nixl.close()
         has_ended = await asyncio.to_thread(self._thread.stop, self._config.stall_timeout_s)
         if has_ended:
             self._executor.close()

@@ -6,6 +6,7 @@ from typing import IO, Literal
 import msgspec
 
 from cluster.config import HeadraceConfig
+from cluster.transfer.nixl import INSTALL, installed_package
 from headrace.execution import Execution, Facts, Obstacle, choose, kv_format_of
 from headrace.gpu import GpuUnusableError, gpu_machine, gpu_obstacle
 from headrace.host import has_cuda, num_cores
@@ -57,6 +58,7 @@ def facts_of(config: HeadraceConfig, fingerprint: str) -> Facts:
         obstacle=_compiler_obstacle(config, fingerprint),
         gpu_obstacle=gpu_obstacle() if may_use_gpu else None,
         tensorrt_obstacle=tensorrt_obstacle(config.model.source),
+        nixl_obstacle=None if installed_package() else Obstacle("it is not installed", f"`{INSTALL}`"),
     )
 
 

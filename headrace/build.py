@@ -89,6 +89,7 @@ def decode_worker(
         epoch=epoch,
         host=host,
         catalogues=catalogues,
+        transfer=config.transfer,
         drafter=_drafter(config.decode, PhraseFiles(catalogues, tokenizer, served.card.vocab_size)),
     )
 

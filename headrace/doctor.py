@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 
 from cluster.config import HeadraceConfig
 from cluster.placement.embedded import EmbeddedRedisError, find_redis_server
+from cluster.transfer.nixl import INSTALL, installed_version
 from headrace.artifacts import facts_of
 from headrace.execution import ExecutionError, Obstacle, choose, summary
 from headrace.ports import PortTakenError, check_free
@@ -56,7 +57,7 @@ def run_checks(config: HeadraceConfig, folder: RunFolder) -> Iterator[Check]:
         lambda: _ports(config, folder),
         lambda: [_memory(), _shared_memory(), _disk(folder)],
         _tools,
-        lambda: [_gpu(), _tensorrt(config)],
+        lambda: [_gpu(), _tensorrt(config), _nixl(config)],
     ]
     for check in checks:
         yield from check()
@@ -221,6 +222,15 @@ def _tensorrt(config: HeadraceConfig) -> Check:
         return Check("tensorrt_llm", "ok", f"{metadata.version('tensorrt_llm')}, as expected")
     fix = obstacle.fix if is_asked_for else f"{obstacle.fix}; none needed where PyTorch runs prefill"
     return Check("tensorrt_llm", "problem" if is_asked_for else "note", obstacle.reason, fix)
+
+
+def _nixl(config: HeadraceConfig) -> Check:
+    version = installed_version()
+    if version is not None:
+        return Check("NIXL", "ok", f"{version}, for hand-offs between hosts")
+    is_asked_for = config.transfer.transport == "nixl"
+    fix = f"`{INSTALL}`" if is_asked_for else f"none needed: gRPC carries KV between hosts; `{INSTALL}`"
+    return Check("NIXL", "problem" if is_asked_for else "note", "not installed", fix)
 
 
 def _tensorrt_obstacle() -> Obstacle | None:

@@ -35,6 +35,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """To the megakernel on a GPU, likewise."""
     tensorrt_obstacle: Obstacle | None
     """To TensorRT-LLM, but for a GPU."""
+    nixl_obstacle: Obstacle | None = None
 
 
 class Execution(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,7 +62,7 @@ class Execution(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def choose(config: HeadraceConfig, facts: Facts) -> Execution:
-    """Raises ExecutionError where the megakernel or TensorRT-LLM is asked for by name and cannot run."""
+    """Raises ExecutionError where what is asked for by name (an executor, an engine, NIXL) cannot run."""
     obstacle = _block_obstacle(config) or facts.obstacle
     gpu_obstacle = _kv_obstacle(config) or facts.gpu_obstacle
     executor, engine = config.decode.executor, config.prefill.engine
@@ -76,6 +77,11 @@ def choose(config: HeadraceConfig, facts: Facts) -> Execution:
                 f"`{key}` is {value}, which cannot run here: {found.reason}. Fix: {found.fix}, or "
                 f"set `{key}` to auto or torch"
             )
+    if config.transfer.transport == "nixl" and facts.nixl_obstacle is not None:
+        raise ExecutionError(
+            f"`transfer.transport` is nixl, which cannot run here: {facts.nixl_obstacle.reason}. "
+            f"Fix: {facts.nixl_obstacle.fix}, or set `transfer.transport` to auto"
+        )
     told = None
     if executor == "auto":
         gpu_obstacle = gpu_obstacle or _artifact_obstacle(config)

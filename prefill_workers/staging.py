@@ -7,11 +7,10 @@ pin it for its GPU once. A hand-off has one region of it, as long as it lasts.
 import contextlib
 import mmap
 import os
-from bisect import insort
 
 import torch
 
-_ALIGNMENT_BYTES = 4096
+from cluster.regions import Regions
 
 
 class StagingFullError(Exception):
@@ -23,7 +22,8 @@ class StagingArena:
 
     def __init__(self, num_bytes: int) -> None:
         """Raises OSError where the kernel gives no such memory."""
-        self.num_bytes = _aligned(num_bytes)
+        self._regions = Regions(num_bytes)
+        self.num_bytes = self._regions.num_bytes
         self._fd = os.memfd_create("headrace-staging", os.MFD_CLOEXEC)
         try:
             os.ftruncate(self._fd, self.num_bytes)
@@ -32,8 +32,6 @@ class StagingArena:
             os.close(self._fd)
             raise
         self._view = memoryview(self._map)
-        self._taken: list[tuple[int, int]] = []
-        """[start, end) of regions, in order."""
 
     @property
     def path(self) -> str:
@@ -41,18 +39,17 @@ class StagingArena:
         return f"/proc/{os.getpid()}/fd/{self._fd}"
 
     def can_take(self, num_bytes: int) -> bool:
-        return self._place(num_bytes) is not None
+        return self._regions.find(num_bytes) is not None
 
     def take(self, num_bytes: int) -> int:
         """The offset of a region of so many bytes. Raises StagingFullError."""
-        start = self._place(num_bytes)
+        start = self._regions.take(num_bytes)
         if start is None:
             raise StagingFullError(f"no {num_bytes} bytes in a row are free of {self.num_bytes}")
-        insort(self._taken, (start, start + _region_bytes(num_bytes)))
         return start
 
     def give_back(self, start: int) -> None:
-        self._taken = [region for region in self._taken if region[0] != start]
+        self._regions.give_back(start)
 
     def view(self, start: int, num_bytes: int) -> memoryview:
         return self._view[start : start + num_bytes]
@@ -64,15 +61,6 @@ class StagingArena:
         with contextlib.suppress(BufferError):
             self._view.release()
             self._map.close()
-
-    def _place(self, num_bytes: int) -> int | None:
-        """First fit."""
-        region_bytes, start = _region_bytes(num_bytes), 0
-        for taken, end in self._taken:
-            if taken - start >= region_bytes:
-                return start
-            start = end
-        return start if self.num_bytes - start >= region_bytes else None
 
 
 def open_staging(path: str) -> torch.Tensor:
@@ -99,12 +87,3 @@ def pin_staging(staging: torch.Tensor) -> None:
 def unpin_staging(staging: torch.Tensor) -> None:
     """Before the mapping goes: CUDA would take what is mapped there next for pinned."""
     torch.cuda.cudart().cudaHostUnregister(staging.data_ptr())  # type: ignore[no-untyped-call]
-
-
-def _region_bytes(num_bytes: int) -> int:
-    """Never none: a region is known by where it starts."""
-    return _aligned(max(num_bytes, 1))
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES

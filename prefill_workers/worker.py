@@ -15,6 +15,7 @@ from cluster.messages import StepCost, WorkerStatus
 from cluster.metrics import PrefillMetrics
 from cluster.transfer.grpc_transport import GrpcKvTransport
 from cluster.transfer.host_id import host_id
+from cluster.transfer.nixl_endpoint import endpoint_of
 from cluster.wire import headrace_pb2 as pb
 from cluster.wire import headrace_pb2_grpc as pb_grpc
 from prefill_workers.engine import PrefillEngine
@@ -59,6 +60,7 @@ class PrefillWorker:
         self._step_table: tuple[StepCost, ...] = ()
         self._total_kv_tokens = 0
         self._server: grpc.aio.Server | None = None
+        self._nixl = endpoint_of(transfer)
         self._transport: GrpcKvTransport | None = None
         self._prefill: PrefillServicer | None = None
         self._is_stopping = False
@@ -75,6 +77,8 @@ class PrefillWorker:
             raise
 
     async def _start(self) -> tuple[str, int]:
+        if self._nixl is not None and self._transfer.transport == "nixl":
+            await self._nixl.start()
         max_step_tokens = self._config.max_tokens_per_step
         assert max_step_tokens is not None, "the configuration was not resolved"
         ready = self._loop.start(min(max_step_tokens, self._max_context_tokens), self._vocab_size)
@@ -84,6 +88,7 @@ class PrefillWorker:
             own_host_id=host_id(),
             timeout_s=self._transfer.timeout_s,
             prefer_shared_memory=self._transfer.transport == "auto",
+            nixl=self._nixl,
         )
         self._server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
         self._add_services(self._server, self._transport)
@@ -114,6 +119,8 @@ class PrefillWorker:
             await self._server.stop(CLEANUP_TIMEOUT_S)
         if self._transport is not None:
             await self._transport.close()
+        if self._nixl is not None:
+            await self._nixl.close()
 
     def _close_engine(self) -> None:
         if not self._is_engine_closed:

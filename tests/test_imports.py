@@ -28,6 +28,9 @@ MAY_BE_MISSING = {
     # prefill_workers/trtllm_pins.py looks it up by name, for check_trtllm.
     "tensorrt_llm": {"prefill_workers/trtllm_engine.py", "prefill_workers/trtllm_connector.py"},
     "cuda": {"kernels/megakernel/cuda_driver.py"},
+    "nixl": set[str](),  # it imports PyTorch to choose between the next two
+    "nixl_cu12": {"cluster/transfer/nixl.py"},
+    "nixl_cu13": {"cluster/transfer/nixl.py"},
 }
 
 

@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 PROTO = "cluster/wire/headrace.proto"
-LOCKED_EXTRAS = ("dev", "cuda", "cuda-tools")
+LOCKED_EXTRAS = ("dev", "cuda", "cuda-tools", "nixl")
 DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")
 
 

@@ -1,6 +1,6 @@
 """Hands KV from a prefill worker to a decode worker: the protocol and what both ends share.
 
-`KvTransport` is the sender's seam (gRPC bytes, or memory shared between processes of one host);
+`KvTransport` is the sender's seam (gRPC bytes, memory shared within a host, or NIXL between hosts);
 `HandoffSink` is the receiver's: where accepted bytes go. Nothing is freed on the sending side
 before `send` returns or raises, and nothing is readable on the receiving side before the
 whole hand-off's checksum held.
@@ -49,7 +49,7 @@ class HandoffReceipt(msgspec.Struct, frozen=True, kw_only=True):
     """The receiver's acknowledgement: KV is committed there, the sender may free."""
 
     transport: str
-    """`grpc` or `shared_memory`: which one carried it."""
+    """`grpc`, `shared_memory` or `nixl`: which one carried it."""
     bytes_sent: int
 
 
@@ -63,7 +63,7 @@ class HandoffError(Exception):
         super().__init__(f"{code}: {message}")
         self.code = code
         """One of: layout_mismatch, stale_epoch, not_found, already_complete, checksum_mismatch, out_of_order,
-        size_mismatch, timeout, cancelled, overloaded, unreachable, internal."""
+        size_mismatch, read_failed, timeout, cancelled, overloaded, unreachable, internal."""
         self.message = message
 
     @property

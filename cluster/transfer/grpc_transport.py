@@ -1,13 +1,12 @@
-"""Sends hand-offs: one control flow, the `KvReceiver.Push` stream, and two ways for the payload.
+"""Sends hand-offs: one control flow, the `KvReceiver.Push` stream, and three ways for the payload.
 
-Bytes travel on the stream, or through a shared segment where both ends run on one host: offered in the
-header, used where the receiver could open it, else bytes after all.
+Bytes travel on the stream, or through memory that is offered in the header, and used where the receiver can
+reach it (else bytes after all): a shared segment within a host, memory registered with NIXL between hosts.
 """
 
 import asyncio
 import contextlib
-import logging
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -15,12 +14,12 @@ import grpc
 from cluster.messages import WorkerAddress
 from cluster.transfer import MAX_CHUNK_BYTES, HandoffError, HandoffHeader, HandoffReceipt, KvChunk
 from cluster.transfer.channels import MAX_CHANNELS, ChannelPool
-from cluster.transfer.shared_memory import SegmentPool, SharedSegment
+from cluster.transfer.leases import Leases, PayloadLease
+from cluster.transfer.nixl_endpoint import NixlEndpoint
 from cluster.transfer.verify import PayloadDigest
 from cluster.wire import headrace_pb2 as pb
 
 GRPC = "grpc"
-SHARED_MEMORY = "shared_memory"
 CANCEL_TIMEOUT_S = 1.0
 """What a cancelled `send` gives the receiver to hear of it, before it raises anyway."""
 
@@ -28,19 +27,13 @@ PushCall = grpc.aio.StreamStreamCall[pb.HandoffFrame, pb.HandoffReply]
 
 _SERIALIZE_FRAME: Callable[[pb.HandoffFrame], bytes] = pb.HandoffFrame.SerializeToString
 
-logger = logging.getLogger(__name__)
-
 
 class _RejectedError(HandoffError):
-    """The receiver answered, and will not look at our memory again."""
+    """The receiver answered."""
 
-
-class _SegmentLease:
-    """One hand-off's segment; reusable only once the receiver answered for it."""
-
-    def __init__(self, segment: SharedSegment) -> None:
-        self.segment = segment
-        self.is_settled = False
+    def __init__(self, rejected: pb.HandoffRejected) -> None:
+        super().__init__(rejected.code, rejected.message)
+        self.may_still_read = rejected.may_still_read
 
 
 class GrpcKvTransport:
@@ -52,15 +45,15 @@ class GrpcKvTransport:
         own_host_id: str,
         timeout_s: float,
         prefer_shared_memory: bool = True,
+        nixl: NixlEndpoint | None = None,
         max_channels: int = MAX_CHANNELS,
     ) -> None:
         """`timeout_s`: longest wait for the receiver's next sign of life. How long `chunks` may take to
-        produce the next one is the caller's affair, and the receiver's progress timeout."""
-        self._own_host_id = own_host_id
+        produce the next one is the caller's affair, and the receiver's progress timeout. `nixl` is the
+        caller's to close, after this."""
         self._timeout_s = timeout_s
-        self._prefers_shared_memory = prefer_shared_memory
         self._channels = ChannelPool(max_channels)
-        self._segments = SegmentPool()
+        self._leases = Leases(own_host_id, prefer_shared_memory, nixl)
 
     async def send(
         self, target: WorkerAddress, header: HandoffHeader, chunks: AsyncIterator[KvChunk]
@@ -68,8 +61,8 @@ class GrpcKvTransport:
         """See `KvTransport.send`. Returns or raises only when the receiver can no longer read our memory."""
         async with self._channels.use(target.grpc_address) as channel:
             try:
-                with self._segment_for(target, header) as lease:
-                    return await self._push(channel, header, chunks, lease)
+                lease = self._leases.take(target, header.total_bytes)
+                return await self._push(channel, header, chunks, lease)
             except _RejectedError as error:
                 raise HandoffError(error.code, error.message) from None
             except BaseException as error:
@@ -78,68 +71,57 @@ class GrpcKvTransport:
                 raise
 
     async def close(self) -> None:
-        self._segments.close()
+        self._leases.close()
         await self._channels.close()
-
-    @contextlib.contextmanager
-    def _segment_for(self, target: WorkerAddress, header: HandoffHeader) -> Iterator[_SegmentLease | None]:
-        if not self._prefers_shared_memory or target.host_id != self._own_host_id:
-            yield None
-            return
-        try:
-            lease = _SegmentLease(self._segments.take(header.total_bytes))
-        except OSError as error:
-            logger.warning("no shared memory for %d bytes, sending them: %s", header.total_bytes, error)
-            yield None
-            return
-        try:
-            yield lease
-        finally:
-            if lease.is_settled:
-                self._segments.give_back(lease.segment)
-            else:
-                lease.segment.close()
 
     async def _push(
         self,
         channel: grpc.aio.Channel,
         header: HandoffHeader,
         chunks: AsyncIterator[KvChunk],
-        lease: _SegmentLease | None,
+        lease: PayloadLease | None,
     ) -> HandoffReceipt:
         call = channel.stream_stream(
             "/headrace.v1.KvReceiver/Push",
             request_serializer=_SERIALIZE_FRAME,
             response_deserializer=pb.HandoffReply.FromString,
         )()
+        is_settled = False
         try:
-            is_shared = await self._open(call, header, lease)
-            segment = lease.segment if lease and is_shared else None
-            await self._carry(call, header, chunks, segment)
-        except _RejectedError:
+            is_taken_up = await self._open(call, header, lease)
+            if lease and not is_taken_up:
+                lease.end(is_settled=True)
+                lease = None
+            await self._carry(call, header, chunks, lease)
+            is_settled = True
+        except _RejectedError as error:
+            is_settled = not error.may_still_read
             if lease:
-                lease.is_settled = True
+                lease.failed(error.code)
             raise
         except grpc.aio.AioRpcError as error:
             raise _as_handoff_error(error) from error
         except TimeoutError:
+            if lease:
+                lease.failed("timeout")
             raise HandoffError("timeout", f"{self._timeout_s:g} s without an answer") from None
         finally:
             call.cancel()  # no-op where it ended
-        if lease:
-            lease.is_settled = True
-        return HandoffReceipt(transport=SHARED_MEMORY if is_shared else GRPC, bytes_sent=header.total_bytes)
+            if lease:
+                lease.end(is_settled=is_settled)
+        return HandoffReceipt(transport=lease.transport if lease else GRPC, bytes_sent=header.total_bytes)
 
-    async def _open(self, call: PushCall, header: HandoffHeader, lease: _SegmentLease | None) -> bool:
-        """Send the header; returns whether the receiver reads from the segment offered."""
+    async def _open(self, call: PushCall, header: HandoffHeader, lease: PayloadLease | None) -> bool:
+        """Send the header; returns whether the receiver reads from the memory offered."""
         message = pb.HandoffHeader(
             handoff_id=header.handoff_id,
             epoch=header.epoch,
             layout_fingerprint=header.layout_fingerprint,
             first_token=header.first_token,
             num_tokens=header.num_tokens,
-            shared_memory=lease.segment.offer() if lease else None,
         )
+        if lease:
+            lease.add_offer(message)
         async with asyncio.timeout(self._timeout_s):
             # A call that ended already says why when it is read.
             with contextlib.suppress(asyncio.InvalidStateError):
@@ -147,19 +129,21 @@ class GrpcKvTransport:
             reply = _answer(await call.read())
         if reply.WhichOneof("reply") != "accepted":
             raise HandoffError("internal", "the receiver acknowledged a hand-off before its payload")
-        if reply.accepted.use_shared_memory and lease is None:
-            raise HandoffError("internal", "the receiver took shared memory that was not offered")
-        return reply.accepted.use_shared_memory
+        accepted = reply.accepted
+        is_taken_up = lease is not None and lease.is_taken_up(accepted)
+        if accepted.use_shared_memory + accepted.use_nixl > is_taken_up:
+            raise HandoffError("internal", "the receiver took memory that was not offered")
+        return is_taken_up
 
     async def _carry(
         self,
         call: PushCall,
         header: HandoffHeader,
         chunks: AsyncIterator[KvChunk],
-        segment: SharedSegment | None,
+        lease: PayloadLease | None,
     ) -> None:
         """Send the payload while listening: a rejection may come at any time, and ends it."""
-        pump = asyncio.create_task(self._pump(call, header, chunks, segment))
+        pump = asyncio.create_task(self._pump(call, header, chunks, lease))
         verdict = asyncio.create_task(_read_verdict(call))
         try:
             await asyncio.wait((pump, verdict), return_when=asyncio.FIRST_COMPLETED)
@@ -183,12 +167,12 @@ class GrpcKvTransport:
         call: PushCall,
         header: HandoffHeader,
         chunks: AsyncIterator[KvChunk],
-        segment: SharedSegment | None,
+        lease: PayloadLease | None,
     ) -> None:
         """Write all chunks and the trailer; returns early where the call ended: its answer says why."""
         digest = PayloadDigest()
         async for chunk in chunks:
-            frame = _chunk_frame(chunk, digest, segment)
+            frame = _chunk_frame(chunk, digest, lease)
             if not await self._write(call, frame):
                 return
         trailer = digest.trailer(header.num_tokens)
@@ -221,7 +205,7 @@ class GrpcKvTransport:
             await cancel(pb.CancelHandoffRequest(handoff_id=header.handoff_id), timeout=CANCEL_TIMEOUT_S)
 
 
-def _chunk_frame(chunk: KvChunk, digest: PayloadDigest, segment: SharedSegment | None) -> pb.HandoffFrame:
+def _chunk_frame(chunk: KvChunk, digest: PayloadDigest, lease: PayloadLease | None) -> pb.HandoffFrame:
     payload = chunk.data.cast("B")
     if len(payload) > MAX_CHUNK_BYTES:
         raise HandoffError("size_mismatch", f"a chunk of {len(payload)} bytes; at most {MAX_CHUNK_BYTES}")
@@ -232,10 +216,10 @@ def _chunk_frame(chunk: KvChunk, digest: PayloadDigest, segment: SharedSegment |
     message.layer = chunk.layer
     message.first_token = chunk.first_token
     message.num_tokens = chunk.num_tokens
-    if segment is None:
+    if lease is None:
         message.data = bytes(payload)
     else:
-        message.shared_memory_offset = segment.append(payload)
+        lease.add_payload(message, payload)
     digest.add(payload)
     return frame
 
@@ -253,7 +237,7 @@ def _answer(reply: Any) -> pb.HandoffReply:
         raise HandoffError("unreachable", "the receiver closed the stream without an answer")
     assert isinstance(reply, pb.HandoffReply)
     if reply.WhichOneof("reply") == "rejected":
-        raise _RejectedError(reply.rejected.code, reply.rejected.message)
+        raise _RejectedError(reply.rejected)
     return reply
 
 

@@ -16,10 +16,12 @@ from cluster.ids import Epoch, HandoffId
 from cluster.kv_layout import KvLayout
 from cluster.messages import HandoffCancelState
 from cluster.transfer import HandoffError, HandoffSink, KvChunk
+from cluster.transfer.frame_parts import nixl_offset_of, payload_of, place_of, trailer_of
 from cluster.transfer.frame_stream import FrameStream, PushContext
 from cluster.transfer.ledger import Expectation, Handoff, HandoffLedger
+from cluster.transfer.nixl_endpoint import NixlEndpoint, NixlReads
 from cluster.transfer.shared_memory import MappedSegment, open_offer
-from cluster.transfer.verify import ChunkPlace, HandoffVerifier, Trailer
+from cluster.transfer.verify import ChunkPlace, HandoffVerifier
 from cluster.wire import headrace_pb2 as pb
 from cluster.wire import headrace_pb2_grpc as pb_grpc
 
@@ -40,12 +42,20 @@ class HandoffReceiver(pb_grpc.KvReceiverServicer):
     watchdog thread. Once `abort` was called or `cancel` returned, that sink is never written to again.
     """
 
-    def __init__(self, layout: KvLayout, epoch: Callable[[], Epoch], progress_timeout_s: float) -> None:
-        """`progress_timeout_s`: longest silence before a push and between its frames."""
+    def __init__(
+        self,
+        layout: KvLayout,
+        epoch: Callable[[], Epoch],
+        progress_timeout_s: float,
+        nixl: NixlEndpoint | None = None,
+    ) -> None:
+        """`progress_timeout_s`: longest silence before a push and between its frames. `nixl` is the caller's
+        to close, after the server."""
         self._layout = layout
         self._fingerprint = layout.fingerprint
         self._epoch = epoch
         self._timeout_s = progress_timeout_s
+        self._nixl = nixl
         self._ledger = HandoffLedger()
         self._num_pushes = 0
         self._watchdog_lock = threading.Lock()
@@ -96,17 +106,23 @@ class HandoffReceiver(pb_grpc.KvReceiverServicer):
 
     async def Push(self, _requests: AsyncIterator[pb.HandoffFrame], context: PushContext) -> None:  # noqa: N802
         frames = FrameStream(context)
+        opened: list[NixlReads] = []
         try:
             with self._push_slot():
-                acknowledged = await self._receive(context, frames)
+                acknowledged = await self._receive(context, frames, opened)
         except HandoffError as error:
             logger.info("hand-off rejected: %s", error)
-            rejected = pb.HandoffRejected(code=error.code, message=error.message)
+            is_settled = all([await reads.settle() for reads in opened])
+            rejected = pb.HandoffRejected(
+                code=error.code, message=error.message, may_still_read=not is_settled
+            )
             await self._answer(context, pb.HandoffReply(rejected=rejected))
             await frames.drain(LINGER_S)
         else:
             await self._answer(context, pb.HandoffReply(acknowledged=acknowledged))
         finally:
+            for reads in opened:
+                reads.close()
             await frames.close()
 
     async def _answer(self, context: PushContext, reply: pb.HandoffReply) -> None:
@@ -114,7 +130,10 @@ class HandoffReceiver(pb_grpc.KvReceiverServicer):
             async with asyncio.timeout(self._timeout_s):
                 await context.write(reply)
 
-    async def _receive(self, context: PushContext, frames: FrameStream) -> pb.HandoffAcknowledged:
+    async def _receive(
+        self, context: PushContext, frames: FrameStream, opened: list[NixlReads]
+    ) -> pb.HandoffAcknowledged:
+        """Reads by NIXL are left in `opened`, for the caller to close: they may outlast the hand-off."""
         header = await self._read_header(frames)
         loop = asyncio.get_running_loop()
         interruption = asyncio.timeout(None)
@@ -131,7 +150,7 @@ class HandoffReceiver(pb_grpc.KvReceiverServicer):
         try:
             async with interruption:
                 self._check_header(header, handoff.expectation)
-                num_bytes = await self._receive_payload(context, frames, header, handoff)
+                num_bytes = await self._receive_payload(context, frames, header, handoff, opened)
             self._check_epoch(header)
         except TimeoutError:  # interrupted: somebody else ended it
             failure = handoff.ended_error()
@@ -152,32 +171,45 @@ class HandoffReceiver(pb_grpc.KvReceiverServicer):
         return pb.HandoffAcknowledged(num_bytes=num_bytes)
 
     async def _receive_payload(
-        self, context: PushContext, frames: FrameStream, header: pb.HandoffHeader, handoff: Handoff
+        self,
+        context: PushContext,
+        frames: FrameStream,
+        header: pb.HandoffHeader,
+        handoff: Handoff,
+        opened: list[NixlReads],
     ) -> int:
         """Answer the header, take chunks until the trailer holds; returns payload bytes."""
         wanted = handoff.expectation
         verifier = HandoffVerifier(self._layout, wanted.first_token, wanted.num_tokens)
         with _opened_segment(header, verifier.total_bytes) as segment:
-            accepted = pb.HandoffAccepted(use_shared_memory=segment is not None)
+            reads = await self._open_reads(header, verifier) if segment is None else None
+            opened += [reads] if reads else []
+            accepted = pb.HandoffAccepted(use_shared_memory=segment is not None, use_nixl=reads is not None)
             await context.write(pb.HandoffReply(accepted=accepted))
             while (frame := await frames.next()).WhichOneof("frame") == "chunk":
-                self._take_chunk(frame.chunk, verifier, segment, handoff)
+                place = place_of(frame.chunk)
+                num_bytes = verifier.admit(place)
+                if reads is None:
+                    self._take(place, payload_of(frame.chunk, num_bytes, segment), verifier, handoff)
+                    continue
+                reads.start(place, nixl_offset_of(frame.chunk), num_bytes)
+                if reads.is_full:
+                    self._take(*await reads.next(), verifier, handoff)
+            while reads is not None and reads.num_waiting:
+                self._take(*await reads.next(), verifier, handoff)
         if frame.WhichOneof("frame") != "trailer":
             raise HandoffError("out_of_order", "a second header, or a frame without content")
-        verifier.check_trailer(_trailer_of(frame.trailer))
+        verifier.check_trailer(trailer_of(frame.trailer))
         return verifier.total_bytes
 
-    def _take_chunk(
-        self, message: pb.KvChunk, verifier: HandoffVerifier, segment: MappedSegment | None, handoff: Handoff
+    async def _open_reads(self, header: pb.HandoffHeader, verifier: HandoffVerifier) -> NixlReads | None:
+        if self._nixl is None or not header.HasField("nixl"):
+            return None
+        return await self._nixl.open(header.nixl, verifier.total_bytes, verifier.max_chunk_bytes)
+
+    def _take(
+        self, place: ChunkPlace, payload: memoryview, verifier: HandoffVerifier, handoff: Handoff
     ) -> None:
-        place = ChunkPlace(
-            sequence_number=message.sequence_number,
-            layer=message.layer,
-            first_token=message.first_token,
-            num_tokens=message.num_tokens,
-        )
-        num_bytes = verifier.payload_bytes(place)
-        payload = _payload_of(message, num_bytes, segment)
         verifier.add(place, payload)
         self._ledger.write(handoff, KvChunk(place.layer, place.first_token, place.num_tokens, payload))
 
@@ -250,23 +282,3 @@ def _opened_segment(header: pb.HandoffHeader, payload_bytes: int) -> Iterator[Ma
     finally:
         if segment is not None:
             segment.close()
-
-
-def _payload_of(message: pb.KvChunk, num_bytes: int, segment: MappedSegment | None) -> memoryview:
-    """The chunk's bytes, from the stream or from the segment: whichever was agreed on."""
-    if segment is None:
-        if message.WhichOneof("payload") != "data":
-            raise HandoffError("size_mismatch", "a chunk without bytes, and no shared memory agreed on")
-        return memoryview(message.data)
-    if message.WhichOneof("payload") != "shared_memory_offset":
-        raise HandoffError("size_mismatch", "a chunk without an offset into the shared memory agreed on")
-    return segment.payload(message.shared_memory_offset, num_bytes)
-
-
-def _trailer_of(message: pb.HandoffTrailer) -> Trailer:
-    return Trailer(
-        num_chunks=message.num_chunks,
-        num_bytes=message.num_bytes,
-        valid_tokens=message.valid_tokens,
-        checksum=message.checksum,
-    )

@@ -63,6 +63,7 @@ class HandoffVerifier:
         self._first_token = first_token
         self._num_tokens = num_tokens
         self._next_token = [first_token] * layout.num_layers
+        self._num_admitted = 0
         self._digest = PayloadDigest()
 
     @property
@@ -73,11 +74,15 @@ class HandoffVerifier:
     def total_bytes(self) -> int:
         return self._num_tokens * self._layout.bytes_per_token
 
-    def payload_bytes(self, place: ChunkPlace) -> int:
-        """Check a chunk's place, and say how many payload bytes belong there."""
-        if place.sequence_number != self._digest.num_chunks:
+    @property
+    def max_chunk_bytes(self) -> int:
+        return min(MAX_CHUNK_BYTES, self._num_tokens * self._layout.bytes_per_token_layer)
+
+    def admit(self, place: ChunkPlace) -> int:
+        """Take the next chunk's place as its own, and say how many payload bytes belong there."""
+        if place.sequence_number != self._num_admitted:
             raise HandoffError(
-                "out_of_order", f"chunk {place.sequence_number} came where {self._digest.num_chunks} was due"
+                "out_of_order", f"chunk {place.sequence_number} came where {self._num_admitted} was due"
             )
         if place.layer >= self._layout.num_layers:
             raise HandoffError("size_mismatch", f"layer {place.layer} of {self._layout.num_layers}")
@@ -94,10 +99,12 @@ class HandoffVerifier:
         num_bytes = place.num_tokens * self._layout.bytes_per_token_layer
         if num_bytes > MAX_CHUNK_BYTES:
             raise HandoffError("size_mismatch", f"a chunk of {num_bytes} bytes; at most {MAX_CHUNK_BYTES}")
+        self._num_admitted += 1
+        self._next_token[place.layer] += place.num_tokens
         return num_bytes
 
     def add(self, place: ChunkPlace, payload: memoryview) -> None:
-        """Take a chunk whose place `payload_bytes` accepted."""
+        """Take the payload of the oldest admitted place that has none yet."""
         expected = place.num_tokens * self._layout.bytes_per_token_layer
         if len(payload) != expected:
             raise HandoffError(
@@ -105,7 +112,6 @@ class HandoffVerifier:
                 f"{place.num_tokens} tokens take {expected} bytes a layer, not {len(payload)}",
             )
         self._digest.add(payload)
-        self._next_token[place.layer] += place.num_tokens
 
     def check_trailer(self, trailer: Trailer) -> None:
         for layer, reached in enumerate(self._next_token):

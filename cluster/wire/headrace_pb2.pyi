@@ -513,20 +513,22 @@ class HandoffFrame(_message.Message):
     def __init__(self, header: _Optional[_Union[HandoffHeader, _Mapping]] = ..., chunk: _Optional[_Union[KvChunk, _Mapping]] = ..., trailer: _Optional[_Union[HandoffTrailer, _Mapping]] = ...) -> None: ...
 
 class HandoffHeader(_message.Message):
-    __slots__ = ("handoff_id", "epoch", "layout_fingerprint", "first_token", "num_tokens", "shared_memory")
+    __slots__ = ("handoff_id", "epoch", "layout_fingerprint", "first_token", "num_tokens", "shared_memory", "nixl")
     HANDOFF_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    NIXL_FIELD_NUMBER: _ClassVar[int]
     handoff_id: str
     epoch: int
     layout_fingerprint: str
     first_token: int
     num_tokens: int
     shared_memory: SharedMemoryOffer
-    def __init__(self, handoff_id: _Optional[str] = ..., epoch: _Optional[int] = ..., layout_fingerprint: _Optional[str] = ..., first_token: _Optional[int] = ..., num_tokens: _Optional[int] = ..., shared_memory: _Optional[_Union[SharedMemoryOffer, _Mapping]] = ...) -> None: ...
+    nixl: NixlOffer
+    def __init__(self, handoff_id: _Optional[str] = ..., epoch: _Optional[int] = ..., layout_fingerprint: _Optional[str] = ..., first_token: _Optional[int] = ..., num_tokens: _Optional[int] = ..., shared_memory: _Optional[_Union[SharedMemoryOffer, _Mapping]] = ..., nixl: _Optional[_Union[NixlOffer, _Mapping]] = ...) -> None: ...
 
 class SharedMemoryOffer(_message.Message):
     __slots__ = ("pid", "fd", "num_bytes", "nonce")
@@ -540,21 +542,37 @@ class SharedMemoryOffer(_message.Message):
     nonce: bytes
     def __init__(self, pid: _Optional[int] = ..., fd: _Optional[int] = ..., num_bytes: _Optional[int] = ..., nonce: _Optional[bytes] = ...) -> None: ...
 
+class NixlOffer(_message.Message):
+    __slots__ = ("version", "metadata", "metadata_checksum", "address", "num_bytes")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    METADATA_FIELD_NUMBER: _ClassVar[int]
+    METADATA_CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    metadata: bytes
+    metadata_checksum: int
+    address: int
+    num_bytes: int
+    def __init__(self, version: _Optional[str] = ..., metadata: _Optional[bytes] = ..., metadata_checksum: _Optional[int] = ..., address: _Optional[int] = ..., num_bytes: _Optional[int] = ...) -> None: ...
+
 class KvChunk(_message.Message):
-    __slots__ = ("sequence_number", "layer", "first_token", "num_tokens", "data", "shared_memory_offset")
+    __slots__ = ("sequence_number", "layer", "first_token", "num_tokens", "data", "shared_memory_offset", "nixl_offset")
     SEQUENCE_NUMBER_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    NIXL_OFFSET_FIELD_NUMBER: _ClassVar[int]
     sequence_number: int
     layer: int
     first_token: int
     num_tokens: int
     data: bytes
     shared_memory_offset: int
-    def __init__(self, sequence_number: _Optional[int] = ..., layer: _Optional[int] = ..., first_token: _Optional[int] = ..., num_tokens: _Optional[int] = ..., data: _Optional[bytes] = ..., shared_memory_offset: _Optional[int] = ...) -> None: ...
+    nixl_offset: int
+    def __init__(self, sequence_number: _Optional[int] = ..., layer: _Optional[int] = ..., first_token: _Optional[int] = ..., num_tokens: _Optional[int] = ..., data: _Optional[bytes] = ..., shared_memory_offset: _Optional[int] = ..., nixl_offset: _Optional[int] = ...) -> None: ...
 
 class HandoffTrailer(_message.Message):
     __slots__ = ("num_chunks", "num_bytes", "valid_tokens", "checksum")
@@ -579,10 +597,12 @@ class HandoffReply(_message.Message):
     def __init__(self, accepted: _Optional[_Union[HandoffAccepted, _Mapping]] = ..., acknowledged: _Optional[_Union[HandoffAcknowledged, _Mapping]] = ..., rejected: _Optional[_Union[HandoffRejected, _Mapping]] = ...) -> None: ...
 
 class HandoffAccepted(_message.Message):
-    __slots__ = ("use_shared_memory",)
+    __slots__ = ("use_shared_memory", "use_nixl")
     USE_SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    USE_NIXL_FIELD_NUMBER: _ClassVar[int]
     use_shared_memory: bool
-    def __init__(self, use_shared_memory: _Optional[bool] = ...) -> None: ...
+    use_nixl: bool
+    def __init__(self, use_shared_memory: _Optional[bool] = ..., use_nixl: _Optional[bool] = ...) -> None: ...
 
 class HandoffAcknowledged(_message.Message):
     __slots__ = ("num_bytes",)
@@ -591,12 +611,14 @@ class HandoffAcknowledged(_message.Message):
     def __init__(self, num_bytes: _Optional[int] = ...) -> None: ...
 
 class HandoffRejected(_message.Message):
-    __slots__ = ("code", "message")
+    __slots__ = ("code", "message", "may_still_read")
     CODE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    MAY_STILL_READ_FIELD_NUMBER: _ClassVar[int]
     code: str
     message: str
-    def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+    may_still_read: bool
+    def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., may_still_read: _Optional[bool] = ...) -> None: ...
 
 class MetricsRequest(_message.Message):
     __slots__ = ()

@@ -180,3 +180,16 @@ def well(tmp_path):
     command.write_text("#!/bin/sh\nexit 0\n")
     command.chmod(0o755)
     return command
+
+
+def nixl_check(transport="auto"):
+    return doctor._nixl(config_from_mapping({"transfer": {"transport": transport}}))
+
+
+def test_nixl_is_named_and_missing_only_where_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(doctor, "installed_version", lambda: "1.5.1")
+    assert (nixl_check().verdict, nixl_check().found[:5]) == ("ok", "1.5.1")
+    monkeypatch.setattr(doctor, "installed_version", lambda: None)
+    assert nixl_check().verdict == "note"
+    asked_for = nixl_check("nixl")
+    assert (asked_for.verdict, asked_for.fix) == ("problem", "`pip install 'headrace[nixl]'`")

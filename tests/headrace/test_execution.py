@@ -98,6 +98,22 @@ def test_why_prefill_is_not_in_tensorrt_is_said_where_there_is_a_gpu():
         chosen({"prefill": {"engine": "tensorrt"}})
 
 
+def test_nixl_by_name_is_an_error_where_it_is_not_installed():
+    facts = Facts(
+        has_cuda=False,
+        obstacle=None,
+        gpu_obstacle=NO_GPU,
+        tensorrt_obstacle=NO_TENSORRT,
+        nixl_obstacle=Obstacle("it is not installed", "install it"),
+    )
+    choose(config_from_mapping({}), facts)
+    with pytest.raises(
+        ExecutionError, match=r"is nixl, .*not installed\. Fix: install it, or set .* to auto"
+    ):
+        choose(config_from_mapping({"transfer": {"transport": "nixl"}}), facts)
+    chosen({"transfer": {"transport": "nixl"}})
+
+
 def test_tensor_parallel_prefill_is_tensorrts_alone():
     config = {"prefill": {"tensor_parallel_size": 2}}
     with pytest.raises(ExecutionError, match="runs in megakernel, on one device"):

@@ -1,5 +1,7 @@
 """The real parts end to end: PyTorch prefill, the worker, a hand-off, PyTorch decode from what arrived."""
 
+import contextlib
+
 import grpc
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from decode_workers.step_batch import NO_PARENT, StepBatch
 from decode_workers.torch_executor import TorchExecutor
 from prefill_workers.torch_engine import TorchPrefillEngine
 from prefill_workers.worker import PrefillWorker
-from tests.cluster.transfer.loopback import receiver_at_work
+from tests.cluster.transfer.loopback import needs_nixl, nixl_endpoint, receiver_at_work
 from tests.tiny_model import tiny_weights
 
 BLOCK = 8
@@ -38,7 +40,7 @@ def rows_of(tokens: list[int], context: int, table: list[int]) -> StepBatch:
     )
 
 
-@pytest.mark.parametrize("transport", ["auto", "grpc"])
+@pytest.mark.parametrize("transport", ["auto", "grpc", pytest.param("nixl", marks=needs_nixl)])
 async def test_decode_from_handed_off_kv_equals_decode_from_its_own(transport: str) -> None:
     engine = TorchPrefillEngine(tiny_weights(1), "model", 64, BLOCK, max_tokens_per_step=24, num_threads=1)
     executor = TorchExecutor(tiny_weights(1), "model", 64, BLOCK, num_threads=1)
@@ -56,7 +58,9 @@ async def test_decode_from_handed_off_kv_equals_decode_from_its_own(transport: s
 
     host, port = await worker.start()
     try:
-        async with receiver_at_work(layout=executor.layout) as receiver:
+        async with contextlib.AsyncExitStack() as stack:
+            nixl = await stack.enter_async_context(nixl_endpoint()) if transport == "nixl" else None
+            receiver = await stack.enter_async_context(receiver_at_work(layout=executor.layout, nixl=nixl))
             async with grpc.aio.insecure_channel(f"{host}:{port}") as channel:
                 # The first turn brings all but the prompt's last token; the second, most of it cached in the
                 # prefill worker by now, brings what a decode worker with 11 cached tokens lacks.
@@ -77,6 +81,7 @@ async def test_decode_from_handed_off_kv_equals_decode_from_its_own(transport: s
                     message = prefill_request_to_proto(request)
                     result = await pb_grpc.PrefillStub(channel).Run(message, timeout=60)
                     assert (committed, aborted) == ([59 - first_token], [])
+                    assert result.transport == ("shared_memory" if transport == "auto" else transport)
                     assert result.cached_tokens == (0 if first_token == 0 else 56)
                     assert result.bytes_sent == (59 - first_token) * engine.layout.bytes_per_token
                     logits = [executor.run(rows_of(prompt[-1:], 59, handed_table)).logits]

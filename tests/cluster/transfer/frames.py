@@ -14,7 +14,9 @@ from cluster.wire import headrace_pb2_grpc as pb_grpc
 Frames = list[pb.HandoffFrame]
 
 
-def header_frame(header: HandoffHeader, offer: pb.SharedMemoryOffer | None = None) -> pb.HandoffFrame:
+def header_frame(
+    header: HandoffHeader, offer: pb.SharedMemoryOffer | None = None, nixl: pb.NixlOffer | None = None
+) -> pb.HandoffFrame:
     return pb.HandoffFrame(
         header=pb.HandoffHeader(
             handoff_id=header.handoff_id,
@@ -23,6 +25,7 @@ def header_frame(header: HandoffHeader, offer: pb.SharedMemoryOffer | None = Non
             first_token=header.first_token,
             num_tokens=header.num_tokens,
             shared_memory=offer,
+            nixl=nixl,
         )
     )
 

@@ -9,12 +9,15 @@ from contextlib import asynccontextmanager
 
 import grpc
 import numpy as np
+import pytest
 
 from cluster.ids import Epoch, HandoffId, WorkerId, new_handoff_id
 from cluster.kv_layout import KvLayout
 from cluster.messages import WorkerAddress
 from cluster.transfer import HandoffError, HandoffHeader, KvChunk
 from cluster.transfer.host_id import host_id
+from cluster.transfer.nixl import installed_package
+from cluster.transfer.nixl_endpoint import NixlEndpoint
 from cluster.transfer.receiver import HandoffReceiver
 from cluster.wire import headrace_pb2_grpc as pb_grpc
 
@@ -139,10 +142,10 @@ def header_of(
 
 @asynccontextmanager
 async def receiver_at_work(
-    progress_timeout_s: float = 10.0, layout: KvLayout = LAYOUT
+    progress_timeout_s: float = 10.0, layout: KvLayout = LAYOUT, nixl: NixlEndpoint | None = None
 ) -> AsyncIterator[ReceiverAtWork]:
     server = grpc.aio.server()
-    receiver = HandoffReceiver(layout, lambda: work.epoch, progress_timeout_s)
+    receiver = HandoffReceiver(layout, lambda: work.epoch, progress_timeout_s, nixl)
     pb_grpc.add_KvReceiverServicer_to_server(receiver, server)
     work = ReceiverAtWork(receiver, server, server.add_insecure_port("127.0.0.1:0"))
     await server.start()
@@ -151,6 +154,21 @@ async def receiver_at_work(
     finally:
         receiver.close()
         await server.stop(None)
+
+
+needs_nixl = pytest.mark.skipif(installed_package() is None, reason="NIXL is not installed: `make nixl`")
+
+
+@asynccontextmanager
+async def nixl_endpoint(
+    num_bytes: int = 2**22, *, read_timeout_s: float = 5.0
+) -> AsyncIterator[NixlEndpoint]:
+    endpoint = NixlEndpoint(num_bytes, read_timeout_s=read_timeout_s)
+    await endpoint.start()
+    try:
+        yield endpoint
+    finally:
+        await endpoint.close()
 
 
 def open_fds() -> int:

@@ -1,7 +1,7 @@
 """A sender as a process of its own: `python -m tests.cluster.transfer.sender_process ADDRESS ID MODE TOKENS`.
 
-Prints the transport that carried the hand-off, or the failure's code. MODE is `shared` or `grpc`; with
-`,hang` it prints `half` after half of the chunks, and waits to be killed.
+Prints the transport that carried the hand-off, or the failure's code. MODE is `shared`, `nixl` or `grpc`;
+with `,hang` it prints `half` after half of the chunks, and waits to be killed.
 """
 
 import asyncio
@@ -12,6 +12,7 @@ from cluster.ids import HandoffId
 from cluster.transfer import HandoffError, KvChunk
 from cluster.transfer.grpc_transport import GrpcKvTransport
 from cluster.transfer.host_id import host_id
+from cluster.transfer.nixl_endpoint import NixlEndpoint
 from tests.cluster.transfer.loopback import chunks_of, header_of, streamed, target_at
 
 
@@ -24,8 +25,11 @@ async def hanging(chunks: list[KvChunk]) -> AsyncIterator[KvChunk]:
 
 async def main(address: str, handoff_id: str, mode: str, num_tokens: int) -> None:
     chunks = chunks_of(0, num_tokens)
+    nixl = NixlEndpoint(2**22) if mode.startswith("nixl") else None
+    if nixl is not None:
+        await nixl.start()
     transport = GrpcKvTransport(
-        own_host_id=host_id(), timeout_s=20, prefer_shared_memory=mode.startswith("shared")
+        own_host_id=host_id(), timeout_s=20, prefer_shared_memory=mode.startswith("shared"), nixl=nixl
     )
     header = header_of(HandoffId(handoff_id), 0, num_tokens)
     source = hanging(chunks) if mode.endswith(",hang") else streamed(chunks)
@@ -36,6 +40,8 @@ async def main(address: str, handoff_id: str, mode: str, num_tokens: int) -> Non
         print(error.code, flush=True)
     finally:
         await transport.close()
+        if nixl is not None:
+            await nixl.close()
 
 
 if __name__ == "__main__":

@@ -303,7 +303,7 @@ async def test_a_receiver_that_says_nothing_times_out_before_and_after_the_paylo
 
 async def test_answers_out_of_turn_are_errors_not_success() -> None:
     header = header_of(HandoffId("kv-a"), FIRST, COUNT)
-    accepted = pb.HandoffReply(accepted=pb.HandoffAccepted())
+    accepted = pb.HandoffReply(accepted=pb.HandoffAccepted(use_shared_memory=True))
     early = pb.HandoffReply(acknowledged=pb.HandoffAcknowledged(num_bytes=header.total_bytes))
     short = pb.HandoffReply(acknowledged=pb.HandoffAcknowledged(num_bytes=1))
     assert await _send_to(_MuteReceiver([early]), header) == "internal"

@@ -29,7 +29,10 @@ async def sender(
         mode,
         str(header.num_tokens),
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join((str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")]))),
+        },
         stdout=asyncio.subprocess.PIPE,
     )
     try:

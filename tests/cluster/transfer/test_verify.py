@@ -37,7 +37,7 @@ def verify(first: int, count: int, pieces: list[Piece], trailer: Trailer | None 
     for i, (layer, start, tokens) in enumerate(pieces):
         place = ChunkPlace(sequence_number=i, layer=layer, first_token=start, num_tokens=tokens)
         data = memoryview(kv_bytes(layer, start, tokens))
-        assert verifier.payload_bytes(place) == len(data)
+        assert verifier.admit(place) == len(data)
         verifier.add(place, data)
         sent.add(data)
     verifier.check_trailer(trailer or sent.trailer(count))
@@ -97,4 +97,4 @@ def test_a_chunk_larger_than_a_message_is_refused_before_its_payload_is_looked_a
     tokens = MAX_CHUNK_BYTES // layout.bytes_per_token_layer + 1
     place = ChunkPlace(sequence_number=0, layer=0, first_token=0, num_tokens=tokens)
     with pytest.raises(HandoffError, match="at most"):
-        HandoffVerifier(layout, 0, tokens).payload_bytes(place)
+        HandoffVerifier(layout, 0, tokens).admit(place)
