@@ -57,7 +57,10 @@ def post(cluster: LocalCluster, **fields: object) -> httpx.Response:
 
 
 def ask(cluster: LocalCluster, **fields: object) -> dict[str, Any]:
-    response = post(cluster, **fields)
+    return checked(post(cluster, **fields))
+
+
+def checked(response: httpx.Response) -> dict[str, Any]:
     assert response.status_code == 200, response.text
     answer: dict[str, Any] = response.json()
     version = answer["catalogue"]["version"]
@@ -215,10 +218,26 @@ def test_a_new_version_replaces_the_old_while_it_is_asked_and_deleted_is_gone(cl
 def test_a_worker_killed_while_it_searches_costs_nothing_but_time(cluster, version):
     undisturbed = items_of(ask(cluster))
     retries = cluster.metrics().total("headrace_retries_total", what="decode")
-    with asked_all_along(cluster) as answered:
-        wait_until(lambda: len(answered()) >= 2)
+    answers: list[dict[str, Any]] = []
+    is_killed = threading.Event()
+
+    def client() -> None:
+        while True:
+            was_killed = is_killed.is_set()
+            response = post(cluster)
+            if was_killed and response.status_code == 503:
+                return  # asked once the worker's lease had ended: refused until there is another
+            answers.append(checked(response))
+            if was_killed:
+                return
+
+    with ThreadPoolExecutor(2) as pool:
+        clients = [pool.submit(client) for _ in range(2)]
+        wait_until(lambda: len(answers) >= 2 or any(one.done() for one in clients))
+        is_killed.set()
         kill_replica(cluster, "DecodeWorker")
-        # No more are asked: once the worker's lease has ended, what is new is refused until there is another.
-    assert all(items_of(answer) == undisturbed for answer in answered())
+        for one in clients:
+            one.result()
+    assert all(items_of(answer) == undisturbed for answer in answers)
     assert cluster.metrics().total("headrace_retries_total", what="decode") > retries
     wait_for_workers(cluster, "decode")
