@@ -92,6 +92,7 @@ class Rig:
         assert self.engine.can_admit(job("as long as the pool", random_tokens(500)))
         assert self.executor.blocks.num_used_blocks == 0
         self.executor.blocks.check()
+        assert self.executor.monitor.violations == []
         assert self.executor.error is None
         last = job("behind them all", random_tokens(5, 99))
         self.engine.admit(last, lambda _: None)
@@ -288,7 +289,6 @@ def test_ranks_let_go_where_the_worker_is_gone(torch_engine) -> None:
         time.sleep(0.01)
     rig.executor.shutdown()
     rig.engine._arena.close()
-    rig.engine._folder.cleanup()
 
 
 def test_a_pool_that_is_smaller_than_asked_for_is_refused(torch_engine, monkeypatch) -> None:
