@@ -11,11 +11,10 @@ Where no word comes, a rank settles an export itself once its lease is over.
 
 import itertools
 import queue
-import tempfile
+import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Protocol
 
 import msgspec
@@ -129,11 +128,10 @@ class ExportEngine:
             max_blocks=2 * num_blocks,
         )
         self._arena = StagingArena(staging_bytes)
-        self._folder = tempfile.TemporaryDirectory(prefix="headrace-ranks-")
         self._heard: queue.SimpleQueue[FromRank | EngineLostError] = queue.SimpleQueue()
-        socket_path = str(Path(self._folder.name) / "ranks")
+        socket_name = f"headrace-ranks-{secrets.token_hex(16)}"
         self._hub = RankHub(
-            socket_path,
+            socket_name,
             self._heard.put,
             lambda who: self._heard.put(EngineLostError(f"{who} has left the engine")),
         )
@@ -148,7 +146,7 @@ class ExportEngine:
         self._lost: EngineLostError | None = None
         """Set: for good."""
         settings = ExportSettings(
-            socket_path=socket_path,
+            socket_name=socket_name,
             staging_path=self._arena.path,
             num_ranks=num_ranks,
             num_layers=layout.num_layers,
@@ -249,7 +247,6 @@ class ExportEngine:
             self._submitter.shutdown()
         self._hub.close()
         self._arena.close()
-        self._folder.cleanup()
 
     def _take_events(self) -> None:
         assert self._submitter is not None
