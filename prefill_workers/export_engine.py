@@ -23,7 +23,7 @@ from cluster.block_changes import BlockChanges
 from cluster.ids import ChainHash, RequestId
 from cluster.kv_layout import KvLayout
 from cluster.transfer import KvChunk
-from prefill_workers.engine import ExportChunk, PrefillDone, PrefillFailed, PrefillJob
+from prefill_workers.engine import ExportChunk, Held, PrefillDone, PrefillFailed, PrefillJob
 from prefill_workers.kv_events import KvEvents
 from prefill_workers.layer_copies import piece_offset
 from prefill_workers.rank_channel import (
@@ -174,6 +174,14 @@ class ExportEngine:
     def free_kv_tokens(self) -> int:
         held = sum(self._layout.num_blocks_for(len(job.job.token_ids)) for job in self._by_number.values())
         return max(self._num_blocks - held, 0) * self._layout.block_size_tokens
+
+    @property
+    def held(self) -> Held:
+        return Held(num_jobs=len(self._by_number), staging_bytes=self._arena.num_bytes_taken)
+
+    @property
+    def total_staging_bytes(self) -> int:
+        return self._arena.num_bytes
 
     @property
     def index_block_tokens(self) -> int:

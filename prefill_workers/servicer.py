@@ -211,10 +211,13 @@ class PrefillServicer(pb_grpc.PrefillServicer):
 
 
 class AdminServicer(pb_grpc.WorkerAdminServicer):
-    def __init__(self, loop: EngineLoop, limits: PrefillLimits, metrics: PrefillMetrics) -> None:
+    def __init__(
+        self, loop: EngineLoop, limits: PrefillLimits, total_staging_bytes: int, metrics: PrefillMetrics
+    ) -> None:
         self._loop = loop
         self._metrics = metrics
         metrics.kv_total_tokens.set(limits.total_kv_tokens)
+        metrics.staging_total_bytes.set(total_staging_bytes)
         self._total_kv_tokens = limits.total_kv_tokens
 
     async def Metrics(  # noqa: N802
@@ -224,6 +227,8 @@ class AdminServicer(pb_grpc.WorkerAdminServicer):
         self._metrics.waiting.set(load.queued_requests)
         self._metrics.running.set(load.running_requests)
         self._metrics.kv_used_tokens.set(self._total_kv_tokens - load.free_kv_tokens)
+        self._metrics.held.set(load.held.num_jobs)
+        self._metrics.staging_used_bytes.set(load.held.staging_bytes)
         return pb.MetricsResponse(text=exposition(self._metrics.registry))
 
 

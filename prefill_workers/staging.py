@@ -40,6 +40,10 @@ class StagingArena:
         """Where other processes of this user open it, as long as this one lives."""
         return f"/proc/{os.getpid()}/fd/{self._fd}"
 
+    @property
+    def num_bytes_taken(self) -> int:
+        return sum(end - start for start, end in self._taken)
+
     def can_take(self, num_bytes: int) -> bool:
         return self._place(num_bytes) is not None
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cluster.block_hash import chain_hashes, chain_salt
-from prefill_workers.engine import PrefillDone, PrefillFailed
+from prefill_workers.engine import Held, PrefillDone, PrefillFailed
 from prefill_workers.torch_engine import TorchPrefillEngine
 from tests.prefill_workers.exports import Exported, job, random_tokens
 from tests.tensorrt import use_double
@@ -89,6 +89,7 @@ class Rig:
         self.until(lambda: not self.engine.has_work())
         self.until(lambda: not self.executor._running and not self.executor._waiting)
         assert self.engine.free_kv_tokens == self.num_blocks * BLOCK
+        assert self.engine.held == Held(num_jobs=0)
         assert self.engine.can_admit(job("as long as the pool", random_tokens(500)))
         assert self.executor.blocks.num_used_blocks == 0
         self.executor.blocks.check()

@@ -602,6 +602,9 @@ async def test_metrics_count_tokens_bytes_and_outcomes() -> None:
             "headrace_prefill_requests_waiting 0.0",
             "headrace_prefill_kv_cache_used_tokens 0.0",
             "headrace_prefill_kv_cache_total_tokens 256.0",
+            "headrace_prefill_requests_held 0.0",
+            "headrace_prefill_staging_used_bytes 0.0",
+            "headrace_prefill_staging_total_bytes 1000.0",
         ):
             assert line in lines
         await r.refused(r.request(HandoffId("kv-unknown")))
@@ -609,6 +612,19 @@ async def test_metrics_count_tokens_bytes_and_outcomes() -> None:
         lines = await _metrics(r)
         assert 'headrace_handoffs_sent_total{outcome="not_found"} 1.0' in lines
         assert 'headrace_handoffs_sent_total{outcome="invalid_argument"} 1.0' in lines
+
+
+async def test_metrics_say_what_is_held() -> None:
+    """Of engines: until they have let go of a prompt, which may be behind its hand-off."""
+    async with rig() as r:
+        held = Held(r.engine, num_free_steps=1)
+        running = asyncio.create_task(r.run(r.expect()[0]))
+        await held.wait_reached()
+        lines = await _metrics(r)
+        assert "headrace_prefill_requests_held 1.0" in lines
+        assert "headrace_prefill_staging_used_bytes 10.0" in lines
+        held.may_go_on.set()
+        await running
 
 
 async def _metrics(r: Rig) -> list[str]:
