@@ -112,13 +112,17 @@ def test_tokens_are_the_oracles_by_the_hop_and_without(served: Served) -> None:
     cluster = served.cluster
     assert "prefill tensorrt" in str(cluster.state()["execution"])
     requests = [greedy(cluster.model, prompt.token_ids, NUM_TOKENS) for prompt in served.prompts]
-    before = served.outcomes().get("acknowledged", 0)
+    before = committed(cluster)
     for hop in ("never", "always"):
         answers = generate_all(cluster.grpc_address, requests, AT_ONCE, served.metadata(hop))
         expected = [prompt.expected for prompt in served.prompts]
         assert [answer.token_ids for answer in answers] == expected, f"hop {hop}"
-    assert served.outcomes()["acknowledged"] - before == len(requests)
+    assert committed(cluster) - before == len(requests)
     wait_until_nothing_is_held(cluster, served.log)
+
+
+def committed(cluster: LocalCluster) -> float:
+    return cluster.metrics().total("headrace_handoffs_received_total", outcome="committed")
 
 
 async def test_its_prefix_cache_is_in_the_placement_index(served: Served) -> None:
@@ -248,7 +252,10 @@ def test_a_decode_worker_killed_amid_hand_offs(served: Served) -> None:
             decode.kill()
         wait_for_workers(served.cluster, "decode")
         clients.go_on()
-    assert served.outcomes()["unreachable"] - before.get("unreachable", 0) >= 4
+    after = served.outcomes()
+    # By whoever notices first: the prefill worker, or the router.
+    gone = [after.get(outcome, 0) - before.get(outcome, 0) for outcome in ("unreachable", "client_gone")]
+    assert sum(gone) >= 4
     wait_until_gone(served, belongings)
 
 
@@ -338,22 +345,26 @@ async def test_receivers_that_refuse_vanish_and_say_nothing(served: Served) -> N
                 await asyncio.gather(*(is_refused(outcome) for outcome in targets for _ in range(4)))
         await asyncio.to_thread(clients.go_on)
     after = served.outcomes()
-    assert {outcome: after[outcome] - before.get(outcome, 0) for outcome in targets} == dict.fromkeys(
-        targets, 4
-    )
+    # The cluster's router may leave too: where it has all tokens before the acknowledgement is read.
+    assert all(after[outcome] - before.get(outcome, 0) >= 4 for outcome in targets)
 
 
 @contextlib.asynccontextmanager
 async def listener(*, is_silent: bool) -> AsyncIterator[str]:
     """Takes connections, and says nothing or breaks them once it was told something; its address."""
 
+    writers: list[asyncio.StreamWriter] = []
+
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(1)
         if is_silent:
-            await reader.read()
-        writer.transport.abort()
+            writers.append(writer)
+        else:
+            writer.transport.abort()
 
     server = await asyncio.start_server(connected, "127.0.0.1", 0)
     host, port = server.sockets[0].getsockname()
     yield f"{host}:{port}"
     server.close()
+    for writer in writers:
+        writer.transport.abort()
