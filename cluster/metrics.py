@@ -93,6 +93,9 @@ class DecodeMetrics:
         self.handoffs = Counter(
             "headrace_handoffs_received", "Hand-offs, by outcome", ["outcome"], registry=r
         )
+        self.handoffs_receiving = Gauge(
+            "headrace_handoffs_receiving", "Hand-offs waited for or being received", registry=r
+        )
         self.handoff_bytes = Counter("headrace_handoff_received_bytes", "KV bytes committed", registry=r)
 
     def count_draft(self, num_nodes: int, num_accepted: int, num_emitted: int) -> None:
@@ -115,6 +118,21 @@ class PrefillMetrics:
         )
         self.kv_total_tokens = Gauge(
             "headrace_prefill_kv_cache_total_tokens", "KV slots of the pool", registry=r
+        )
+        self.held = Gauge(
+            "headrace_prefill_requests_held",
+            "Prompts whose KV is held: admitted, and not let go of by all that copy it",
+            registry=r,
+        )
+        self.staging_used_bytes = Gauge(
+            "headrace_prefill_staging_used_bytes",
+            "Memory that prompts hold of what the engine's KV passes through on its way out",
+            registry=r,
+        )
+        self.staging_total_bytes = Gauge(
+            "headrace_prefill_staging_total_bytes",
+            "All of that memory; 0 of an engine that has none",
+            registry=r,
         )
         self.computed_tokens = Counter("headrace_prefill_tokens", "Prompt tokens computed", registry=r)
         self.cached_tokens = Counter(

@@ -18,6 +18,10 @@ class Regions:
     def num_taken(self) -> int:
         return len(self._taken)
 
+    @property
+    def num_bytes_taken(self) -> int:
+        return sum(end - start for start, end in self._taken)
+
     def find(self, num_bytes: int) -> int | None:
         """Where the next region of so many bytes would start; None: there is no room."""
         region_bytes, start = _region_bytes(num_bytes), 0

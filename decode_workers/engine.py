@@ -95,7 +95,7 @@ class DecodeEngine:
         )
         self.roster = Roster(
             self.kv,
-            Handoffs(handoffs, executor, inbox.post, self.metrics.handoffs, self.metrics.handoff_bytes),
+            Handoffs(handoffs, executor, inbox.post, self.metrics),
             Intake(tokenizer, card.eos_token_ids, limits, executor.layout.fingerprint),
             config,
             self.metrics,

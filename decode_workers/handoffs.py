@@ -4,10 +4,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-from prometheus_client import Counter
-
 from cluster.ids import HandoffId
 from cluster.messages import HandoffCancelState
+from cluster.metrics import DecodeMetrics
 from cluster.transfer import HandoffError, HandoffSink
 from cluster.transfer.ledger import DuplicateHandoffError
 from decode_workers.executor import StepExecutor
@@ -40,14 +39,12 @@ class Handoffs:
         port: HandoffPort,
         executor: StepExecutor,
         post: Callable[[Call], None],
-        outcomes: Counter,
-        committed_bytes: Counter,
+        metrics: DecodeMetrics,
     ) -> None:
         self._port = port
         self._executor = executor
         self._post = post
-        self._outcomes = outcomes
-        self._committed_bytes = committed_bytes
+        self._metrics = metrics
         self._waiting: dict[HandoffId, Sequence] = {}
 
     def expect(self, sequence: Sequence, handoff_id: HandoffId, listener: HandoffListener) -> None:
@@ -65,22 +62,28 @@ class Handoffs:
         num_tokens = sequence.num_prompt - 1 - sequence.committed
         self._port.expect(handoff_id, sequence.committed, num_tokens, sink)
         self._waiting[handoff_id] = sequence
+        self._metrics.handoffs_receiving.set(len(self._waiting))
 
     def withdraw(self, handoff_id: HandoffId) -> None:
         """Nothing is written to the sequence's blocks once this returns. A no-op for an ended hand-off."""
-        if self._waiting.pop(handoff_id, None) is not None:
+        if self._ended(handoff_id, "withdrawn") is not None:
             self._port.cancel(handoff_id)
-            self._outcomes.labels(outcome="withdrawn").inc()
 
     def _committed(self, handoff_id: HandoffId, num_tokens: int, listener: HandoffListener) -> None:
-        sequence = self._waiting.pop(handoff_id, None)
+        sequence = self._ended(handoff_id, "committed")
         if sequence is not None:
-            self._outcomes.labels(outcome="committed").inc()
-            self._committed_bytes.inc(num_tokens * self._executor.layout.bytes_per_token)
+            self._metrics.handoff_bytes.inc(num_tokens * self._executor.layout.bytes_per_token)
             listener.on_handoff_committed(sequence, num_tokens)
 
     def _failed(self, handoff_id: HandoffId, error: HandoffError, listener: HandoffListener) -> None:
+        sequence = self._ended(handoff_id, error.code)
+        if sequence is not None:
+            listener.on_handoff_failed(sequence, handoff_id, error)
+
+    def _ended(self, handoff_id: HandoffId, outcome: str) -> Sequence | None:
+        """None: it ended before."""
         sequence = self._waiting.pop(handoff_id, None)
         if sequence is not None:
-            self._outcomes.labels(outcome=error.code).inc()
-            listener.on_handoff_failed(sequence, handoff_id, error)
+            self._metrics.handoffs.labels(outcome=outcome).inc()
+            self._metrics.handoffs_receiving.set(len(self._waiting))
+        return sequence

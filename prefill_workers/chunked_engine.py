@@ -25,7 +25,7 @@ from cluster.block_pool import BlockPool
 from cluster.ids import ChainHash, RequestId
 from cluster.kv_layout import KvLayout
 from cluster.transfer import KvChunk
-from prefill_workers.engine import ExportChunk, PrefillDone, PrefillJob
+from prefill_workers.engine import ExportChunk, Held, PrefillDone, PrefillJob
 
 SlotArray = npt.NDArray[np.int64]
 
@@ -106,6 +106,14 @@ class ChunkedPrefillEngine:
     @property
     def free_kv_tokens(self) -> int:
         return self._pool.num_free_blocks * self._layout.block_size_tokens
+
+    @property
+    def held(self) -> Held:
+        return Held(num_jobs=len(self._running))
+
+    @property
+    def total_staging_bytes(self) -> int:
+        return 0
 
     @property
     def index_block_tokens(self) -> int:

@@ -32,6 +32,15 @@ class PrefillFailed(msgspec.Struct, frozen=True, kw_only=True):
     message: str
 
 
+class Held(msgspec.Struct, frozen=True, kw_only=True):
+    """What jobs keep an engine from using otherwise; none and 0 where nothing is under way."""
+
+    num_jobs: int
+    """Admitted, and still read by somebody: also behind `release`, while copies of an engine's ranks end."""
+    staging_bytes: int = 0
+    """Of the host memory that KV passes through on its way out."""
+
+
 ExportChunk = Callable[[KvChunk], None]
 """Called from the engine's thread with each finished layer of each chunk of tokens, in order of
 computation; the chunk's memory stays valid until the job is released."""
@@ -65,6 +74,14 @@ class PrefillEngine(Protocol):
 
     @property
     def free_kv_tokens(self) -> int: ...
+
+    @property
+    def held(self) -> Held: ...
+
+    @property
+    def total_staging_bytes(self) -> int:
+        """0: an engine without staging memory."""
+        ...
 
     @property
     def index_block_tokens(self) -> int:

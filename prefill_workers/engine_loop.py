@@ -20,7 +20,7 @@ from cluster.ids import HandoffId, RequestId
 from cluster.messages import Record, StepCost
 from cluster.metrics import PrefillMetrics
 from prefill_workers.batcher import PrefillQueue
-from prefill_workers.engine import PrefillDone, PrefillEngine, PrefillFailed, PrefillJob
+from prefill_workers.engine import Held, PrefillDone, PrefillEngine, PrefillFailed, PrefillJob
 from prefill_workers.kv_export import KvExport
 from prefill_workers.step_table import measure_step_table
 
@@ -45,6 +45,7 @@ class EngineLoad(Record, frozen=True, kw_only=True):
     running_requests: int
     queued_tokens: int
     free_kv_tokens: int
+    held: Held
 
 
 class Ticket:
@@ -81,7 +82,7 @@ class EngineLoop:
         self._to_release: list[Ticket] = []
         self._is_stopping = False
         self._error: BaseException | None = None
-        self._free_kv_tokens = 0
+        self._free_kv_tokens, self._held = 0, Held(num_jobs=0)
         # All below is the engine thread's own.
         self._admitted: dict[RequestId, Ticket] = {}
         self._computing: dict[RequestId, Ticket] = {}
@@ -136,6 +137,7 @@ class EngineLoop:
                 running_requests=len(running),
                 queued_tokens=self._queue.num_tokens + sum(t.export.num_tokens_missing for t in running),
                 free_kv_tokens=self._free_kv_tokens,
+                held=self._held,
             )
 
     def is_healthy(self) -> bool:
@@ -264,9 +266,9 @@ class EngineLoop:
         self._computing.clear()
 
     def _publish(self) -> None:
-        free_kv_tokens = self._engine.free_kv_tokens
+        free_kv_tokens, held = self._engine.free_kv_tokens, self._engine.held
         with self._changed:
-            self._free_kv_tokens = free_kv_tokens
+            self._free_kv_tokens, self._held = free_kv_tokens, held
 
     def _end(self, error: BaseException | None) -> None:
         with self._changed:

@@ -12,11 +12,10 @@ Where no word comes, a rank settles an export itself once its lease is over.
 import itertools
 import logging
 import queue
-import tempfile
+import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Protocol
 
 import msgspec
@@ -25,7 +24,7 @@ from cluster.block_changes import BlockChanges
 from cluster.ids import ChainHash, RequestId
 from cluster.kv_layout import KvLayout
 from cluster.transfer import KvChunk
-from prefill_workers.engine import ExportChunk, PrefillDone, PrefillFailed, PrefillJob
+from prefill_workers.engine import ExportChunk, Held, PrefillDone, PrefillFailed, PrefillJob
 from prefill_workers.kv_events import KvEvents
 from prefill_workers.piece_copier import piece_offset
 from prefill_workers.rank_channel import (
@@ -132,11 +131,10 @@ class ExportEngine:
             max_blocks=2 * num_blocks,
         )
         self._arena = StagingArena(staging_bytes)
-        self._folder = tempfile.TemporaryDirectory(prefix="headrace-ranks-")
         self._heard: queue.SimpleQueue[FromRank | EngineLostError] = queue.SimpleQueue()
-        socket_path = str(Path(self._folder.name) / "ranks")
+        socket_name = f"headrace-ranks-{secrets.token_hex(16)}"
         self._hub = RankHub(
-            socket_path,
+            socket_name,
             self._heard.put,
             lambda who: self._heard.put(EngineLostError(f"{who} has left the engine")),
         )
@@ -151,7 +149,7 @@ class ExportEngine:
         self._lost: EngineLostError | None = None
         """Set: for good."""
         settings = ExportSettings(
-            socket_path=socket_path,
+            socket_name=socket_name,
             staging_path=self._arena.path,
             num_ranks=num_ranks,
             num_layers=layout.num_layers,
@@ -180,6 +178,14 @@ class ExportEngine:
     def free_kv_tokens(self) -> int:
         held = sum(self._layout.num_blocks_for(len(job.job.token_ids)) for job in self._by_number.values())
         return max(self._num_blocks - held, 0) * self._layout.block_size_tokens
+
+    @property
+    def held(self) -> Held:
+        return Held(num_jobs=len(self._by_number), staging_bytes=self._arena.num_bytes_taken)
+
+    @property
+    def total_staging_bytes(self) -> int:
+        return self._arena.num_bytes
 
     @property
     def index_block_tokens(self) -> int:
@@ -253,7 +259,6 @@ class ExportEngine:
             self._submitter.shutdown()
         self._hub.close()
         self._arena.close()
-        self._folder.cleanup()
 
     def _take_events(self) -> None:
         assert self._submitter is not None

@@ -1,14 +1,16 @@
 """What the prefill worker and the ranks of its TensorRT-LLM engine tell each other, by a Unix socket.
 
 The ranks are processes that TensorRT-LLM starts; they hear of the socket by the arguments that it hands to
-them. Every message is one packet, so none comes in part. Where the worker dies, its ranks read an end of
-file, and copy nothing more for it.
+them. It has a name but no file (Linux's abstract sockets), so a worker that is killed leaves nothing behind.
+Every message is one packet, so none comes in part. Where the worker dies, its ranks read an end of file, and
+copy nothing more for it.
 """
 
 import contextlib
 import os
 import selectors
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +24,8 @@ _VARIABLE = "TRTLLM_HEADRACE_EXPORT"
 _MAX_MESSAGE_BYTES = 65536
 _SEND_TIMEOUT_S = 5.0
 _LEASE_PERIOD_S = 0.5
+_CREDENTIALS = struct.Struct("iII")
+"""Process, user, group."""
 
 
 class ExportSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,7 +35,8 @@ class ExportSettings(msgspec.Struct, frozen=True, kw_only=True):
     the engine's arguments: ranks are spawned with an environment that is older than this process's.
     """
 
-    socket_path: str
+    socket_name: str
+    """Of the same network namespace."""
     staging_path: str
     num_ranks: int
     num_layers: int
@@ -145,13 +150,13 @@ _ENCODER = msgspec.msgpack.Encoder()
 class RankHub:
     """The prefill worker's end. One thread reads what all ranks say; `tell` may be called from any."""
 
-    def __init__(self, path: str, told: Callable[[FromRank], None], lost: Callable[[str], None]) -> None:
-        """`told` gets every message but Hello, `lost` why a rank is gone: both from the hub's thread."""
+    def __init__(self, name: str, told: Callable[[FromRank], None], lost: Callable[[str], None]) -> None:
+        """`name` is its socket's. `told` gets every message but Hello, `lost` why a rank is gone: both from
+        the hub's thread."""
         self._told = told
         self._lost = lost
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listener.bind(path)
-        os.chmod(path, 0o600)
+        self._listener.bind(_abstract(name))
         self._listener.listen(128)
         self._changed = threading.Condition()
         self._members: dict[socket.socket, Hello | None] = {}
@@ -207,6 +212,9 @@ class RankHub:
                 for key, _ in selector.select():
                     if key.fileobj is self._listener:
                         member, _ = self._listener.accept()
+                        if not _is_own_user(member):
+                            member.close()
+                            continue
                         member.settimeout(_SEND_TIMEOUT_S)
                         with self._changed:
                             self._members[member] = None
@@ -259,9 +267,10 @@ class RankClient:
         self._lease_ends: dict[int, float] = {}
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            self._socket.connect(settings.socket_path)
+            self._socket.connect(_abstract(settings.socket_name))
         except OSError as error:
-            raise ChannelError(f"the prefill worker is gone: {settings.socket_path}: {error}") from error
+            self._socket.close()
+            raise ChannelError(f"the prefill worker is gone: {settings.socket_name}: {error}") from error
         self.tell(hello)
         self._thread = threading.Thread(target=self._read_all, name="rank-client", daemon=True)
         self._thread.start()
@@ -321,3 +330,14 @@ class RankClient:
         # Of one that is not known, too: whoever settles waits to hear that it is released.
         if self._on_settled is not None:
             self._on_settled(number)
+
+
+def _abstract(name: str) -> str:
+    return f"\0{name}"
+
+
+def _is_own_user(peer: socket.socket) -> bool:
+    """Such a socket has no permissions: whoever reads its name may connect."""
+    credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    _, user_id, _ = _CREDENTIALS.unpack(credentials)
+    return bool(user_id == os.geteuid())

@@ -13,7 +13,7 @@ from cluster.kv_layout import KvLayout
 from cluster.messages import HandoffCancelState, PrefillRequest, PrefillResult, Record
 from cluster.metrics import PrefillMetrics, exposition
 from cluster.timeline import Stage, Timeline
-from cluster.transfer import HANDOFF_CODE_KEY, HandoffError, HandoffHeader, KvTransport
+from cluster.transfer import HANDOFF_CODE_KEY, HandoffError, HandoffHeader, HandoffReceipt, KvTransport
 from cluster.wire import headrace_pb2 as pb
 from cluster.wire import headrace_pb2_grpc as pb_grpc
 from cluster.wire.conversions import prefill_request_from_proto, prefill_result_to_proto
@@ -56,17 +56,23 @@ def answer_of(error: Exception) -> Answer:
 
 
 class _Run:
-    """One `Run` in progress: what `Cancel` needs of it."""
+    """One `Run` in progress: what `Cancel` needs of it, and the metrics."""
 
-    def __init__(self, deadline_unix_ns: int | None) -> None:
-        seconds = None if deadline_unix_ns is None else (deadline_unix_ns - time.time_ns()) / 1e9
-        self.limit = asyncio.timeout(seconds)
+    def __init__(self) -> None:
         self.is_cancelled = False
+        self.is_acknowledged = False
+        """The hand-off is over, however its `Run` ends: a router that has its tokens already leaves."""
+        self._limit = asyncio.timeout(None)
+
+    def until(self, deadline_unix_ns: int | None) -> asyncio.Timeout:
+        seconds = None if deadline_unix_ns is None else (deadline_unix_ns - time.time_ns()) / 1e9
+        self._limit = asyncio.timeout(seconds)
+        return self._limit
 
     def cancel(self) -> None:
         self.is_cancelled = True
         with contextlib.suppress(RuntimeError):  # it ended in this very turn of the loop
-            self.limit.reschedule(asyncio.get_running_loop().time())
+            self._limit.reschedule(asyncio.get_running_loop().time())
 
     def refusal(self) -> PrefillRefusedError:
         """Why the limit expired."""
@@ -99,20 +105,28 @@ class PrefillServicer(pb_grpc.PrefillServicer):
         self._finished: OrderedDict[HandoffId, None] = OrderedDict()
 
     async def Run(self, message: pb.PrefillRequest, context: RunContext) -> pb.PrefillResult:  # noqa: N802
+        run = _Run()
         try:
-            result = await self._run(prefill_request_from_proto(message))
+            result = await self._run(prefill_request_from_proto(message), run)
         except (HandoffError, PrefillRefusedError, QueueFullError, EngineStoppedError, *JOB_ERRORS) as error:
             logger.info("prefill of %s: %s", message.request_id, error)
             answer = answer_of(error)
-            self._metrics.handoffs.labels(outcome=answer.outcome).inc()
+            self._count_failure(run, answer.outcome)
             trailing = ((HANDOFF_CODE_KEY, answer.outcome),) if isinstance(error, HandoffError) else ()
             await context.abort(answer.status, str(error), trailing)
         except asyncio.CancelledError:
-            self._metrics.handoffs.labels(outcome="client_gone").inc()
+            self._count_failure(run, "client_gone")
             raise
-        self._metrics.handoffs.labels(outcome="acknowledged").inc()
-        self._metrics.handoff_bytes.labels(transport=result.transport).inc(result.bytes_sent)
         return prefill_result_to_proto(result)
+
+    def _count_failure(self, run: _Run, outcome: str) -> None:
+        if not run.is_acknowledged:
+            self._metrics.handoffs.labels(outcome=outcome).inc()
+
+    def _count_acknowledged(self, run: _Run, receipt: HandoffReceipt) -> None:
+        run.is_acknowledged = True
+        self._metrics.handoffs.labels(outcome="acknowledged").inc()
+        self._metrics.handoff_bytes.labels(transport=receipt.transport).inc(receipt.bytes_sent)
 
     async def Cancel(  # noqa: N802
         self, message: pb.CancelHandoffRequest, _context: CancelContext
@@ -121,8 +135,8 @@ class PrefillServicer(pb_grpc.PrefillServicer):
 
     def _cancel(self, handoff_id: HandoffId) -> HandoffCancelState:
         run = self._runs.get(handoff_id)
-        if run is None:
-            is_complete = handoff_id in self._finished
+        if run is None or run.is_acknowledged:
+            is_complete = run is not None or handoff_id in self._finished
             return HandoffCancelState.ALREADY_COMPLETE if is_complete else HandoffCancelState.NOT_FOUND
         was_queued = self._loop.is_queued(handoff_id)
         run.cancel()
@@ -144,7 +158,7 @@ class PrefillServicer(pb_grpc.PrefillServicer):
         if self._is_stopping and not self._runs:
             self._all_ended.set()
 
-    async def _run(self, request: PrefillRequest) -> PrefillResult:
+    async def _run(self, request: PrefillRequest, run: _Run) -> PrefillResult:
         if self._is_stopping:
             raise EngineStoppedError("the prefill worker is stopping")
         check_request(request, self._limits, time.time_ns())
@@ -154,10 +168,10 @@ class PrefillServicer(pb_grpc.PrefillServicer):
                 grpc.StatusCode.ALREADY_EXISTS, f"handoff_id {handoff_id} is being computed already"
             )
         ticket = self._ticket(request)
-        run = self._runs[handoff_id] = _Run(request.deadline_unix_ns)
+        self._runs[handoff_id] = run
         try:
-            async with run.limit:
-                result = await self._compute_and_send(request, ticket)
+            async with run.until(request.deadline_unix_ns):
+                result = await self._compute_and_send(request, ticket, run)
         except TimeoutError:
             raise run.refusal() from None
         finally:
@@ -167,7 +181,7 @@ class PrefillServicer(pb_grpc.PrefillServicer):
         self._remember(handoff_id)
         return result
 
-    async def _compute_and_send(self, request: PrefillRequest, ticket: Ticket) -> PrefillResult:
+    async def _compute_and_send(self, request: PrefillRequest, ticket: Ticket, run: _Run) -> PrefillResult:
         timeline = Timeline()
         self._loop.submit(ticket, request.deadline_unix_ns)
         await asyncio.wrap_future(ticket.admitted)
@@ -176,6 +190,7 @@ class PrefillServicer(pb_grpc.PrefillServicer):
         try:
             header = _header_of(request, ticket.export.total_bytes)
             receipt = await self._transport.send(request.target, header, ticket.export.chunks())
+            self._count_acknowledged(run, receipt)
             cached_tokens = await _cached_tokens(computed)
         finally:
             computed.cancel()
@@ -211,10 +226,13 @@ class PrefillServicer(pb_grpc.PrefillServicer):
 
 
 class AdminServicer(pb_grpc.WorkerAdminServicer):
-    def __init__(self, loop: EngineLoop, limits: PrefillLimits, metrics: PrefillMetrics) -> None:
+    def __init__(
+        self, loop: EngineLoop, limits: PrefillLimits, total_staging_bytes: int, metrics: PrefillMetrics
+    ) -> None:
         self._loop = loop
         self._metrics = metrics
         metrics.kv_total_tokens.set(limits.total_kv_tokens)
+        metrics.staging_total_bytes.set(total_staging_bytes)
         self._total_kv_tokens = limits.total_kv_tokens
 
     async def Metrics(  # noqa: N802
@@ -224,6 +242,8 @@ class AdminServicer(pb_grpc.WorkerAdminServicer):
         self._metrics.waiting.set(load.queued_requests)
         self._metrics.running.set(load.running_requests)
         self._metrics.kv_used_tokens.set(self._total_kv_tokens - load.free_kv_tokens)
+        self._metrics.held.set(load.held.num_jobs)
+        self._metrics.staging_used_bytes.set(load.held.staging_bytes)
         return pb.MetricsResponse(text=exposition(self._metrics.registry))
 
 

@@ -38,6 +38,10 @@ class StagingArena:
         """Where other processes of this user open it, as long as this one lives."""
         return f"/proc/{os.getpid()}/fd/{self._fd}"
 
+    @property
+    def num_bytes_taken(self) -> int:
+        return self._regions.num_bytes_taken
+
     def can_take(self, num_bytes: int) -> bool:
         return self._regions.find(num_bytes) is not None
 

@@ -52,6 +52,16 @@ def _measure(engine: PrefillEngine, num_tokens: int, vocab_size: int, name: str)
         raise RuntimeError(f"{num_tokens} tokens were not computed in {MAX_STEPS_PER_SIZE} steps")
     finally:
         engine.release(job.request_id)
+        _let_go(engine)
+
+
+def _let_go(engine: PrefillEngine) -> None:
+    """What was released may have an end: until then it takes room from the next one, and from the pool."""
+    for _ in range(MAX_STEPS_PER_SIZE):
+        if not engine.has_work():
+            return
+        engine.step()
+    raise RuntimeError(f"a prompt was not let go of in {MAX_STEPS_PER_SIZE} steps")
 
 
 def _discard(_chunk: KvChunk) -> None:

@@ -167,7 +167,8 @@ class PrefillWorker:
             self._loop, self._engine.layout, limits, transport, self._transfer.chunk_bytes, self._metrics
         )
         pb_grpc.add_PrefillServicer_to_server(self._prefill, server)
-        pb_grpc.add_WorkerAdminServicer_to_server(AdminServicer(self._loop, limits, self._metrics), server)
+        admin = AdminServicer(self._loop, limits, self._engine.total_staging_bytes, self._metrics)
+        pb_grpc.add_WorkerAdminServicer_to_server(admin, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)

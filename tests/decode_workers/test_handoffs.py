@@ -29,6 +29,10 @@ def push(rig: EngineRig, handoff_id: HandoffId, prompt: list[int] = PROMPT) -> N
             sink.write(KvChunk(layer=0, first_token=start, num_tokens=end - start, data=data))
 
 
+def num_receiving(rig: EngineRig) -> float | None:
+    return rig.engine.metrics.registry.get_sample_value("headrace_handoffs_receiving")
+
+
 def test_tokens_follow_a_committed_handoff() -> None:
     rig = EngineRig()
     rig.submit(handed_off())
@@ -37,8 +41,10 @@ def test_tokens_follow_a_committed_handoff() -> None:
     push(rig, KV_1)
     rig.run()
     assert rig.tokens("a") == []
+    assert num_receiving(rig) == 1
     rig.handoffs.sinks[KV_1].commit(13)
     rig.run()
+    assert num_receiving(rig) == 0
     assert rig.tokens("a") == expected_tokens(PROMPT, SAMPLING)
     assert sum(batch.num_rows for batch in rig.executor.batches) == 6, "the prompt's last token and five more"
     stamps = rig.finished("a").stamps_ns
@@ -100,6 +106,7 @@ def test_a_failed_handoff_keeps_its_reservation_for_a_retry() -> None:
     rig.submit(handed_off())
     rig.step()
     used = rig.used_tokens
+    assert num_receiving(rig) == 1
     rig.executor.kv[:] = 0xBAD  # whatever the broken hand-off left
     rig.handoffs.sinks[KV_1].abort(HandoffError("checksum_mismatch", "expected 1, got 2"))
     rig.step()
@@ -108,6 +115,7 @@ def test_a_failed_handoff_keeps_its_reservation_for_a_retry() -> None:
     assert failure.handoff_id == KV_1
     assert "checksum_mismatch" in failure.message
     assert rig.used_tokens == used
+    assert num_receiving(rig) == 0
     rig.engine.roster.retry_handoff(A, KV_2)
     assert rig.step() == [Reserved(request_id=A, handoff_id=KV_2, first_token=0)]
     push(rig, KV_2)
@@ -149,6 +157,7 @@ def test_an_end_while_waiting_withdraws_the_handoff_and_frees(how: str) -> None:
     deadline = rig.clock.now_ns + 500
     rig.submit(handed_off(deadline_unix_ns=deadline))
     rig.step()
+    assert num_receiving(rig) == 1
     if how == "cancel":
         rig.engine.roster.cancel(A)
     rig.clock.now_ns = deadline
@@ -156,6 +165,7 @@ def test_an_end_while_waiting_withdraws_the_handoff_and_frees(how: str) -> None:
     assert rig.reason("a") is (FinishReason.CANCELLED if how == "cancel" else FinishReason.DEADLINE)
     assert rig.handoffs.cancelled == [KV_1]
     assert rig.used_tokens == 0
+    assert num_receiving(rig) == 0
 
 
 def test_a_commit_that_crosses_a_cancel_is_ignored() -> None:

@@ -1,8 +1,9 @@
 """Token ids through the cluster's gRPC API, alone or several at a time."""
 
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grpc
 
@@ -50,3 +51,35 @@ def greedy(model: str, prompt: Sequence[int], max_tokens: int) -> pb.InferenceRe
     return pb.InferenceRequest(
         model=model, token_ids=pb.TokenIds(ids=prompt), max_tokens=max_tokens, temperature=0, ignore_eos=True
     )
+
+
+def generate_and_leave(
+    address: str,
+    request: pb.InferenceRequest,
+    metadata: Sequence[tuple[str, str]] = (),
+    *,
+    after_s: float | None = None,
+    at_token: int | None = None,
+) -> Completion:
+    """As `generate`, by a client that cancels its call then. `finish_reason`: empty where the call was not
+    over by then."""
+    with grpc.insecure_channel(address) as channel:
+        call = InferenceStub(channel).Generate(request, metadata=tuple(metadata), timeout=240)
+        timer = threading.Timer(after_s or 0.0, call.cancel)
+        if after_s is not None:
+            timer.start()
+        answer = Completion([], "", "", 0)
+        try:
+            for response in call:
+                assert response.first_index == len(answer.token_ids)
+                answer.token_ids.extend([token.token_id for token in response.tokens])
+                if response.finish_reason:
+                    answer = replace(answer, finish_reason=response.finish_reason)
+                elif at_token is not None and len(answer.token_ids) >= at_token:
+                    call.cancel()
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.CANCELLED:
+                raise
+        finally:
+            timer.cancel()
+    return answer

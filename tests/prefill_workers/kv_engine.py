@@ -9,7 +9,7 @@ from cluster.block_changes import BlockChanges
 from cluster.ids import ChainHash, RequestId
 from cluster.kv_layout import KvLayout
 from cluster.transfer import KvChunk
-from prefill_workers.engine import ExportChunk, PrefillDone, PrefillJob
+from prefill_workers.engine import ExportChunk, Held, PrefillDone, PrefillJob
 
 LAYOUT = KvLayout(
     model_fingerprint="kv-engine",
@@ -74,6 +74,14 @@ class KvEngine:
     def free_kv_tokens(self) -> int:
         held = sum(len(running.job.token_ids) for running in self.jobs.values())
         return self.total_kv_tokens - held
+
+    @property
+    def held(self) -> Held:
+        return Held(num_jobs=len(self.jobs), staging_bytes=10 * len(self.jobs))
+
+    @property
+    def total_staging_bytes(self) -> int:
+        return 1000
 
     def has_work(self) -> bool:
         return any(not running.is_finished for running in self.jobs.values())

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cluster.block_pool import OutOfBlocksError
 from cluster.ids import RequestId
-from prefill_workers.engine import PrefillEngine
+from prefill_workers.engine import Held, PrefillEngine
 from prefill_workers.megakernel_engine import MegaKernelPrefillEngine
 from prefill_workers.torch_engine import TorchPrefillEngine
 from tests.prefill_workers.exports import Exported, job, random_tokens, run
@@ -120,6 +120,7 @@ def test_blocks_are_held_until_release_and_out_of_blocks_is_an_answer(make_engin
     ignored = Exported(prefill.layout)
     run(prefill, job("a", random_tokens(100, 1)), is_released=False)
     assert prefill.free_kv_tokens == 3 * BLOCK
+    assert prefill.held == Held(num_jobs=1)
     big = job("b", random_tokens(80, 2))
     assert not prefill.can_admit(big)
     with pytest.raises(OutOfBlocksError):
@@ -130,6 +131,7 @@ def test_blocks_are_held_until_release_and_out_of_blocks_is_an_answer(make_engin
     assert prefill.can_admit(job("d", shares_six_blocks))
     prefill.release(RequestId("a"))
     assert prefill.free_kv_tokens == 10 * BLOCK
+    assert prefill.held == Held(num_jobs=0)
     assert prefill.can_admit(big)
 
 

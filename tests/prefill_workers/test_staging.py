@@ -48,6 +48,11 @@ class Regions(RuleBasedStateMachine):
         for start, (num_bytes, number) in self.taken.items():
             assert bytes(self.arena.view(start, num_bytes)) == bytes([number]) * num_bytes
 
+    @invariant()
+    def whole_pages_are_taken(self) -> None:
+        pages = sum(max(1, -(-num_bytes // PAGE)) for num_bytes, _ in self.taken.values())
+        assert self.arena.num_bytes_taken == pages * PAGE
+
     def teardown(self) -> None:
         self.arena.close()
 

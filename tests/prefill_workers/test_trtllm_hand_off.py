@@ -139,6 +139,7 @@ async def test_what_arrives_decodes_as_if_computed_there(num_ranks: int, transpo
         assert await asyncio.to_thread(rig.executor.is_idle_within, 20)
         assert rig.executor.blocks.num_used_blocks == 0
         rig.executor.blocks.check()
+        assert rig.executor.monitor.violations == []
         assert worker.status().running_requests == 0
         assert worker.is_healthy()
     finally:

@@ -20,6 +20,7 @@ from cluster.transfer import HANDOFF_CODE_KEY
 from cluster.wire import headrace_pb2 as pb
 from cluster.wire import headrace_pb2_grpc as pb_grpc
 from cluster.wire.conversions import prefill_request_to_proto, prefill_result_from_proto
+from prefill_workers.engine import PrefillDone
 from prefill_workers.worker import PrefillWorker
 from tests.cluster.transfer.loopback import KeepingSink, ReceiverAtWork, memfds, receiver_at_work
 from tests.prefill_workers.kv_engine import LAYOUT, VOCAB_SIZE, KvEngine, expected_kv
@@ -602,6 +603,9 @@ async def test_metrics_count_tokens_bytes_and_outcomes() -> None:
             "headrace_prefill_requests_waiting 0.0",
             "headrace_prefill_kv_cache_used_tokens 0.0",
             "headrace_prefill_kv_cache_total_tokens 256.0",
+            "headrace_prefill_requests_held 0.0",
+            "headrace_prefill_staging_used_bytes 0.0",
+            "headrace_prefill_staging_total_bytes 1000.0",
         ):
             assert line in lines
         await r.refused(r.request(HandoffId("kv-unknown")))
@@ -609,6 +613,50 @@ async def test_metrics_count_tokens_bytes_and_outcomes() -> None:
         lines = await _metrics(r)
         assert 'headrace_handoffs_sent_total{outcome="not_found"} 1.0' in lines
         assert 'headrace_handoffs_sent_total{outcome="invalid_argument"} 1.0' in lines
+
+
+async def test_metrics_say_what_is_held() -> None:
+    """Of engines: until they have let go of a prompt, which may be behind its hand-off."""
+    async with rig() as r:
+        held = Held(r.engine, num_free_steps=1)
+        running = asyncio.create_task(r.run(r.expect()[0]))
+        await held.wait_reached()
+        lines = await _metrics(r)
+        assert "headrace_prefill_requests_held 1.0" in lines
+        assert "headrace_prefill_staging_used_bytes 10.0" in lines
+        held.may_go_on.set()
+        await running
+
+
+@pytest.mark.parametrize("how", ["its caller leaves", "is cancelled"])
+async def test_an_acknowledged_handoff_is_one_however_its_run_ends(how: str) -> None:
+    """A router has all its tokens, and leaves, before the step that exported the last layer returns."""
+    async with rig() as r:
+        step, may_return = r.engine.step, threading.Event()
+
+        def late() -> list[PrefillDone]:
+            finished = step()
+            assert not finished or may_return.wait(20)
+            return finished
+
+        r.engine.step = late  # type: ignore[method-assign]
+        request, sink = r.expect()
+        running = asyncio.create_task(r.run(request))
+        await sink.wait_ended()
+        acknowledged = 'headrace_handoffs_sent_total{outcome="acknowledged"} 1.0'
+        async with asyncio.timeout(20):
+            while acknowledged not in await _metrics(r):
+                pass
+        if how == "is cancelled":
+            assert await r.cancel(request.handoff_id) == HandoffCancelState.ALREADY_COMPLETE
+            may_return.set()
+            await running
+        else:
+            running.cancel()
+            may_return.set()
+        await r.until_all_freed()
+        outcomes = [line for line in await _metrics(r) if line.startswith("headrace_handoffs_sent_total")]
+        assert outcomes == [acknowledged]
 
 
 async def _metrics(r: Rig) -> list[str]:

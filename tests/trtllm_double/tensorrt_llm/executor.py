@@ -1,6 +1,7 @@
 """The loop: fetch, schedule, tell the connector, run layer by layer, ask what is saved."""
 
 import itertools
+import os
 import pickle
 import queue
 import threading
@@ -22,8 +23,11 @@ from tensorrt_llm._torch.pyexecutor.kv_cache_connector import RequestData, Sched
 from tensorrt_llm._utils import turn_of
 from tensorrt_llm.bindings.internal.batch_manager import LlmRequest
 from tensorrt_llm.kv_events import KvEvents
+from tensorrt_llm.monitor import Monitor, RankStream, watched
 from tensorrt_llm.stream import Stream
 
+_DELAY = "TRTLLM_DOUBLE_DELAY_S"
+"""How slow the stream is, where the double runs in a process that is not the test's."""
 _DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
@@ -36,7 +40,7 @@ class ModelSource:
     """Models of tests, by the name that `LLM(model=...)` is given; how slow the stream is."""
 
     known: ClassVar[dict[str, Weights]] = {}
-    longest_delay_s: ClassVar[float] = 0.0
+    longest_delay_s: ClassVar[float] = float(os.environ.get(_DELAY, 0.0))
     names_salts: ClassVar[bool] = False
     """In events, as later versions do."""
     started: ClassVar["list[Executor]"] = []
@@ -89,6 +93,8 @@ class Executor:
         pool_shape = (self.num_blocks, shape.num_layers, 2, heads * self._size * shape.head_dim)
         self.pools = [torch.full(pool_shape, torch.nan).to(_DTYPES[dtype]) for _ in range(num_ranks)]
         self.stream = Stream(ModelSource.longest_delay_s)
+        self.monitor = Monitor(self.num_blocks, num_ranks)
+        self._rank_streams = [RankStream(self.stream, self.monitor, rank) for rank in range(num_ranks)]
         self._ids = itertools.count(2048)
         self._arrived: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._waiting: list[Request] = []
@@ -101,18 +107,22 @@ class Executor:
         if connector is not None:
             with turn_of(0, num_ranks):
                 self._scheduler = connector[0](args)
-            for rank in range(num_ranks):
+            for rank, pool in enumerate(self.pools):
                 with turn_of(rank, num_ranks):
                     self._workers.append(connector[1](args))
-                    self._workers[rank].register_kv_caches(self.pools[rank])
+                    self._workers[rank].register_kv_caches(watched(pool, self.monitor, rank))
         ModelSource.started.append(self)
         self.error: BaseException | None = None
         self.before_layer: Callable[[int], None] = lambda _: None
         """Tests hold the forward pass here."""
+        self.monitor.begin()
         self._thread = threading.Thread(target=self._run, name="double-executor", daemon=True)
         self._thread.start()
 
     def submit(self, request: Request) -> None:
+        if self.error is not None:
+            request.answers.put(f"the executor died: {self.error!r}")
+            return
         self._arrived.put(request)
 
     def cancel(self, request: Request) -> None:
@@ -156,6 +166,7 @@ class Executor:
             return True
 
     def _iterate(self) -> None:
+        self.monitor.check()
         self._drop_cancelled()
         chunks = self._schedule()
         self._tell_connector(chunks)
@@ -168,6 +179,9 @@ class Executor:
         for rank, worker in enumerate(self._workers):
             with turn_of(rank, self._num_ranks):
                 assert worker.get_finished([], []) == ([], []), "nobody asked"
+        if not self._running and not self._waiting:
+            self.monitor.is_idle(self.blocks, len(self._known))
+            self.monitor.check()
 
     def _drop_cancelled(self) -> None:
         for request in [one for one in self._waiting if one.is_cancelled]:
@@ -237,10 +251,12 @@ class Executor:
         for rank, worker in enumerate(self._workers):
             with turn_of(rank, self._num_ranks):
                 worker.bind_connector_meta(pickle.loads(pickle.dumps(metadata)))
-                worker.start_load_kv(self.stream)
+                worker.start_load_kv(self._rank_streams[rank])
+            self.monitor.step_begins(rank)
 
     def _forward(self, chunks: list[tuple[Request, int, int]]) -> None:
         fresh, self._fresh = self._fresh, []
+        self.stream.enqueue(lambda: self.monitor.overwrites(fresh))
         for pool in self.pools:
             self.stream.enqueue(lambda p=pool: p.__setitem__(fresh, torch.nan))
 
@@ -251,18 +267,18 @@ class Executor:
                 self.stream.enqueue(lambda r=request, f=first, d=data: self._write(layer, r, f, d))
             for rank, worker in enumerate(self._workers):
                 with turn_of(rank, self._num_ranks):
-                    worker.save_kv_layer(layer, self.stream)
+                    worker.save_kv_layer(layer, self._rank_streams[rank])
             for rank, worker in enumerate(self._workers):
                 if layer + 1 < self._shape.num_layers:
                     with turn_of(rank, self._num_ranks):
-                        worker.wait_for_layer_load(layer + 1, self.stream)
+                        worker.wait_for_layer_load(layer + 1, self._rank_streams[rank])
 
         self._model.forward(
             self._kv, self._rows(chunks), np.empty(0, dtype=np.int64), on_kv_written=after_layer
         )
         for rank, worker in enumerate(self._workers):
             with turn_of(rank, self._num_ranks):
-                worker.wait_for_save(self.stream)
+                worker.wait_for_save(self._rank_streams[rank])
         self.stream.synchronize()  # a token is sampled from what comes out
 
     def _write(self, layer: int, request: Request, first: int, data: bytes) -> None:

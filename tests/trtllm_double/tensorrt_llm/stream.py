@@ -33,8 +33,8 @@ class Stream:
     def enqueue(self, work: Callable[[], None]) -> None:
         self._work.put(work)
 
-    def record_event(self) -> Event:
-        event = Event()
+    def record_event(self, event: Event | None = None) -> Event:
+        event = event or Event()
         self._work.put(event.happen)
         return event
 
