@@ -80,8 +80,8 @@ def test_a_copy_that_is_made_once_its_blocks_have_another_owner(rig: Rig, log: P
     rig.until(is_reading.is_set)
     rig.until(lambda: not rig.executor._running)
     rig.engine.admit(second, keep(Exported(rig.engine.layout)))
-    rig.until(lambda: not rig.executor._running and not rig.executor._waiting)
-    assert violations(log) == []
+    rig.until(lambda: rig.executor.monitor.snapshot() == [2, 2])
+    assert rig.executor.monitor.violations == []
     may_read.set()
     rig.until(lambda: len(violations(log)) > 0)
     assert violations(log)[0] == "rank 0 reads blocks [0, 1] while, or after, they are overwritten"
