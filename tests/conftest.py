@@ -7,17 +7,20 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-_FIGURES = pytest.StashKey[list[str]]()
+_FIGURE = "figure"
 
 
 @pytest.fixture
 def record_figure(request: pytest.FixtureRequest) -> Callable[[str], None]:
     """A line for the session's end."""
-    return request.config.stash.setdefault(_FIGURES, []).append
+    return lambda figure: request.node.user_properties.append((_FIGURE, figure))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if figures := config.stash.get(_FIGURES, []):
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Of all test processes: a test's properties come with its report."""
+    reports = [report for kind in terminalreporter.stats.values() for report in kind]
+    properties = {each for report in reports for each in getattr(report, "user_properties", ())}
+    if figures := [str(value) for name, value in properties if name == _FIGURE]:
         terminalreporter.section("figures")
         for figure in sorted(figures):
             terminalreporter.write_line(figure)

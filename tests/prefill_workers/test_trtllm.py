@@ -280,23 +280,31 @@ def test_a_copy_that_fails_fails_its_job_alone(
 @pytest.mark.parametrize(
     ("rig", "shortest_layerwise"), [({"max_tokens_per_step": 512}, (400,))], indirect=True
 )
-def test_a_layer_is_exported_while_later_ones_are_computed(shortest_layerwise, rig) -> None:
-    """The forward pass is held at its last layer until the first one has come."""
-    exported, first_is_there, was_there = Exported(rig.engine.layout), threading.Event(), []
+def test_layers_are_exported_while_the_last_one_is_computed(shortest_layerwise, rig, record_figure) -> None:
+    """The forward pass is held at its last layer until all before it have come."""
+    layout, num_tokens = rig.engine.layout, 400
+    exported, are_there, num_bytes_then = Exported(layout), threading.Event(), []
+
+    def num_bytes() -> int:
+        return sum(chunk.data.nbytes for chunk in exported.chunks)
 
     def export(chunk) -> None:
         keep(exported)(chunk)
-        first_is_there.set()
+        if num_bytes() == (layout.num_layers - 1) * num_tokens * layout.bytes_per_token_layer:
+            are_there.set()
 
     def before_layer(layer: int) -> None:
-        if layer == rig.engine.layout.num_layers - 1:
-            was_there.append(first_is_there.wait(10))
+        if layer == layout.num_layers - 1:
+            are_there.wait(60)
+            num_bytes_then.append(num_bytes())
 
     rig.executor.before_layer = before_layer
-    one = job("one", random_tokens(400))
+    one = job("one", random_tokens(num_tokens))
     rig.engine.admit(one, export)
     rig.until(lambda: rig.engine._jobs[one.request_id].is_reported)
-    assert was_there == [True]
+    assert are_there.is_set()
+    assert num_bytes() == num_tokens * layout.bytes_per_token
+    record_figure(f"KV exported before the forward pass ended: {num_bytes_then[0]} of {num_bytes()} bytes")
     rig.engine.release(one.request_id)
     rig.assert_nothing_is_held()
 
