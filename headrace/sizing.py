@@ -86,10 +86,19 @@ def resolve(
 
 
 def _step_tokens(prefill: PrefillConfig, longest_tokens: int, bytes_per_token: int) -> int:
-    """A worker measures a step of so many: they must fit into TensorRT-LLM's staging memory too."""
-    if prefill.max_tokens_per_step is not None:
-        return prefill.max_tokens_per_step
+    """A worker measures a step of so many: they must fit into TensorRT-LLM's staging memory too.
+
+    Raises SizingError where they were chosen and do not.
+    """
+    chosen = prefill.max_tokens_per_step
     if prefill.engine != "tensorrt":
-        return _STEP_TOKENS
+        return chosen or _STEP_TOKENS
     staged_tokens = (prefill.staging_mb << 20) // bytes_per_token
-    return max(1, min(_TENSORRT_STEP_TOKENS, longest_tokens, staged_tokens))
+    if chosen is None:
+        return max(1, min(_TENSORRT_STEP_TOKENS, longest_tokens, staged_tokens))
+    if min(chosen, longest_tokens) > staged_tokens:
+        raise SizingError(
+            f"`prefill.staging_mb` {prefill.staging_mb} holds KV of {staged_tokens} tokens, and "
+            f"`prefill.max_tokens_per_step` is {chosen}: raise the one, or lower the other"
+        )
+    return chosen

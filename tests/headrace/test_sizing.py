@@ -68,6 +68,14 @@ def test_a_step_of_tensorrt_is_no_longer_than_the_context():
     assert config.prefill.max_tokens_per_step == 2000
 
 
+def test_a_chosen_step_of_tensorrt_must_fit_into_its_staging_memory():
+    prefill = {"engine": "tensorrt", "staging_mb": 1, "max_tokens_per_step": 100}
+    with pytest.raises(SizingError, match=r"`prefill.staging_mb` 1 holds KV of 22 tokens, and .* is 100"):
+        resolved({"prefill": prefill})
+    assert resolved({"prefill": {**prefill, "max_tokens_per_step": 22}}).prefill.max_tokens_per_step == 22
+    assert resolved({"prefill": {**prefill, "engine": "torch"}}).prefill.max_tokens_per_step == 100
+
+
 def test_replicas_share_the_memory():
     one = resolved(memory_bytes=1024 * MIB, bytes_per_token=65536, trained=131072)
     two = resolved(
