@@ -63,4 +63,4 @@ def test_a_few_prompts(torch_cluster, tokenizer):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_twenty_prompts_of_5_to_600_tokens(torch_cluster, tokenizer):
-    _check(torch_cluster, tokenizer, LENGTHS, 32)
+    _check(torch_cluster, tokenizer, LENGTHS, 64)
