@@ -61,8 +61,7 @@ class GrpcKvTransport:
         """See `KvTransport.send`. Returns or raises only when the receiver can no longer read our memory."""
         async with self._channels.use(target.grpc_address) as channel:
             try:
-                lease = self._leases.take(target, header.total_bytes)
-                return await self._push(channel, header, chunks, lease)
+                return await self._push(channel, target, header, chunks)
             except _RejectedError as error:
                 raise HandoffError(error.code, error.message) from None
             except BaseException as error:
@@ -77,17 +76,18 @@ class GrpcKvTransport:
     async def _push(
         self,
         channel: grpc.aio.Channel,
+        target: WorkerAddress,
         header: HandoffHeader,
         chunks: AsyncIterator[KvChunk],
-        lease: PayloadLease | None,
     ) -> HandoffReceipt:
         call = channel.stream_stream(
             "/headrace.v1.KvReceiver/Push",
             request_serializer=_SERIALIZE_FRAME,
             response_deserializer=pb.HandoffReply.FromString,
         )()
-        is_settled = False
+        lease, is_settled = None, False
         try:
+            lease = self._leases.take(target, header.total_bytes)
             is_taken_up = await self._open(call, header, lease)
             if lease and not is_taken_up:
                 lease.end(is_settled=True)
