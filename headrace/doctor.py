@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 
 from cluster.config import HeadraceConfig
 from cluster.placement.embedded import EmbeddedRedisError, find_redis_server
-from cluster.transfer.nixl import INSTALL, installed_version
+from cluster.transfer.nixl import INSTALL, has_rdma_device, installed_version
 from headrace.artifacts import facts_of
 from headrace.execution import ExecutionError, Obstacle, choose, summary
 from headrace.ports import PortTakenError, check_free
@@ -226,9 +226,12 @@ def _tensorrt(config: HeadraceConfig) -> Check:
 
 def _nixl(config: HeadraceConfig) -> Check:
     version = installed_version()
-    if version is not None:
-        return Check("NIXL", "ok", f"{version}, for hand-offs between hosts")
     is_asked_for = config.transfer.transport == "nixl"
+    if version is not None and (is_asked_for or has_rdma_device()):
+        return Check("NIXL", "ok", f"{version}, for hand-offs between hosts")
+    if version is not None:
+        fix = "none needed: gRPC carries KV between hosts, and over TCP it is the faster one"
+        return Check("NIXL", "note", f"{version}, and no RDMA device for it", fix)
     fix = f"`{INSTALL}`" if is_asked_for else f"none needed: gRPC carries KV between hosts; `{INSTALL}`"
     return Check("NIXL", "problem" if is_asked_for else "note", "not installed", fix)
 

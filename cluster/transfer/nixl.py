@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from importlib import metadata, util
+from pathlib import Path
 from typing import Any
 
 from cluster.messages import Record
@@ -30,6 +31,7 @@ MAX_PAUSE_S = 1e-3
 ABANDON_S = 60.0
 """A read without an end by then is cancelled."""
 _DRAM = "DRAM"
+_RDMA_DEVICES = Path("/sys/class/infiniband")
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,14 @@ class _Read(Record, frozen=True, kw_only=True):
 def installed_package() -> str | None:
     """Which of PACKAGES is here, without importing it."""
     return next((name for name in PACKAGES if util.find_spec(name) is not None), None)
+
+
+def has_rdma_device() -> bool:
+    """InfiniBand, RoCE or EFA. Without one UCX moves bytes by TCP, which is slower than gRPC's stream:
+    benchmarks/transfer.py."""
+    with contextlib.suppress(OSError):
+        return any(_RDMA_DEVICES.iterdir())
+    return False
 
 
 def installed_version() -> str | None:

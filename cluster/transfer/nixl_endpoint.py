@@ -13,6 +13,7 @@ from cluster.transfer.nixl import (
     NixlAgent,
     NixlReadError,
     NixlUnavailableError,
+    has_rdma_device,
     installed_package,
 )
 from cluster.transfer.nixl_offer import OfferError, RemoteMemory, check_offer, offer_of
@@ -300,7 +301,7 @@ def endpoint_of(config: TransferConfig) -> NixlEndpoint | None:
     """None: hand-offs go without NIXL. `start` is for `transport = "nixl"`, which must have it."""
     if config.transport == "grpc":
         return None
-    if config.transport == "auto" and installed_package() is None:
-        logger.debug("NIXL is not installed: hand-offs to other hosts go as gRPC bytes")
+    if config.transport == "auto" and not (installed_package() and has_rdma_device()):
+        logger.debug("no NIXL or no RDMA device: hand-offs to other hosts go as gRPC bytes")
         return None
     return NixlEndpoint(config.nixl_mb * 2**20)

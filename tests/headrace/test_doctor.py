@@ -188,7 +188,11 @@ def nixl_check(transport="auto"):
 
 def test_nixl_is_named_and_missing_only_where_it_is_asked_for(monkeypatch):
     monkeypatch.setattr(doctor, "installed_version", lambda: "1.5.1")
+    monkeypatch.setattr(doctor, "has_rdma_device", lambda: True)
     assert (nixl_check().verdict, nixl_check().found[:5]) == ("ok", "1.5.1")
+    monkeypatch.setattr(doctor, "has_rdma_device", lambda: False)
+    assert (nixl_check().verdict, nixl_check().found) == ("note", "1.5.1, and no RDMA device for it")
+    assert nixl_check("nixl").verdict == "ok"
     monkeypatch.setattr(doctor, "installed_version", lambda: None)
     assert nixl_check().verdict == "note"
     asked_for = nixl_check("nixl")

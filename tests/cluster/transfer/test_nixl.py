@@ -6,6 +6,7 @@ import signal
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -403,6 +404,19 @@ async def test_without_the_package_auto_goes_without_and_nixl_says_what_to_insta
     assert lazy.agent() is None
     assert lazy.lease(100) is None
     await lazy.close()
+
+
+def test_auto_has_it_where_there_is_an_rdma_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is loaded yet: any package will do."""
+    monkeypatch.setattr("cluster.transfer.nixl.PACKAGES", ("msgspec",))
+    devices = tmp_path / "infiniband"
+    monkeypatch.setattr("cluster.transfer.nixl._RDMA_DEVICES", devices)
+    assert endpoint_of(TransferConfig()) is None
+    devices.mkdir()
+    assert endpoint_of(TransferConfig()) is None
+    (devices / "mlx5_0").mkdir()
+    assert endpoint_of(TransferConfig()) is not None
+    assert endpoint_of(TransferConfig(transport="grpc")) is None
 
 
 def test_a_retired_region_is_used_again_when_it_is_due() -> None:
