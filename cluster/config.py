@@ -113,8 +113,8 @@ class PlacementConfig(Section, frozen=True, kw_only=True):
 
 class TransferConfig(Section, frozen=True, kw_only=True):
     transport: Literal["auto", "nixl", "grpc"] = "auto"
-    """`auto`: shared memory within a host, NIXL between hosts where both ends have it and an RDMA device, gRPC
-    bytes elsewhere. `nixl`: NIXL over whatever there is, within a host too; bytes where it does not work out."""
+    """`auto`: shared memory within a host, NIXL between hosts where both ends have it and an RDMA device,
+    gRPC bytes elsewhere. `nixl`: NIXL over whatever there is, within a host too; bytes where that fails."""
     nixl_mb: Positive = 256
     """Host memory of each worker that NIXL reads and writes: as much as hand-offs under way hold."""
     chunk_bytes: Annotated[int, Meta(ge=4096, le=3 * 1024 * 1024)] = 1024 * 1024
